@@ -1,0 +1,51 @@
+# `make help` lists the targets. Another Python: `make test PYTHON=python3.13`, which makes .venv-3.13.
+# VENV names another folder; it is emptied whenever the virtualenv is made anew.
+
+ifndef PYTHON
+# The first that starts and can make virtualenvs: a name on PATH may be a shim with nothing behind it.
+PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$python && break; done)
+VENV ?= .venv
+else
+VENV ?= .venv-$(patsubst python%,%,$(notdir $(PYTHON)))
+endif
+
+RUN = $(VENV)/bin/python -m
+
+.PHONY: help demo test lint types format clean
+.NOTPARALLEL:
+
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+
+demo: $(VENV)/installed-test ## Train a BrainState layer inside a Flax model
+	$(VENV)/bin/python examples/embed_in_flax.py
+
+test: $(VENV)/installed-test ## Run the tests; more pytest options in ARGS
+	$(RUN) pytest -n 2 --dist worksteal $(ARGS)
+
+lint: $(VENV)/installed-lint ## Check format and style
+	$(RUN) ruff format --check .
+	$(RUN) ruff check .
+
+types: $(VENV)/installed-test $(VENV)/installed-lint ## Check types
+	$(RUN) pyright --pythonpath $(VENV)/bin/python
+
+format: $(VENV)/installed-lint ## Format, and mend what can be mended
+	$(RUN) ruff check --fix-only .
+	$(RUN) ruff format .
+
+clean: ## Remove the virtualenvs and all caches
+	rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Made anew when pyproject.toml changes, so that nothing stays installed that it no longer names.
+$(VENV)/made: pyproject.toml
+	$(if $(PYTHON),,$(error No Python 3.11 or newer with the venv module: make PYTHON=/path/to/python))
+	$(PYTHON) -m venv --clear $(VENV)
+	touch $@
+
+$(VENV)/installed-%: $(VENV)/made
+	$(RUN) pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@

@@ -1,0 +1,178 @@
+"""Convert models between BrainState, Flax NNX, Flax Linen and Equinox, exactly.
+
+``to_*`` and ``from_*`` have the names and parameters of ``brainstate.interop``; ``convert``
+goes from any framework to any other. Importing this package imports no framework.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import api as _api
+from .api import convert, supported_layers
+from .errors import (
+    ArgumentError,
+    BrokenDependencyError,
+    ConversionError,
+    InteropError,
+    MissingDependencyError,
+    MissingKeyError,
+    MissingShapeError,
+    UnmappedLayerError,
+    UnsupportedLayerError,
+    UnsupportedStructureError,
+)
+
+if TYPE_CHECKING:
+    import brainstate
+    import equinox
+    import flax.linen
+    import flax.nnx
+
+__all__ = [
+    "ArgumentError",
+    "BrokenDependencyError",
+    "ConversionError",
+    "InteropError",
+    "MissingDependencyError",
+    "MissingKeyError",
+    "MissingShapeError",
+    "UnmappedLayerError",
+    "UnsupportedLayerError",
+    "UnsupportedStructureError",
+    "convert",
+    "from_equinox",
+    "from_linen",
+    "from_nnx",
+    "supported_layers",
+    "to_equinox",
+    "to_linen",
+    "to_nnx",
+]
+
+
+def to_nnx(model: Any, *, rngs: flax.nnx.Rngs | None = None) -> flax.nnx.Module:
+    """Convert a model to Flax NNX; see :func:`convert` for what is shared and raised.
+
+    Args:
+        model: a BrainState model, or another framework's that carries its own weights.
+        rngs: streams for the dropout layers of the result, which fork them as native layers
+            do. Nothing else draws from them. Without, pass ``rngs=`` when training.
+
+    Returns:
+        An ``nnx.Module`` in evaluation mode; ``.train()`` and ``.eval()`` switch it.
+
+    Example:
+        >>> import brainstate, interop
+        >>> from flax import nnx
+        >>> interop.to_nnx(brainstate.nn.Linear(3, 4), rngs=nnx.Rngs(0)).kernel.shape
+        (3, 4)
+    """
+    return _api.convert_with(model, "nnx", options={"rngs": rngs})
+
+
+def from_nnx(model: flax.nnx.Module, *, sample_input: Any = None) -> brainstate.nn.Module:
+    """Convert a Flax NNX model to BrainState; see :func:`convert`.
+
+    Args:
+        model: an ``nnx.Module``: a known layer, or nested ``nnx.Sequential``.
+        sample_input: one example without its batch axis, or its shape.
+
+    Example:
+        >>> import interop
+        >>> from flax import nnx
+        >>> interop.from_nnx(nnx.Linear(3, 4, rngs=nnx.Rngs(0))).out_size
+        (4,)
+    """
+    return _api.convert_from("nnx", model, to="brainstate", sample_input=sample_input)
+
+
+def to_linen(
+    model: Any, *, train: bool = False
+) -> tuple[flax.linen.Module, dict[str, Any]]:
+    """Convert a model to Flax Linen; see :func:`convert`.
+
+    Args:
+        model: a BrainState model, or another framework's that carries its own weights.
+        train: Linen's ``Sequential`` forwards no switch, so that it is fixed here: build the
+            module for training instead of evaluation. Both take the same variables.
+
+    Returns:
+        ``(module, variables)``; call ``module.apply(variables, x)``.
+
+    Example:
+        >>> import brainstate, interop
+        >>> module, variables = interop.to_linen(brainstate.nn.Linear(3, 4))
+        >>> variables["params"]["kernel"].shape
+        (3, 4)
+    """
+    return _api.convert_with(model, "linen", options={"train": train})
+
+
+def from_linen(
+    module: flax.linen.Module, params: Any, *, sample_input: Any = None
+) -> brainstate.nn.Module:
+    """Convert a Flax Linen module and its variables to BrainState; see :func:`convert`.
+
+    Args:
+        module: a known layer, or nested ``nn.Sequential``.
+        params: what ``module.init`` returned: ``{"params": …, "batch_stats": …}``.
+        sample_input: one example without its batch axis, or its shape.
+
+    Raises:
+        ConversionError: keys of ``params`` are missing or unexpected, or shapes differ.
+
+    Example:
+        >>> import flax.linen as nn, interop, jax, jax.numpy as jnp
+        >>> module = nn.Dense(4)
+        >>> params = module.init(jax.random.key(0), jnp.ones((1, 3)))
+        >>> interop.from_linen(module, params).in_size
+        (3,)
+    """
+    return _api.convert_from(
+        "linen", module, to="brainstate", params=params, sample_input=sample_input
+    )
+
+
+def to_equinox(model: Any, *, key: Any = None) -> equinox.Module:
+    """Convert a model to Equinox; see :func:`convert`.
+
+    Args:
+        model: a BrainState model, or another framework's that carries its own weights.
+        key: accepted for the sake of ``brainstate.interop``'s users; nothing is drawn.
+
+    Returns:
+        An ``eqx.Module`` that takes one example (``jax.vmap`` over the batch), in inference
+        mode; ``eqx.nn.inference_mode`` switches it. With batch normalisation, call
+        ``eqx.nn.make_with_state(interop.to_equinox)(model)`` for the model and its state, and
+        name the batch axis ``"batch"``: ``jax.vmap(..., axis_name="batch")``.
+
+    Example:
+        >>> import brainstate, interop
+        >>> interop.to_equinox(brainstate.nn.Linear(3, 4)).weight.shape
+        (4, 3)
+    """
+    return _api.convert_with(model, "equinox", options={})
+
+
+def from_equinox(
+    model: equinox.Module, *, state: Any = None, sample_input: Any = None
+) -> brainstate.nn.Module:
+    """Convert an Equinox model to BrainState; see :func:`convert`.
+
+    Args:
+        model: a known layer, or nested ``eqx.nn.Sequential``.
+        state: the ``eqx.nn.State`` of a model with batch normalisation.
+        sample_input: one example without its batch axis, or its shape.
+
+    Returns:
+        A BrainState module that takes batches.
+
+    Example:
+        >>> import equinox as eqx, interop, jax
+        >>> interop.from_equinox(eqx.nn.Linear(3, 4, key=jax.random.key(0))).out_size
+        (4,)
+    """
+    return _api.convert_from(
+        "equinox", model, to="brainstate", state=state, sample_input=sample_input
+    )

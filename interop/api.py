@@ -1,0 +1,166 @@
+"""The functions users call. They check arguments and call the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from . import specs
+from .errors import ArgumentError
+from .registry import registry
+from .walk import Building, Reading
+
+__all__ = ["convert", "convert_from", "convert_with", "supported_layers"]
+
+
+def convert(
+    model: Any,
+    *,
+    to: str,
+    params: Any = None,
+    state: Any = None,
+    sample_input: Any = None,
+) -> Any:
+    """Convert a model to another framework, structurally and exactly.
+
+    Args:
+        model: a layer, or nested ``Sequential`` stacks of layers. Not changed.
+        to: the target framework: ``"brainstate"``, ``"nnx"``, ``"linen"`` or ``"equinox"``.
+        params: the variables of a Linen model, ``{"params": …, "batch_stats": …}``.
+        state: the ``eqx.nn.State`` of a stateful Equinox model.
+        sample_input: one example without its batch axis, or its shape; needed where the
+            target fixes input shapes and the model does not tell them.
+
+    Returns:
+        A native, standalone model: what ``to_nnx``, ``to_linen``, … return for that target.
+        Arrays whose layout agrees are the same objects as the source's; no random number is
+        drawn. Dropout and batch normalisation start in evaluation mode and follow the
+        target's own switch.
+
+    Raises:
+        ArgumentError: an argument has the wrong type, or the framework is unknown.
+        MissingDependencyError, BrokenDependencyError: a framework cannot be imported.
+        UnmappedLayerError: a layer has no rule.
+        UnsupportedLayerError: a layer, or one of its options, has no exact counterpart.
+        UnsupportedStructureError: a module has forward logic of its own, or parts shared in
+            a way that the target cannot express.
+        MissingShapeError: ``sample_input`` is needed.
+        ConversionError: the given weights do not fit the model.
+
+    Example:
+        >>> import jax.numpy as jnp, brainstate
+        >>> from flax import nnx
+        >>> import interop
+        >>> layer = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+        >>> converted = interop.convert(layer, to="brainstate")
+        >>> bool(jnp.allclose(converted(jnp.ones((2, 3))), layer(jnp.ones((2, 3)))))
+        True
+    """
+    return convert_with(
+        model, to, params=params, state=state, sample_input=sample_input, options={}
+    )
+
+
+def convert_from(
+    source: str,
+    model: Any,
+    *,
+    to: str,
+    params: Any = None,
+    state: Any = None,
+    sample_input: Any = None,
+) -> Any:
+    """:func:`convert`, for a model that must be one of ``source``'s."""
+    _check_instance(model)
+    if not isinstance(model, registry.adapter(source).module_type):
+        raise ArgumentError(
+            f"expected a {source} module, got {type(model).__qualname__}",
+            path="model",
+            remedy="interop.convert finds the source framework by itself",
+        )
+    return convert_with(
+        model, to, params=params, state=state, sample_input=sample_input, options={}
+    )
+
+
+def convert_with(
+    model: Any,
+    to: str,
+    *,
+    params: Any = None,
+    state: Any = None,
+    sample_input: Any = None,
+    options: Mapping[str, Any],
+) -> Any:
+    """:func:`convert` with options of the target, such as the streams for its dropout."""
+    _check_instance(model)
+    target = registry.adapter(to)
+    source = registry.framework_of(model)
+    if source is None:
+        raise ArgumentError(
+            f"{type(model).__module__}.{type(model).__qualname__} is not a module of "
+            f"{', '.join(registry.names())}",
+            path="model",
+        )
+    adapter = registry.adapter(source)
+    shape = _shape(sample_input)
+    reading = Reading(adapter, registry)
+    spec = reading.read(adapter.open(model, params, state), "model")
+    building = Building(target, reading.paths, shape, options)
+    return target.close(building.build(spec), options)
+
+
+def _check_instance(model: Any) -> None:
+    if isinstance(model, type):
+        raise ArgumentError(
+            f"{model.__qualname__} is a class, not an instance",
+            path="model",
+            remedy=f"Build it first: {model.__qualname__}(...)",
+        )
+
+
+def _shape(sample_input: Any) -> specs.Shape | None:
+    if sample_input is None:
+        return None
+    shape = getattr(sample_input, "shape", sample_input)
+    try:
+        shape = tuple(int(n) for n in shape)
+    except (TypeError, ValueError):
+        shape = (-1,)
+    if min(shape, default=1) < 1:
+        raise ArgumentError(
+            f"sample_input must be one example or its shape, got {sample_input!r}",
+            remedy="Leave the batch axis out, such as sample_input=(28, 28, 1)",
+        )
+    return shape
+
+
+def supported_layers(framework: str | None = None) -> dict[str, list[str]]:
+    """The BrainState layers that convert to and from each of the other frameworks.
+
+    Args:
+        framework: only this one; by default all that are installed.
+
+    Returns:
+        For each framework the names of the ``brainstate.nn`` classes, sorted.
+
+    Raises:
+        ArgumentError: there is no such framework.
+        MissingDependencyError, BrokenDependencyError: a framework cannot be imported.
+
+    Example:
+        >>> import interop
+        >>> "Linear" in interop.supported_layers("nnx")["nnx"]
+        True
+    """
+    hub, others = registry.hub()
+    if framework is not None:
+        others = [registry.adapter(framework)]
+    return {
+        other.name: sorted(
+            rule.layer_type.__name__
+            for rule in hub.readers.values()
+            if rule.spec_type in other.builders
+        )
+        for other in others
+    }

@@ -1,0 +1,180 @@
+"""Every deliberate error. The facts are attributes; the text is built here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = [
+    "ArgumentError",
+    "BrokenDependencyError",
+    "ConversionError",
+    "InteropError",
+    "MissingDependencyError",
+    "MissingKeyError",
+    "MissingShapeError",
+    "UnmappedLayerError",
+    "UnsupportedLayerError",
+    "UnsupportedStructureError",
+]
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "?", "!")) else text + "."
+
+
+class InteropError(Exception):
+    """Root of every error that this library raises on purpose.
+
+    Attributes:
+        problem: what was found, and what was wanted instead.
+        path: where in the model (``model[2].weight``), or None.
+        remedy: what to do, or None.
+    """
+
+    def __init__(self, problem: str, *, path: str | None = None, remedy: str | None = None):
+        self.problem, self.path, self.remedy = problem, path, remedy
+        where = f"{path}: " if path else ""
+        todo = f" {_sentence(remedy)}" if remedy else ""
+        super().__init__(f"{where}{_sentence(problem)}{todo}")
+
+
+class ArgumentError(InteropError, TypeError, ValueError):
+    """An argument has the wrong type or value: a class for an instance, an unknown name, …"""
+
+
+class MissingDependencyError(InteropError, ImportError):
+    """A framework's package is not installed.
+
+    Attributes:
+        framework: the framework asked for.
+        package: the package that is missing.
+    """
+
+    def __init__(self, framework: str, package: str):
+        self.framework, self.package = framework, package
+        super().__init__(
+            f"{framework!r} needs the package {package!r}, which is not installed",
+            remedy=f"Install it: pip install {package}",
+        )
+
+
+class BrokenDependencyError(InteropError, ImportError):
+    """A framework's package is installed, but importing it fails.
+
+    Attributes:
+        framework: the framework asked for.
+        versions: the installed versions that were found, by package.
+    """
+
+    def __init__(self, framework: str, cause: BaseException, versions: dict[str, str]):
+        self.framework, self.versions = framework, versions
+        found = ", ".join(f"{name} {version}" for name, version in versions.items())
+        super().__init__(
+            f"{framework!r} is installed but cannot be imported "
+            f"({type(cause).__name__}: {cause}); installed: {found}",
+            remedy="These versions do not work together: upgrade the one that is behind",
+        )
+
+
+class UnmappedLayerError(InteropError, LookupError):
+    """No rule is registered for a layer.
+
+    Attributes:
+        found: the layer's class.
+        framework: the framework that has no rule for it.
+    """
+
+    def __init__(self, found: type, framework: str, *, path: str, verb: str, remedy: str):
+        self.found, self.framework = found, framework
+        super().__init__(
+            f"no rule to {verb} {found.__qualname__} ({framework})", path=path, remedy=remedy
+        )
+
+
+class UnsupportedLayerError(InteropError, NotImplementedError):
+    """A layer is known, but this instance of it cannot be converted exactly.
+
+    Attributes:
+        found: the layer's class.
+        target: the framework converted to, or None where the source already decides.
+        option: the constructor option or method that stands in the way, or None.
+        value: its value, or None.
+    """
+
+    def __init__(
+        self,
+        found: type,
+        reason: str,
+        *,
+        path: str,
+        target: str | None = None,
+        option: str | None = None,
+        value: Any = None,
+        remedy: str | None = None,
+    ):
+        self.found, self.target, self.option, self.value = found, target, option, value
+        to = f" to {target}" if target else ""
+        super().__init__(
+            f"cannot convert {found.__qualname__}{to}: {reason}", path=path, remedy=remedy
+        )
+
+
+class UnsupportedStructureError(InteropError, NotImplementedError):
+    """A model's own forward logic, or the way its parts are shared, cannot be rebuilt."""
+
+
+class MissingShapeError(InteropError, ValueError):
+    """The target needs to know the shape of one example, and nothing tells it.
+
+    Attributes:
+        found: the class of the layer that needs the shape.
+    """
+
+    def __init__(self, found: str, *, path: str, target: str):
+        self.found = found
+        super().__init__(
+            f"{target} fixes the input shape of {found} when it is built, and the model does "
+            f"not tell it",
+            path=path,
+            remedy="Pass sample_input=, one example without its batch axis or its shape, "
+            "such as sample_input=(28, 28, 1)",
+        )
+
+
+class ConversionError(InteropError, ValueError):
+    """Weights do not fit: keys are missing or unexpected, or shapes or dtypes differ.
+
+    Attributes:
+        missing: keys that were wanted and not given.
+        unexpected: keys that were given and not wanted.
+        mismatched: one line for each array of the wrong shape or dtype.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        path: str | None = None,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        mismatched: Sequence[str] = (),
+        remedy: str | None = None,
+    ):
+        self.missing, self.unexpected = tuple(missing), tuple(unexpected)
+        self.mismatched = tuple(mismatched)
+        facts = [
+            f"{label} {', '.join(items)}"
+            for label, items in (
+                ("missing", self.missing),
+                ("unexpected", self.unexpected),
+                ("mismatched", self.mismatched),
+            )
+            if items
+        ]
+        text = f"{problem}: {'; '.join(facts)}" if facts else problem
+        super().__init__(text, path=path, remedy=remedy)
+
+
+class MissingKeyError(InteropError, ValueError):
+    """A layer draws random numbers and the host gave no key for it."""

@@ -1,0 +1,176 @@
+"""Pure functions for layers that some framework lacks: arrays in, arrays out.
+
+``ACTIVATIONS`` names every weight-less function that converts by name. Where JAX has the
+function, the entry *is* JAX's, so that a converted model holds what its author would write.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = [
+    "ACTIVATIONS",
+    "Batched",
+    "Single",
+    "activation_defaults",
+    "activation_name",
+    "complement",
+    "flatten",
+    "hard_shrink",
+    "hard_tanh",
+    "identity",
+    "soft_shrink",
+    "softmin",
+    "tanh_shrink",
+    "threshold",
+]
+
+
+def identity(x: jax.Array) -> jax.Array:
+    """Return ``x``."""
+    return x
+
+
+def threshold(x: jax.Array, threshold: float, value: float) -> jax.Array:
+    """``x`` where ``x > threshold``, else ``value``; both take the dtype of ``x``."""
+    return jnp.where(x > jnp.asarray(threshold, x.dtype), x, jnp.asarray(value, x.dtype))
+
+
+def hard_tanh(x: jax.Array, min_val: float = -1.0, max_val: float = 1.0) -> jax.Array:
+    """Clip ``x`` to ``[min_val, max_val]``; the gradient at both ends is 1."""
+    return jnp.where(x > max_val, max_val, jnp.where(x < min_val, min_val, x))
+
+
+def hard_shrink(x: jax.Array, lambd: float = 0.5) -> jax.Array:
+    """``x`` where ``|x| > lambd``, else 0."""
+    return jnp.where(x > lambd, x, jnp.where(x < -lambd, x, jnp.zeros_like(x)))
+
+
+def soft_shrink(x: jax.Array, lambd: float = 0.5) -> jax.Array:
+    """Move ``x`` towards 0 by ``lambd``, and to 0 where it would cross it."""
+    return jnp.where(
+        x > lambd, x - lambd, jnp.where(x < -lambd, x + lambd, jnp.zeros_like(x))
+    )
+
+
+def tanh_shrink(x: jax.Array) -> jax.Array:
+    """``x - tanh(x)``."""
+    return x - jnp.tanh(x)
+
+
+def softmin(x: jax.Array, axis: int = -1) -> jax.Array:
+    """``softmax(-x)`` over ``axis``."""
+    return jax.nn.softmax(-x, axis=axis)
+
+
+def flatten(
+    x: jax.Array,
+    start_axis: int = 0,
+    end_axis: int = -1,
+    in_size: tuple[int, ...] | None = None,
+) -> jax.Array:
+    """Merge the axes ``start_axis … end_axis`` of ``x`` into one.
+
+    Args:
+        x: any array. With ``in_size``, its trailing axes must have that shape.
+        start_axis: first axis to merge.
+        end_axis: last axis to merge.
+        in_size: if given, non-negative axes count within these trailing axes, so that the
+            function does the same to one example and to a batch.
+
+    Raises:
+        ValueError: ``x`` does not end in ``in_size``, or an axis is out of range.
+    """
+    leading = 0
+    if in_size is not None:
+        leading = x.ndim - len(in_size)
+        if leading < 0 or x.shape[leading:] != tuple(in_size):
+            raise ValueError(f"flatten: expected an array ending in {in_size}, got {x.shape}")
+    start = start_axis + (leading if start_axis >= 0 else x.ndim)
+    end = end_axis + (leading if end_axis >= 0 else x.ndim)
+    if not 0 <= start <= end < x.ndim:
+        raise ValueError(
+            f"flatten: axes {start_axis} to {end_axis} do not exist in shape {x.shape}"
+        )
+    return x.reshape(*x.shape[:start], -1, *x.shape[end + 1 :])
+
+
+def complement(p: float) -> float:
+    """``1 - p`` without float noise: ``complement(0.7)`` is 0.3, and the inverse of itself."""
+    q = round(1.0 - float(p), 15)
+    return q if 1.0 - q == p or round(1.0 - q, 15) == p else 1.0 - float(p)
+
+
+@dataclass(frozen=True)
+class Batched:
+    """A function of one example, applied to a batch: ``jax.vmap(fn)``."""
+
+    fn: Callable[..., Any]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map ``fn`` over the leading axis of ``x``."""
+        return jax.vmap(self.fn)(x)
+
+
+@dataclass(frozen=True)
+class Single:
+    """A function of a batch, applied to one example: ``fn(x[None])[0]``."""
+
+    fn: Callable[..., Any]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply ``fn`` to a batch that holds ``x`` alone."""
+        return self.fn(x[None])[0]
+
+
+ACTIVATIONS: Mapping[str, Callable[..., Any]] = {
+    "celu": jax.nn.celu,
+    "elu": jax.nn.elu,
+    "gelu": jax.nn.gelu,
+    "glu": jax.nn.glu,
+    "hard_shrink": hard_shrink,
+    "hard_sigmoid": jax.nn.hard_sigmoid,
+    "hard_silu": jax.nn.hard_silu,
+    "hard_tanh": hard_tanh,
+    "identity": identity,
+    "leaky_relu": jax.nn.leaky_relu,
+    "log_sigmoid": jax.nn.log_sigmoid,
+    "log_softmax": jax.nn.log_softmax,
+    "mish": jax.nn.mish,
+    "relu": jax.nn.relu,
+    "relu6": jax.nn.relu6,
+    "selu": jax.nn.selu,
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "soft_shrink": soft_shrink,
+    "soft_sign": jax.nn.soft_sign,
+    "softmax": jax.nn.softmax,
+    "softmin": softmin,
+    "softplus": jax.nn.softplus,
+    "tanh": jnp.tanh,
+    "tanh_shrink": tanh_shrink,
+    "threshold": threshold,
+}
+
+_NAMES: dict[Callable[..., Any], str] = {fn: name for name, fn in ACTIVATIONS.items()}
+_NAMES[jax.nn.hard_tanh] = "hard_tanh"  # the same with its bounds fixed
+
+
+def activation_name(fn: Callable[..., Any]) -> str | None:
+    """The name under which ``ACTIVATIONS`` has ``fn``, or None."""
+    try:
+        return _NAMES.get(fn)
+    except TypeError:  # an unhashable callable cannot be one of ours
+        return None
+
+
+def activation_defaults(name: str) -> dict[str, Any]:
+    """The options of an activation that have a default, by name."""
+    parameters = list(inspect.signature(ACTIVATIONS[name]).parameters.values())[1:]
+    return {p.name: p.default for p in parameters if p.default is not p.empty}

@@ -1,0 +1,368 @@
+"""BrainState. Channels last and batched; a layer packs its arrays in one ``ParamState``.
+
+Train or evaluation mode is ``brainstate.environ``'s ``fit``, so that modules carry no flag.
+Dropout's ``prob`` is the probability to keep. Normalisation layers round ``epsilon`` and
+``momentum`` to their dtype and cast their result to it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import brainstate
+import brainunit
+import numpy as np
+from brainstate import nn
+
+from .. import formulas, specs
+from ..composites.brainstate import Lambda
+from ..registry import Adapter
+
+_PARAM_TYPES = (brainstate.ParamState, type(nn.LayerNorm((1,)).weight))
+
+
+class BrainState(Adapter):
+    name = "brainstate"
+    module_type = brainstate.nn.Module
+    is_hub = True
+
+    def containers(self, node):
+        return [(k, v) for k, v in vars(node).items() if isinstance(v, brainstate.State)]
+
+    def added_state(self, module, rule):
+        held = brainstate.State | brainstate.graph.Node
+        return {k for k, v in vars(module).items() if isinstance(v, held)} - rule.state
+
+    def close(self, built, options):
+        return built if isinstance(built, nn.Module) else Lambda(built)
+
+    def has_children(self, module):
+        return any(path for path in module.nodes() if path)
+
+
+adapter = BrainState()
+
+
+def _arrays(layer, ctx, **shapes: tuple[int, ...]) -> dict[str, Any]:
+    """The arrays that the layer's ``weight`` packs, by name, with their canonical shapes."""
+    name, state = "weight", layer.weight
+    if state is None:
+        return {}
+    if type(state) not in _PARAM_TYPES:
+        ctx.refuse(
+            "param_type",
+            type(state).__qualname__,
+            "it may be trained in its own way, or not at all",
+        )
+    for key, value in state.value.items():
+        if isinstance(value, brainunit.Quantity) and not value.is_unitless:
+            ctx.refuse(
+                f"{name}[{key!r}]",
+                value.unit,
+                "only BrainState computes with units",
+                "Divide the weight by its unit first, or wrap the layer live with shims.wrap",
+            )
+        if np.size(value) != math.prod(shapes[key]):
+            ctx.refuse(
+                f"{name}[{key!r}].shape",
+                np.shape(value),
+                f"one value is used for several of {shapes[key]}",
+                "Initialise the layer with an array of the full shape",
+            )
+    return {k: _reshape(brainunit.get_magnitude(v), shapes[k]) for k, v in state.value.items()}
+
+
+def _real(value: Any) -> float:
+    """A hyperparameter that the layer rounded to its dtype, as the number its user wrote."""
+    array = np.asarray(value)
+    return float(str(array)) if array.dtype == np.float32 else float(array)
+
+
+@adapter.reads(nn.Sequential, specs.Sequential, state=("layers",))
+def read_sequential(m, ctx):
+    return specs.Sequential(layers=ctx.read_all(m.layers))
+
+
+@adapter.builds(specs.Sequential)
+def build_sequential(spec, ctx):
+    first, *rest = [ctx.build(layer) for layer in spec.layers]
+    if not isinstance(first, nn.Module):  # BrainState takes plain callables after a module only
+        first = Lambda(first)
+    return nn.Sequential(first, *rest)
+
+
+def _check_one_dtype(weight, bias, ctx):
+    if bias is not None and bias.dtype != weight.dtype:
+        ctx.refuse(
+            "bias.dtype",
+            bias.dtype,
+            f"BrainState adds the bias after the product in {weight.dtype}, where others "
+            f"promote both first",
+            "Cast the bias to the weight's dtype",
+        )
+
+
+@adapter.reads(nn.Linear, specs.Linear, state=("weight",))
+def read_linear(m, ctx):
+    n_in, n_out = m.in_size[-1], m.out_size[-1]
+    arrays = _arrays(m, ctx, weight=(n_in, n_out), bias=(n_out,))
+    weight, bias = arrays["weight"], arrays.get("bias")
+    _check_one_dtype(weight, bias, ctx)
+    return specs.Linear(weight=weight, bias=bias, mask=m.w_mask)
+
+
+@adapter.builds(specs.Linear, carries=("mask",))
+def build_linear(spec, ctx):
+    weight, bias = spec.weight, spec.bias
+    _check_one_dtype(weight, bias, ctx)
+    batch = ctx.shape[:-1] if ctx.shape else ()
+    in_size, out_size = (*batch, weight.shape[0]), (*batch, weight.shape[1])
+    return nn.Linear(in_size, out_size, w_init=weight, b_init=bias, w_mask=spec.mask)
+
+
+@adapter.reads(nn.LayerNorm, specs.LayerNorm, state=("weight",))
+def read_layer_norm(m, ctx):
+    ndim = len(m.in_size)
+    reduction_axes = tuple(m.reduction_axes)
+    if any(axis >= 0 for axis in reduction_axes):
+        ctx.refuse(
+            "reduction_axes",
+            reduction_axes,
+            "non-negative axes count batch axes, which are not known here",
+            "Count the axes from the end",
+        )
+    feature_shape = tuple(m.in_size[axis] for axis in m.feature_axes)
+    arrays = _arrays(m, ctx, scale=feature_shape, bias=feature_shape)
+    return specs.LayerNorm(
+        scale=arrays.get("scale"),
+        bias=arrays.get("bias"),
+        epsilon=m.epsilon,
+        use_fast_variance=m.use_fast_variance,
+        feature_shape=feature_shape,
+        reduction_axes=reduction_axes,
+        feature_axes=tuple(axis - ndim for axis in m.feature_axes),
+        axis_name=m.axis_name,
+        axis_index_groups=m.axis_index_groups,
+        output_dtype=specs.dtype(m.dtype),
+    )
+
+
+def _check_output_dtype(spec, ctx):
+    if spec.scale is None and spec.bias is None and spec.output_dtype is None:
+        ctx.refuse(
+            "use_scale, use_bias",
+            False,
+            "without them BrainState returns float32 whatever the input's dtype",
+            "Give the layer a dtype, such as dtype=jnp.float32",
+        )
+
+
+@adapter.builds(
+    specs.LayerNorm,
+    carries=(
+        "reduction_axes",
+        "feature_axes",
+        "axis_name",
+        "axis_index_groups",
+        "output_dtype",
+    ),
+)
+def build_layer_norm(spec, ctx):
+    if spec.feature_axes != tuple(range(-len(spec.feature_axes), 0)):
+        ctx.refuse("feature_axes", spec.feature_axes, "only trailing axes convert")
+    _check_output_dtype(spec, ctx)
+    in_size = spec.feature_shape or ctx.require_shape()[-len(spec.feature_axes) :]
+    layer = nn.LayerNorm(
+        in_size,
+        reduction_axes=spec.reduction_axes,
+        feature_axes=spec.feature_axes,
+        epsilon=spec.epsilon,
+        use_scale=spec.scale is not None,
+        use_bias=spec.bias is not None,
+        scale_init=spec.scale,
+        bias_init=spec.bias,
+        axis_name=spec.axis_name,
+        axis_index_groups=spec.axis_index_groups,
+        use_fast_variance=spec.use_fast_variance,
+    )
+    layer.dtype = spec.output_dtype  # the constructor takes None for the default dtype
+    return layer
+
+
+@adapter.reads(nn.BatchNorm0d, specs.BatchNorm, state=("weight", "running_mean", "running_var"))
+@adapter.reads(nn.BatchNorm1d, specs.BatchNorm, state=("weight", "running_mean", "running_var"))
+@adapter.reads(nn.BatchNorm2d, specs.BatchNorm, state=("weight", "running_mean", "running_var"))
+@adapter.reads(nn.BatchNorm3d, specs.BatchNorm, state=("weight", "running_mean", "running_var"))
+def read_batch_norm(m, ctx):
+    if not m.track_running_stats:
+        ctx.refuse("track_running_stats", False, "BrainState then does not normalise at all")
+    if len(m.feature_axes) != 1:
+        ctx.refuse("feature_axis", m.feature_axes, "only one feature axis converts")
+    for name in ("running_mean", "running_var"):
+        if type(getattr(m, name)) is not brainstate.BatchState:
+            ctx.refuse("mean_type", type(getattr(m, name)).__qualname__, "only BatchState converts")
+    (axis,) = m.feature_axes
+    features = (m.in_size[axis],)
+    arrays = _arrays(m, ctx, scale=features, bias=features)
+    return specs.BatchNorm(
+        scale=arrays.get("scale"),
+        bias=arrays.get("bias"),
+        mean=_reshape(m.running_mean.value, features),
+        var=_reshape(m.running_var.value, features),
+        momentum=_real(m.momentum),
+        epsilon=_real(m.epsilon),
+        use_fast_variance=m.use_fast_variance,
+        spatial_dims=m.num_spatial_dims,
+        axis=axis - len(m.in_size),
+        axis_name=m.axis_name,
+        axis_index_groups=m.axis_index_groups,
+        output_dtype=specs.dtype(m.dtype),
+    )
+
+
+_BATCH_NORMS = (nn.BatchNorm0d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@adapter.builds(
+    specs.BatchNorm,
+    carries=("axis", "axis_name", "axis_index_groups", "output_dtype"),
+)
+def build_batch_norm(spec, ctx):
+    (features,) = spec.mean.shape
+    if (spec.scale is None) != (spec.bias is None):
+        ctx.refuse("scale, bias", "one of two", "BrainState has both or neither")
+    _check_output_dtype(spec, ctx)
+    shape = ctx.shape if ctx.shape or spec.spatial_dims != 0 else (features,)
+    shape = shape or ctx.require_shape()
+    if len(shape) > len(_BATCH_NORMS) or spec.spatial_dims not in (None, len(shape) - 1):
+        ctx.refuse("sample_input", shape, "it must have one channel axis and 0 to 3 others")
+    in_range = -len(shape) <= spec.axis < len(shape)
+    if not in_range or shape[spec.axis] != features:
+        ctx.refuse("sample_input", shape, f"axis {spec.axis} must have {features} features")
+    state_shape = [1] * len(shape)
+    state_shape[spec.axis] = features
+    layer = _BATCH_NORMS[len(shape) - 1](
+        shape,
+        feature_axis=spec.axis,
+        epsilon=spec.epsilon,
+        momentum=spec.momentum,
+        affine=spec.scale is not None,
+        scale_initializer=_reshape(spec.scale, state_shape),
+        bias_initializer=_reshape(spec.bias, state_shape),
+        axis_name=spec.axis_name,
+        axis_index_groups=spec.axis_index_groups,
+        use_fast_variance=spec.use_fast_variance,
+        dtype=np.float32,  # in which momentum and epsilon are kept
+    )
+    layer.dtype = spec.output_dtype
+    layer.running_mean.value = _reshape(spec.mean, state_shape)
+    layer.running_var.value = _reshape(spec.var, state_shape)
+    return layer
+
+
+def _reshape(array: Any, shape: Any) -> Any:
+    """``array`` itself where its shape agrees."""
+    return array if array is None or array.shape == tuple(shape) else array.reshape(shape)
+
+
+@adapter.reads(nn.Dropout, specs.Dropout)
+def read_dropout(m, ctx):
+    return specs.Dropout(
+        rate=formulas.complement(m.prob),
+        broadcast_dims=tuple(m.broadcast_dims),
+        rng_collection="dropout",
+    )
+
+
+@adapter.builds(specs.Dropout, carries=("broadcast_dims",))
+def build_dropout(spec, ctx):
+    return nn.Dropout(formulas.complement(spec.rate), broadcast_dims=spec.broadcast_dims)
+
+
+@adapter.reads(nn.Flatten, specs.Flatten)
+def read_flatten(m, ctx):
+    return specs.Flatten(start_axis=m.start_axis, end_axis=m.end_axis, in_size=m.in_size)
+
+
+@adapter.builds(specs.Flatten)
+def build_flatten(spec, ctx):
+    return nn.Flatten(spec.start_axis, spec.end_axis, in_size=spec.in_size)
+
+
+@adapter.reads(Lambda, specs.Function, state=())
+def read_lambda(m, ctx):
+    return ctx.read_callable(m.fn, ctx.path)
+
+
+@adapter.builds(specs.Function)
+def build_function(spec, ctx):
+    return formulas.Batched(spec.fn) if spec.per_example else spec.fn
+
+
+# Class, name of the function, and the function's options by attribute of the layer.
+_ACTIVATIONS: list[tuple[type, str, dict[str, str]]] = [
+    (nn.CELU, "celu", {"alpha": "alpha"}),
+    (nn.ELU, "elu", {"alpha": "alpha"}),
+    (nn.GELU, "gelu", {"approximate": "approximate"}),
+    (nn.GLU, "glu", {"dim": "axis"}),
+    (nn.Hardshrink, "hard_shrink", {"lambd": "lambd"}),
+    (nn.Hardsigmoid, "hard_sigmoid", {}),
+    (nn.Hardswish, "hard_silu", {}),
+    (nn.Hardtanh, "hard_tanh", {"min_val": "min_val", "max_val": "max_val"}),
+    (nn.Identity, "identity", {}),
+    (nn.LeakyReLU, "leaky_relu", {"negative_slope": "negative_slope"}),
+    (nn.LogSigmoid, "log_sigmoid", {}),
+    (nn.LogSoftmax, "log_softmax", {"dim": "axis"}),
+    (nn.Mish, "mish", {}),
+    (nn.ReLU, "relu", {}),
+    (nn.ReLU6, "relu6", {}),
+    (nn.SELU, "selu", {}),
+    (nn.Sigmoid, "sigmoid", {}),
+    (nn.SiLU, "silu", {}),
+    (nn.Softmax, "softmax", {"dim": "axis"}),
+    (nn.Softmin, "softmin", {"dim": "axis"}),
+    (nn.Softplus, "softplus", {}),
+    (nn.Softshrink, "soft_shrink", {"lambd": "lambd"}),
+    (nn.Softsign, "soft_sign", {}),
+    (nn.Tanh, "tanh", {}),
+    (nn.Tanhshrink, "tanh_shrink", {}),
+    (nn.Threshold, "threshold", {"threshold": "threshold", "value": "value"}),
+]
+
+
+def _reads_activation(cls: type, name: str, attributes: dict[str, str]) -> None:
+    defaults = formulas.activation_defaults(name)
+
+    @adapter.reads(cls, specs.Activation)
+    def read_activation(m, ctx):
+        options = {option: getattr(m, attribute) for attribute, option in attributes.items()}
+        if "axis" in options and options["axis"] is None:
+            options["axis"] = -1
+        changed = {k: v for k, v in options.items() if k not in defaults or v != defaults[k]}
+        return specs.Activation(name=name, options=changed)
+
+
+for _row in _ACTIVATIONS:
+    _reads_activation(*_row)
+
+# Softmax2d is softmax over the third axis from the end, so that it is read and never built.
+@adapter.reads(nn.Softmax2d, specs.Activation)
+def read_softmax2d(m, ctx):
+    return specs.Activation(name="softmax", options={"axis": -3})
+
+
+_CLASSES: dict[str, tuple[type, dict[str, str]]] = {
+    name: (cls, {option: attribute for attribute, option in attributes.items()})
+    for cls, name, attributes in _ACTIVATIONS
+}
+
+
+@adapter.builds(specs.Activation)
+def build_activation(spec, ctx):
+    cls, attributes = _CLASSES[spec.name]
+    options: dict[str, Any] = formulas.activation_defaults(spec.name) | spec.options
+    if unknown := [k for k in spec.options if k not in attributes]:
+        ctx.refuse(unknown[0], spec.options[unknown[0]], f"{cls.__name__} has no such option")
+    return cls(**{attributes[k]: v for k, v in options.items() if k in attributes})
+

@@ -1,0 +1,320 @@
+"""Equinox. Modules are immutable trees that see one example; ``Linear`` stores ``(out, in)``.
+
+Running statistics live in an ``eqx.nn.State`` outside the module. Train or evaluation mode is
+the field ``inference`` of each layer. A tree has no identity: a layer that stands at two places
+is two layers once the tree is updated. ``BatchNorm(mode="batch")`` stores its statistics
+without the debiasing that it divides out, ``1 - momentum**counter``, in inference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from .. import formulas, specs
+from ..errors import ArgumentError, UnsupportedStructureError
+from ..registry import Adapter
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Node:
+    """A module, and the state of the model that it is a part of."""
+
+    module: Any
+    state: eqx.nn.State | None
+
+
+class Equinox(Adapter):
+    name = "equinox"
+    module_type = eqx.Module
+    per_example = True
+
+    def open(self, model, params, state):
+        if params is not None:
+            raise ArgumentError("equinox models take state=, not params=")
+        if state is not None and not isinstance(state, eqx.nn.State):
+            raise ArgumentError(f"expected an eqx.nn.State, got {type(state).__qualname__}")
+        return Node(model, state if state is not None else _initial_state(model))
+
+    def module(self, node):
+        return node.module if isinstance(node, Node) else node
+
+    def identity(self, node):
+        return None
+
+    def added_state(self, module, rule):
+        return _fields(type(module)) - _fields(rule.layer_type)
+
+    def has_children(self, module):
+        leaves = jax.tree.leaves(module, is_leaf=lambda x: x is not module and _is_module(x))
+        return any(map(_is_module, leaves))
+
+
+adapter = Equinox()
+
+
+def _is_module(x: Any) -> bool:
+    return isinstance(x, eqx.Module)
+
+
+def _fields(cls: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
+
+
+def _initial_state(model: eqx.Module) -> eqx.nn.State | None:
+    """The state that a model still holds, if ``eqx.nn.make_with_state`` has not taken it out."""
+    leaves = jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, eqx.nn.StateIndex))
+    if not any(isinstance(leaf, eqx.nn.StateIndex) for leaf in leaves):
+        return None
+    try:
+        return eqx.nn.State(model)
+    except ValueError as e:
+        raise ArgumentError(
+            "this Equinox model is stateful, and its state was not given",
+            path="model",
+            remedy="Pass state=, what eqx.nn.make_with_state returned beside the model",
+        ) from e
+
+
+def _make(cls: type, **fields: Any) -> Any:
+    """An instance of a module class from its fields; the constructors draw random numbers."""
+    if missing := _fields(cls) ^ fields.keys():
+        raise TypeError(f"{cls.__name__} has other fields in this version: {sorted(missing)}")
+    module = object.__new__(cls)
+    for name, value in fields.items():
+        object.__setattr__(module, name, value)
+    return module
+
+
+def _check_one_dtype(weight, bias, ctx):
+    if bias is not None and bias.dtype != weight.dtype:
+        ctx.refuse(
+            "bias.dtype",
+            bias.dtype,
+            f"Equinox adds the bias after the product in {weight.dtype}, where others promote "
+            f"both first",
+            "Cast the bias to the weight's dtype",
+        )
+
+
+@adapter.reads(eqx.nn.Sequential, specs.Sequential)
+def read_sequential(node, ctx):
+    return specs.Sequential(
+        layers=ctx.read_all(Node(layer, node.state) for layer in node.module.layers)
+    )
+
+
+@adapter.builds(specs.Sequential)
+def build_sequential(spec, ctx):
+    repeated = {id(layer) for layer in spec.layers if spec.layers.count(layer) > 1}
+    if any(id(layer) in repeated and layer.holds_state for layer in spec.layers):
+        raise UnsupportedStructureError(
+            "one layer is used twice; an Equinox tree would hold two copies, which training "
+            "pulls apart",
+            path=ctx.path,
+            remedy="Give each place a layer of its own, or wrap the model live with shims.wrap",
+        )
+    return eqx.nn.Sequential([ctx.build(layer) for layer in spec.layers])
+
+
+@adapter.reads(eqx.nn.Linear, specs.Linear)
+def read_linear(node, ctx):
+    m = node.module
+    for option in ("in_features", "out_features"):
+        if getattr(m, option) == "scalar":
+            ctx.refuse(option, "scalar", "other frameworks have no axis-less input or output")
+    _check_one_dtype(m.weight, m.bias, ctx)
+    return specs.Linear(weight=m.weight.T, bias=m.bias)
+
+
+@adapter.builds(specs.Linear)
+def build_linear(spec, ctx):
+    _check_one_dtype(spec.weight, spec.bias, ctx)
+    n_in, n_out = spec.weight.shape
+    return _make(
+        eqx.nn.Linear,
+        weight=spec.weight.T,
+        bias=spec.bias,
+        in_features=n_in,
+        out_features=n_out,
+        use_bias=spec.bias is not None,
+    )
+
+
+@adapter.reads(eqx.nn.LayerNorm, specs.LayerNorm)
+def read_layer_norm(node, ctx):
+    m = node.module
+    axes = tuple(range(-len(m.shape), 0))
+    return specs.LayerNorm(
+        scale=m.weight,
+        bias=m.bias,
+        epsilon=m.eps,
+        use_fast_variance=False,
+        feature_shape=m.shape,
+        reduction_axes=axes,
+        feature_axes=axes,
+    )
+
+
+def _check_output_dtype(spec, ctx):
+    if spec.output_dtype not in (None, jnp.dtype(jnp.float32), jnp.dtype(jnp.float64)):
+        ctx.refuse("output_dtype", spec.output_dtype, "Equinox returns the input's dtype")
+
+
+@adapter.builds(specs.LayerNorm, carries=("reduction_axes", "feature_axes", "output_dtype"))
+def build_layer_norm(spec, ctx):
+    _check_output_dtype(spec, ctx)
+    trailing = tuple(range(-len(spec.feature_axes), 0))
+    if spec.feature_axes != trailing or tuple(sorted(spec.reduction_axes)) != trailing:
+        ctx.refuse(
+            "reduction_axes",
+            spec.reduction_axes,
+            f"Equinox normalises and scales the same trailing axes (feature_axes="
+            f"{spec.feature_axes})",
+        )
+    shape = spec.feature_shape or ctx.require_shape()[-len(trailing) :]
+    if ctx.shape is not None and len(ctx.shape) != len(shape):
+        ctx.refuse("in_size", ctx.shape, f"Equinox normalises whole examples of shape {shape}")
+    return _make(
+        eqx.nn.LayerNorm,
+        shape=tuple(shape),
+        eps=spec.epsilon,
+        use_weight=spec.scale is not None,
+        use_bias=spec.bias is not None,
+        weight=spec.scale,
+        bias=spec.bias,
+    )
+
+
+@adapter.reads(eqx.nn.BatchNorm, specs.BatchNorm)
+def read_batch_norm(node, ctx):
+    m, state = node.module, node.state
+    if m.mode != "batch":
+        ctx.refuse(
+            "mode", m.mode, "it normalises by the running statistics in training as well"
+        )
+    if not isinstance(m.axis_name, str):
+        ctx.refuse("axis_name", m.axis_name, "only one name, that of the batch axis, converts")
+    mean, var = state.get(m.batch_state_index)
+    counter = state.get(m.batch_counter)
+    debias = jnp.where(counter == 0, 1.0, 1.0 - m.momentum**counter).astype(mean.dtype)
+    return specs.BatchNorm(
+        scale=m.weight,
+        bias=m.bias,
+        mean=mean / debias,
+        var=var / debias,
+        momentum=m.momentum,
+        epsilon=m.eps,
+        use_fast_variance=False,
+        spatial_dims=0,
+    )
+
+
+# After so many steps the debiasing is 1 to the last bit, so that the statistics are stored as
+# the other frameworks have them.
+_SETTLED = 10**6
+
+
+@adapter.builds(specs.BatchNorm, carries=("output_dtype",))
+def build_batch_norm(spec, ctx):
+    _check_output_dtype(spec, ctx)
+    if (spec.scale is None) != (spec.bias is None):
+        ctx.refuse("scale, bias", "one of two", "Equinox has both or neither")
+    if not 0 <= spec.momentum < 1:
+        ctx.refuse("momentum", spec.momentum, "Equinox divides by 1 - momentum**counter")
+    if spec.spatial_dims != 0 and len(ctx.require_shape()) != 1:
+        ctx.refuse("spatial_dims", spec.spatial_dims, "only examples of one axis convert")
+    return _make(
+        eqx.nn.BatchNorm,
+        weight=spec.scale,
+        bias=spec.bias,
+        ema_first_time_index=None,
+        ema_state_index=None,
+        batch_counter=eqx.nn.StateIndex(jnp.asarray(_SETTLED)),
+        batch_state_index=eqx.nn.StateIndex((spec.mean, spec.var)),
+        axis_name="batch",
+        inference=True,
+        input_size=spec.mean.shape[0],
+        eps=spec.epsilon,
+        channelwise_affine=spec.scale is not None,
+        momentum=spec.momentum,
+        mode="batch",
+    )
+
+
+@adapter.reads(eqx.nn.Dropout, specs.Dropout)
+def read_dropout(node, ctx):
+    p = node.module.p
+    if not isinstance(p, int | float):
+        ctx.refuse("p", p, "only a number converts, not an array")
+    return specs.Dropout(rate=float(p), rng_collection="dropout")
+
+
+@adapter.builds(specs.Dropout)
+def build_dropout(spec, ctx):
+    return _make(eqx.nn.Dropout, p=spec.rate, inference=True)
+
+
+@adapter.reads(eqx.nn.Identity, specs.Activation)
+def read_identity(node, ctx):
+    return specs.Activation(name="identity")
+
+
+@adapter.reads(eqx.nn.Lambda, specs.Function)
+def read_lambda(node, ctx):
+    fn = node.module.fn
+    if fn is jnp.ravel:
+        return specs.Flatten(start_axis=1, end_axis=-1, in_size=None)
+    spec = ctx.read_callable(fn, ctx.path)
+    if isinstance(spec, specs.Activation) and "axis" in spec.options:
+        axis = spec.options["axis"]
+        return dataclasses.replace(spec, options=spec.options | {"axis": _batched(axis)})
+    if isinstance(spec, specs.Flatten) and spec.in_size is None:
+        return dataclasses.replace(
+            spec, start_axis=_batched(spec.start_axis), end_axis=_batched(spec.end_axis)
+        )
+    return spec
+
+
+def _batched(axis: int) -> int:
+    """An axis of one example, counted in a batch."""
+    return axis + 1 if axis >= 0 else axis
+
+
+def _single(axis: int, option: str, ctx) -> int:
+    """An axis of a batch, counted in one example."""
+    if axis == 0:
+        ctx.refuse(option, axis, "it is the batch axis, and an Equinox module sees one example")
+    return axis - 1 if axis > 0 else axis
+
+
+@adapter.builds(specs.Activation)
+def build_activation(spec, ctx):
+    if spec.name == "identity":
+        return eqx.nn.Identity()
+    fn, options = formulas.ACTIVATIONS[spec.name], dict(spec.options)
+    if "axis" in options:
+        options["axis"] = _single(options["axis"], "axis", ctx)
+    return eqx.nn.Lambda(functools.partial(fn, **options) if options else fn)
+
+
+@adapter.builds(specs.Flatten)
+def build_flatten(spec, ctx):
+    start, end = spec.start_axis, spec.end_axis
+    if spec.in_size is None:
+        start, end = _single(start, "start_axis", ctx), _single(end, "end_axis", ctx)
+    return eqx.nn.Lambda(
+        functools.partial(
+            formulas.flatten, start_axis=start, end_axis=end, in_size=spec.in_size
+        )
+    )
+
+
+@adapter.builds(specs.Function)
+def build_function(spec, ctx):
+    return eqx.nn.Lambda(spec.fn if spec.per_example else formulas.Single(spec.fn))

@@ -1,0 +1,430 @@
+"""Flax Linen. Channels last and batched; modules are frozen dataclasses without arrays.
+
+A node is the module and its part of the variables, ``{collection: {name: array}}``. The
+layers of a ``Sequential`` find theirs under ``layers_0``, ``layers_1``, …; a module used twice
+under the name of its first place. Train or evaluation mode is a field of each layer, which
+``Sequential`` cannot forward. A layer's ``dtype`` is what its operands are cast to in ``Dense``,
+and only the dtype of the result in the normalisations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from flax.linen import dtypes
+
+from .. import formulas, specs
+from ..errors import ArgumentError, ConversionError, UnsupportedStructureError
+from ..registry import Adapter
+
+Key = tuple[str, ...]
+
+
+@dataclasses.dataclass(eq=False)
+class Node:
+    """A module and its part of the variables; ``placed`` once a stack has taken it in."""
+
+    module: Any
+    variables: Mapping[str, Any]
+    placed: bool = False
+
+    def array(self, name: str, collection: str = "params") -> Any:
+        """The array of that name, or None."""
+        return self.variables.get(collection, {}).get(name)
+
+
+class Linen(Adapter):
+    name = "linen"
+    module_type = nn.Module
+
+    def open(self, model, params, state):
+        if state is not None:
+            raise ArgumentError("linen models take params=, not state=")
+        if not isinstance(params, Mapping):
+            raise ArgumentError(
+                f"linen models keep their weights outside: expected a mapping of variables, got "
+                f"{type(params).__qualname__}",
+                path="model",
+                remedy='Pass what model.init(...) returned, {"params": ...}',
+            )
+        _check_variables(model, params)
+        return Node(model, params)
+
+    def close(self, built, options):
+        if not isinstance(built, Node):
+            built = Node(nn.Sequential((built,)), {})
+        return built.module, built.variables
+
+    def module(self, node):
+        return node.module if isinstance(node, Node) else node
+
+    def added_state(self, module, rule):
+        return _fields(type(module)) - _fields(rule.layer_type)
+
+    def has_children(self, module):
+        values = [getattr(module, name) for name in _fields(type(module))]
+        return any(map(_holds_module, values)) or _overrides_setup(module)
+
+
+adapter = Linen()
+
+
+def _fields(cls: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
+
+
+def _holds_module(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return any(map(_holds_module, value))
+    return isinstance(value, nn.Module)
+
+
+def _overrides_setup(module: nn.Module) -> bool:
+    """Whether submodules appear in ``setup`` or in a compact call of the user's own class."""
+    return not type(module).__module__.startswith(nn.__name__)
+
+
+# -- variables: what a module needs, compared with what is given before anything is read ------
+
+# The shape of each array: a number is fixed, a name is any size, the same wherever it stands.
+_VARIABLES: dict[type, Any] = {
+    nn.Dense: lambda m: {
+        ("params", "kernel"): ("in", m.features),
+        ("params", "bias"): (m.features,) if m.use_bias else None,
+    },
+    nn.LayerNorm: lambda m: {
+        ("params", "scale"): _feature_names(m) if m.use_scale else None,
+        ("params", "bias"): _feature_names(m) if m.use_bias else None,
+    },
+    nn.BatchNorm: lambda m: {
+        ("params", "scale"): ("features",) if m.use_scale else None,
+        ("params", "bias"): ("features",) if m.use_bias else None,
+        ("batch_stats", "mean"): ("features",),
+        ("batch_stats", "var"): ("features",),
+    },
+    nn.Dropout: lambda m: {},
+}
+
+
+def _feature_names(m: nn.LayerNorm) -> tuple[str, ...]:
+    return tuple(f"axis {axis}" for axis in _axes(m.feature_axes))
+
+
+def _axes(axes: Any) -> tuple[int, ...]:
+    return (axes,) if isinstance(axes, int) else tuple(axes)
+
+
+def _check_variables(model: nn.Module, variables: Mapping[str, Any]) -> None:
+    """Compare keys and shapes of the whole model, and report all that is wrong together.
+
+    Raises:
+        ConversionError: keys are missing or unexpected, or shapes differ.
+        UnsupportedStructureError: one module is used in two different stacks.
+    """
+    wanted: dict[Key, tuple[int | str, ...]] = {}
+    parents: dict[int, Any] = {}
+    for module, scope, parent in _leaves(model, (), None):
+        rule = next((_VARIABLES[c] for c in type(module).__mro__ if c in _VARIABLES), None)
+        if rule is None:
+            return  # not a layer that converts: the walk says so, with its path
+        shapes = {key: shape for key, shape in rule(module).items() if shape is not None}
+        if shapes and parents.setdefault(id(module), parent) is not parent:
+            raise UnsupportedStructureError(
+                f"one {type(module).__qualname__} is used in two different stacks",
+                path="model",
+                remedy="Use it twice in one stack, or wrap the model live with shims.wrap",
+            )
+        for (collection, name), shape in shapes.items():
+            key = (collection, *scope, name)
+            wanted[key] = tuple(
+                n if isinstance(n, int) else f"{n} of {'/'.join(scope)}" for n in shape
+            )
+    given = dict(_flatten(variables, ()))
+    mismatched = _mismatches(wanted, given)
+    if wanted.keys() == given.keys() and not mismatched:
+        return
+    has_collections = "params" in variables or not wanted
+    raise ConversionError(
+        "the variables do not fit the module",
+        path="model",
+        missing=["/".join(k) for k in sorted(wanted.keys() - given.keys())],
+        unexpected=["/".join(k) for k in sorted(given.keys() - wanted.keys())],
+        mismatched=mismatched,
+        remedy=None if has_collections else 'Pass the collections: {"params": ...}',
+    )
+
+
+def _leaves(module: Any, scope: Key, parent: Any) -> Iterator[tuple[nn.Module, Key, Any]]:
+    """Every layer below ``module`` once a stack, with the scope of its variables."""
+    if not isinstance(module, nn.Sequential):
+        if isinstance(module, nn.Module):
+            yield module, scope, parent
+        return
+    seen: set[int] = set()
+    for i, layer in enumerate(module.layers):
+        if id(layer) not in seen:
+            seen.add(id(layer))
+            yield from _leaves(layer, (*scope, f"layers_{i}"), module)
+
+
+def _flatten(tree: Any, path: Key) -> Iterator[tuple[Key, Any]]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _flatten(value, (*path, str(key)))
+    else:
+        yield path, tree
+
+
+def _mismatches(
+    wanted: Mapping[Key, tuple[int | str, ...]], given: Mapping[Key, Any]
+) -> list[str]:
+    sizes: dict[str, int] = {}
+    lines: list[str] = []
+    for key in sorted(wanted.keys() & given.keys()):
+        array, where = given[key], "/".join(key)
+        if isinstance(array, nn.meta.AxisMetadata):
+            lines.append(f"{where} is boxed in {type(array).__name__} (use nn.unbox)")
+        elif not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            lines.append(f"{where} is a {type(array).__qualname__}, not an array")
+        elif len(array.shape) != len(wanted[key]) or any(
+            size != (n if isinstance(n, int) else sizes.setdefault(n, size))
+            for n, size in zip(wanted[key], array.shape, strict=True)
+        ):
+            names = tuple(n if isinstance(n, int) else n.partition(" of ")[0]
+                          for n in wanted[key])
+            lines.append(f"{where} has shape {array.shape}, wanted {_shown(names, sizes, key)}")
+    return lines
+
+
+def _shown(names: tuple[int | str, ...], sizes: Mapping[str, int], key: Key) -> str:
+    scope = "/".join(key[1:-1])
+    known = [n if isinstance(n, int) else sizes.get(f"{n} of {scope}", n) for n in names]
+    return f"({', '.join(map(str, known))}{',' if len(known) == 1 else ''})"
+
+
+# -- layers -------------------------------------------------------------------------------------
+
+
+def _dtype_of(*arrays: Any) -> Any:
+    return next((a.dtype for a in arrays if a is not None), jnp.float32)
+
+
+def _node(module: nn.Module, params: Mapping[str, Any], **collections: Any) -> Node:
+    params = {name: array for name, array in params.items() if array is not None}
+    return Node(module, ({"params": params} if params else {}) | collections)
+
+
+@adapter.reads(nn.Sequential, specs.Sequential)
+def read_sequential(node, ctx):
+    first = {id(layer): i for i, layer in reversed(list(enumerate(node.module.layers)))}
+    return specs.Sequential(
+        layers=ctx.read_all(
+            Node(layer, {
+                collection: tree[f"layers_{first[id(layer)]}"]
+                for collection, tree in node.variables.items()
+                if f"layers_{first[id(layer)]}" in tree
+            })
+            for layer in node.module.layers
+        )
+    )
+
+
+@adapter.builds(specs.Sequential)
+def build_sequential(spec, ctx):
+    built = [ctx.build(layer) for layer in spec.layers]
+    variables: dict[str, dict[str, Any]] = {}
+    placed: set[int] = set()
+    for i, (layer, node) in enumerate(zip(spec.layers, built, strict=True)):
+        if not isinstance(node, Node) or id(node) in placed:
+            continue
+        if node.placed and layer.holds_state:
+            raise UnsupportedStructureError(
+                "a layer is used in two different stacks, which Linen names apart",
+                path=ctx.path,
+                remedy="Use it twice in one stack, or wrap the model live with shims.wrap",
+            )
+        node.placed = True
+        placed.add(id(node))
+        for collection, tree in node.variables.items():
+            variables.setdefault(collection, {})[f"layers_{i}"] = tree
+    modules = tuple(node.module if isinstance(node, Node) else node for node in built)
+    return Node(nn.Sequential(modules), variables)
+
+
+@adapter.reads(
+    nn.Dense,
+    specs.Linear,
+    fixed={
+        "promote_dtype": dtypes.promote_dtype,
+        "dot_general": None,
+        "dot_general_cls": None,
+    },
+)
+def read_dense(node, ctx):
+    return specs.Linear(
+        weight=node.array("kernel"),
+        bias=node.array("bias"),
+        dtype=specs.dtype(node.module.dtype),
+        precision=node.module.precision,
+    )
+
+
+@adapter.builds(specs.Linear, carries=("dtype", "precision"))
+def build_dense(spec, ctx):
+    module = nn.Dense(
+        spec.weight.shape[1],
+        use_bias=spec.bias is not None,
+        dtype=spec.dtype,
+        param_dtype=spec.weight.dtype,
+        precision=spec.precision,
+    )
+    return _node(module, {"kernel": spec.weight, "bias": spec.bias})
+
+
+def _from_the_end(axes: Any, option: str, ctx) -> tuple[int, ...]:
+    if any(axis >= 0 for axis in _axes(axes)):
+        ctx.refuse(
+            option,
+            axes,
+            "non-negative axes count batch axes, which are not known here",
+            "Count the axes from the end",
+        )
+    return _axes(axes)
+
+
+@adapter.reads(nn.LayerNorm, specs.LayerNorm, fixed={"force_float32_reductions": True})
+def read_layer_norm(node, ctx):
+    m, scale, bias = node.module, node.array("scale"), node.array("bias")
+    shape = next((a.shape for a in (scale, bias) if a is not None), None)
+    return specs.LayerNorm(
+        scale=scale,
+        bias=bias,
+        epsilon=m.epsilon,
+        use_fast_variance=m.use_fast_variance,
+        feature_shape=shape,
+        reduction_axes=_from_the_end(m.reduction_axes, "reduction_axes", ctx),
+        feature_axes=_from_the_end(m.feature_axes, "feature_axes", ctx),
+        axis_name=m.axis_name,
+        axis_index_groups=m.axis_index_groups,
+        output_dtype=specs.dtype(m.dtype),
+    )
+
+
+@adapter.builds(
+    specs.LayerNorm,
+    carries=(
+        "reduction_axes",
+        "feature_axes",
+        "axis_name",
+        "axis_index_groups",
+        "output_dtype",
+    ),
+)
+def build_layer_norm(spec, ctx):
+    module = nn.LayerNorm(
+        epsilon=spec.epsilon,
+        dtype=spec.output_dtype,
+        param_dtype=_dtype_of(spec.scale, spec.bias),
+        use_bias=spec.bias is not None,
+        use_scale=spec.scale is not None,
+        reduction_axes=spec.reduction_axes,
+        feature_axes=spec.feature_axes,
+        axis_name=spec.axis_name,
+        axis_index_groups=spec.axis_index_groups,
+        use_fast_variance=spec.use_fast_variance,
+    )
+    return _node(module, {"scale": spec.scale, "bias": spec.bias})
+
+
+@adapter.reads(nn.BatchNorm, specs.BatchNorm, fixed={"force_float32_reductions": True})
+def read_batch_norm(node, ctx):
+    m = node.module
+    (axis,) = _from_the_end(m.axis, "axis", ctx)
+    return specs.BatchNorm(
+        scale=node.array("scale"),
+        bias=node.array("bias"),
+        mean=node.array("mean", "batch_stats"),
+        var=node.array("var", "batch_stats"),
+        momentum=m.momentum,
+        epsilon=m.epsilon,
+        use_fast_variance=m.use_fast_variance,
+        spatial_dims=None,
+        axis=axis,
+        axis_name=m.axis_name,
+        axis_index_groups=m.axis_index_groups,
+        output_dtype=specs.dtype(m.dtype),
+    )
+
+
+@adapter.builds(
+    specs.BatchNorm, carries=("axis", "axis_name", "axis_index_groups", "output_dtype")
+)
+def build_batch_norm(spec, ctx):
+    module = nn.BatchNorm(
+        use_running_average=not ctx.options.get("train", False),
+        axis=spec.axis,
+        momentum=spec.momentum,
+        epsilon=spec.epsilon,
+        dtype=spec.output_dtype,
+        param_dtype=_dtype_of(spec.scale, spec.bias),
+        use_bias=spec.bias is not None,
+        use_scale=spec.scale is not None,
+        axis_name=spec.axis_name,
+        axis_index_groups=spec.axis_index_groups,
+        use_fast_variance=spec.use_fast_variance,
+    )
+    return _node(
+        module,
+        {"scale": spec.scale, "bias": spec.bias},
+        batch_stats={"mean": spec.mean, "var": spec.var},
+    )
+
+
+@adapter.reads(nn.Dropout, specs.Dropout)
+def read_dropout(node, ctx):
+    m = node.module
+    return specs.Dropout(
+        rate=m.rate, broadcast_dims=tuple(m.broadcast_dims), rng_collection=m.rng_collection
+    )
+
+
+@adapter.builds(specs.Dropout, carries=("broadcast_dims",))
+def build_dropout(spec, ctx):
+    return Node(
+        nn.Dropout(
+            spec.rate,
+            broadcast_dims=spec.broadcast_dims,
+            deterministic=not ctx.options.get("train", False),
+            rng_collection=spec.rng_collection,
+        ),
+        {},
+    )
+
+
+@adapter.builds(specs.Activation)
+def build_activation(spec, ctx):
+    fn = formulas.ACTIVATIONS[spec.name]
+    return functools.partial(fn, **spec.options) if spec.options else fn
+
+
+@adapter.builds(specs.Flatten)
+def build_flatten(spec, ctx):
+    return functools.partial(
+        formulas.flatten,
+        start_axis=spec.start_axis,
+        end_axis=spec.end_axis,
+        in_size=spec.in_size,
+    )
+
+
+@adapter.builds(specs.Function)
+def build_function(spec, ctx):
+    return formulas.Batched(spec.fn) if spec.per_example else spec.fn

@@ -1,0 +1,316 @@
+"""Flax NNX. Channels last and batched; layers hold ``nnx.Variable``s and are mutable.
+
+Train or evaluation mode is an attribute of each layer (``deterministic``,
+``use_running_average``), which ``.train()`` and ``.eval()`` set. A layer's ``dtype`` is what
+its operands are cast to before anything else, and the dtype of its result.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+
+from .. import formulas, specs
+from ..errors import ArgumentError
+from ..registry import Adapter
+
+
+class Nnx(Adapter):
+    name = "nnx"
+    module_type = nnx.Module
+
+    def containers(self, node):
+        return [(k, v) for k, v in vars(node).items() if isinstance(v, nnx.Variable)]
+
+    def added_state(self, module, rule):
+        held = nnx.Variable | nnx.Pytree
+        return {k for k, v in vars(module).items() if isinstance(v, held)} - rule.state
+
+    def has_children(self, module):
+        return any(path for path, _ in nnx.iter_modules(module))
+
+    def close(self, built, options):
+        rngs = options.get("rngs")
+        if rngs is not None and not isinstance(rngs, nnx.Rngs | nnx.RngStream):
+            raise ArgumentError(
+                f"rngs must be an nnx.Rngs, got {type(rngs).__qualname__}",
+                remedy="Pass rngs=nnx.Rngs(seed)",
+            )
+        return built if isinstance(built, nnx.Module) else nnx.Sequential(built)
+
+
+adapter = Nnx()
+
+
+def _array(layer, ctx, name: str, wanted: type[nnx.Variable] = nnx.Param) -> Any:
+    """The array of the layer's variable of that name, or None."""
+    variable = getattr(layer, name)
+    if variable is None:
+        return None
+    if type(variable) is not wanted:
+        ctx.refuse(
+            name,
+            type(variable).__qualname__,
+            f"only an nnx.{wanted.__name__} converts; another kind may be trained in its own "
+            f"way, or not at all",
+        )
+    ignored = nnx.Variable.required_metadata
+    metadata = {k: v for k, v in variable.get_metadata().items() if k not in ignored and v}
+    if metadata:
+        ctx.refuse(f"{name} metadata", metadata, "other frameworks have no place for it")
+    return variable.get_raw_value()
+
+
+class _NoRngs:
+    """Stands for the ``nnx.Rngs`` of a layer whose initialisers return given arrays."""
+
+    def params(self) -> None:
+        return None
+
+
+def _given(array: Any) -> Any:
+    return lambda *_: array
+
+
+def _dtype_of(*arrays: Any) -> Any:
+    return next((a.dtype for a in arrays if a is not None), jnp.float32)
+
+
+@adapter.reads(nnx.Sequential, specs.Sequential, state=("layers",))
+def read_sequential(m, ctx):
+    return specs.Sequential(layers=ctx.read_all(m.layers))
+
+
+@adapter.builds(specs.Sequential)
+def build_sequential(spec, ctx):
+    return nnx.Sequential(*[ctx.build(layer) for layer in spec.layers])
+
+
+@adapter.reads(
+    nnx.Linear,
+    specs.Linear,
+    state=("kernel", "bias"),
+    fixed={"dot_general": jax.lax.dot_general, "promote_dtype": dtypes.promote_dtype},
+)
+def read_linear(m, ctx):
+    return specs.Linear(
+        weight=_array(m, ctx, "kernel"),
+        bias=_array(m, ctx, "bias"),
+        dtype=specs.dtype(m.dtype),
+        precision=m.precision,
+        preferred_element_type=specs.dtype(m.preferred_element_type),
+    )
+
+
+@adapter.builds(specs.Linear, carries=("dtype", "precision", "preferred_element_type"))
+def build_linear(spec, ctx):
+    return nnx.Linear(
+        *spec.weight.shape,
+        use_bias=spec.bias is not None,
+        dtype=spec.dtype,
+        param_dtype=spec.weight.dtype,
+        precision=spec.precision,
+        preferred_element_type=spec.preferred_element_type,
+        kernel_init=_given(spec.weight),
+        bias_init=_given(spec.bias),
+        rngs=_NoRngs(),
+    )
+
+
+def _is_wide(dtype: Any) -> bool:
+    """Whether casting the operands to ``dtype`` first loses nothing that its result keeps."""
+    return dtype is not None and jnp.promote_types(dtype, jnp.float32) == dtype
+
+
+def _norm_dtype(spec, ctx):
+    """The one dtype that this framework has for the operands and for the result."""
+    if spec.compute_dtype == spec.output_dtype or _is_wide(spec.output_dtype):
+        return spec.output_dtype
+    ctx.refuse(
+        "output_dtype",
+        spec.output_dtype,
+        "nnx would cast the input to it before taking statistics, not only the result",
+    )
+
+
+@adapter.reads(
+    nnx.LayerNorm,
+    specs.LayerNorm,
+    state=("scale", "bias"),
+    fixed={"promote_dtype": dtypes.promote_dtype},
+)
+def read_layer_norm(m, ctx):
+    reduction_axes = _axes(m.reduction_axes, "reduction_axes", ctx)
+    feature_axes = _axes(m.feature_axes, "feature_axes", ctx)
+    if len(feature_axes) > 1:
+        ctx.refuse(
+            "feature_axes", feature_axes, "nnx keeps the product of their sizes, not the sizes"
+        )
+    dtype = specs.dtype(m.dtype)
+    return specs.LayerNorm(
+        scale=_array(m, ctx, "scale"),
+        bias=_array(m, ctx, "bias"),
+        epsilon=m.epsilon,
+        use_fast_variance=m.use_fast_variance,
+        feature_shape=(m.num_features,),
+        reduction_axes=reduction_axes,
+        feature_axes=feature_axes,
+        axis_name=m.axis_name,
+        axis_index_groups=m.axis_index_groups,
+        compute_dtype=None if _is_wide(dtype) else dtype,
+        output_dtype=dtype,
+    )
+
+
+def _axes(axes: Any, option: str, ctx) -> tuple[int, ...]:
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    if any(axis >= 0 for axis in axes):
+        ctx.refuse(
+            option,
+            axes,
+            "non-negative axes count batch axes, which are not known here",
+            "Count the axes from the end",
+        )
+    return axes
+
+
+@adapter.builds(
+    specs.LayerNorm,
+    carries=(
+        "reduction_axes",
+        "feature_axes",
+        "axis_name",
+        "axis_index_groups",
+        "compute_dtype",
+        "output_dtype",
+    ),
+)
+def build_layer_norm(spec, ctx):
+    shape = spec.feature_shape
+    if shape is None:
+        example = ctx.require_shape()
+        shape = tuple(example[axis] for axis in spec.feature_axes)
+    features = functools.reduce(lambda a, b: a * b, shape)
+    return nnx.LayerNorm(
+        features,
+        epsilon=spec.epsilon,
+        dtype=_norm_dtype(spec, ctx),
+        param_dtype=_dtype_of(spec.scale, spec.bias),
+        use_bias=spec.bias is not None,
+        use_scale=spec.scale is not None,
+        bias_init=_given(_flat(spec.bias)),
+        scale_init=_given(_flat(spec.scale)),
+        reduction_axes=spec.reduction_axes,
+        feature_axes=spec.feature_axes,
+        axis_name=spec.axis_name,
+        axis_index_groups=spec.axis_index_groups,
+        use_fast_variance=spec.use_fast_variance,
+        rngs=_NoRngs(),
+    )
+
+
+def _flat(array: Any) -> Any:
+    return array if array is None or array.ndim == 1 else array.reshape(-1)
+
+
+@adapter.reads(
+    nnx.BatchNorm,
+    specs.BatchNorm,
+    state=("scale", "bias", "mean", "var"),
+    fixed={"promote_dtype": dtypes.promote_dtype},
+)
+def read_batch_norm(m, ctx):
+    (axis,) = _axes(m.axis, "axis", ctx)
+    scale, bias = _array(m, ctx, "scale"), _array(m, ctx, "bias")
+    dtype = specs.dtype(m.dtype)
+    # The operands are cast to the common dtype of all five, and the statistics are float32.
+    output_dtype = dtype or jnp.promote_types(jnp.float32, _dtype_of(scale, bias))
+    return specs.BatchNorm(
+        scale=scale,
+        bias=bias,
+        mean=_array(m, ctx, "mean", nnx.BatchStat),
+        var=_array(m, ctx, "var", nnx.BatchStat),
+        momentum=m.momentum,
+        epsilon=m.epsilon,
+        use_fast_variance=m.use_fast_variance,
+        spatial_dims=None,
+        axis=axis,
+        axis_name=m.axis_name,
+        axis_index_groups=m.axis_index_groups,
+        compute_dtype=None if dtype is None or _is_wide(dtype) else dtype,
+        output_dtype=output_dtype,
+    )
+
+
+@adapter.builds(
+    specs.BatchNorm,
+    carries=("axis", "axis_name", "axis_index_groups", "compute_dtype", "output_dtype"),
+)
+def build_batch_norm(spec, ctx):
+    param_dtype = _dtype_of(spec.scale, spec.bias)
+    if spec.output_dtype is None and not _is_wide(param_dtype):
+        ctx.refuse("param_dtype", param_dtype, "nnx returns float32 for a half-precision input")
+    layer = nnx.BatchNorm(
+        *spec.mean.shape,
+        use_running_average=True,
+        axis=spec.axis,
+        momentum=spec.momentum,
+        epsilon=spec.epsilon,
+        dtype=_norm_dtype(spec, ctx),
+        param_dtype=param_dtype,
+        use_bias=spec.bias is not None,
+        use_scale=spec.scale is not None,
+        bias_init=_given(spec.bias),
+        scale_init=_given(spec.scale),
+        axis_name=spec.axis_name,
+        axis_index_groups=spec.axis_index_groups,
+        use_fast_variance=spec.use_fast_variance,
+        rngs=_NoRngs(),
+    )
+    layer.mean.set_value(spec.mean)
+    layer.var.set_value(spec.var)
+    return layer
+
+
+@adapter.reads(nnx.Dropout, specs.Dropout, state=("rngs",))
+def read_dropout(m, ctx):
+    return specs.Dropout(
+        rate=m.rate, broadcast_dims=tuple(m.broadcast_dims), rng_collection=m.rng_collection
+    )
+
+
+@adapter.builds(specs.Dropout, carries=("broadcast_dims",))
+def build_dropout(spec, ctx):
+    return nnx.Dropout(
+        spec.rate,
+        broadcast_dims=spec.broadcast_dims,
+        deterministic=True,
+        rng_collection=spec.rng_collection,
+        rngs=ctx.options.get("rngs"),
+    )
+
+
+@adapter.builds(specs.Activation)
+def build_activation(spec, ctx):
+    fn = formulas.ACTIVATIONS[spec.name]
+    return functools.partial(fn, **spec.options) if spec.options else fn
+
+
+@adapter.builds(specs.Flatten)
+def build_flatten(spec, ctx):
+    return functools.partial(
+        formulas.flatten,
+        start_axis=spec.start_axis,
+        end_axis=spec.end_axis,
+        in_size=spec.in_size,
+    )
+
+
+@adapter.builds(specs.Function)
+def build_function(spec, ctx):
+    return formulas.Batched(spec.fn) if spec.per_example else spec.fn

@@ -1,0 +1,351 @@
+"""Who reads and builds what: the frameworks, their rules, and how a rule is found."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from . import frameworks as _framework_files
+from .errors import (
+    ArgumentError,
+    BrokenDependencyError,
+    MissingDependencyError,
+    UnmappedLayerError,
+    UnsupportedLayerError,
+    UnsupportedStructureError,
+)
+from .specs import Spec
+
+if TYPE_CHECKING:
+    from .walk import Building, Reading
+
+__all__ = ["Adapter", "BuildRule", "ReadRule", "Registry", "registry"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class ReadRule:
+    """How one native layer class becomes a spec.
+
+    Attributes:
+        layer_type: the native class.
+        spec_type: the spec that ``read`` returns.
+        read: ``(layer, ctx) -> spec``.
+        state: names of the attributes that hold the layer's arrays or submodules.
+        fixed: options that must keep this value: ``read`` does not carry any other.
+    """
+
+    layer_type: type
+    spec_type: type[Spec]
+    read: Callable[[Any, Reading], Spec]
+    state: frozenset[str]
+    fixed: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class BuildRule:
+    """How a spec becomes a native layer.
+
+    Attributes:
+        spec_type: the spec's class.
+        build: ``(spec, ctx) -> layer``.
+        carries: the spec's options that ``build`` can express; any other must be plain.
+    """
+
+    spec_type: type[Spec]
+    build: Callable[[Any, Building], Any]
+    carries: frozenset[str]
+
+
+class Adapter:
+    """What one framework can read and build. Each framework file defines one, ``adapter``.
+
+    Subclasses answer the questions below about the framework's modules. A *node* is what the
+    walk hands to a reader: the native module, or the module with what belongs to it where the
+    framework keeps weights outside.
+    """
+
+    name: ClassVar[str]
+    module_type: ClassVar[type]
+    per_example: ClassVar[bool] = False
+    """Whether modules see one example, and the caller maps over the batch."""
+    is_hub: ClassVar[bool] = False
+    """Whether pairs of rules written for two frameworks go through this one."""
+
+    def __init__(self) -> None:
+        self.readers: dict[type, ReadRule] = {}
+        self.builders: dict[type[Spec], BuildRule] = {}
+
+    # -- what a framework's file answers ------------------------------------------------
+
+    def open(self, model: Any, params: Any, state: Any) -> Any:
+        """The root node for a model given by a user; ``params`` and ``state`` as in convert."""
+        for name, value in (("params", params), ("state", state)):
+            if value is not None:
+                raise ArgumentError(
+                    f"{self.name} models carry their weights themselves, but {name}= was given",
+                    remedy=f"Leave {name}= out",
+                )
+        return model
+
+    def close(self, built: Any, options: Mapping[str, Any]) -> Any:
+        """What ``convert`` returns for a finished root."""
+        return built
+
+    def module(self, node: Any) -> Any:
+        """The native module of a node."""
+        return node
+
+    def identity(self, node: Any) -> Hashable | None:
+        """A key that two nodes share if they are one layer used twice; None if none ever do."""
+        return id(self.module(node))
+
+    def containers(self, node: Any) -> Iterable[tuple[str, object]]:
+        """The mutable containers that the module itself holds its arrays in, by name."""
+        return ()
+
+    def added_state(self, module: Any, rule: ReadRule) -> set[str]:
+        """Names of attributes that hold state, and that the rule does not know of."""
+        raise NotImplementedError
+
+    def has_children(self, module: Any) -> bool:
+        """Whether ``module`` holds other modules."""
+        raise NotImplementedError
+
+    # -- rules --------------------------------------------------------------------------
+
+    def reads(
+        self,
+        layer_type: type,
+        spec_type: type[Spec],
+        *,
+        state: Iterable[str] = (),
+        fixed: Mapping[str, Any] | None = None,
+    ) -> Callable[[Function], Function]:
+        """Register the decorated ``(layer, ctx) -> spec`` as the reader of ``layer_type``.
+
+        Raises:
+            ValueError: the class has a reader already.
+        """
+
+        def register(read: Function) -> Function:
+            if layer_type in self.readers:
+                raise ValueError(f"{self.name} reads {layer_type.__qualname__} already")
+            self.readers[layer_type] = ReadRule(
+                layer_type, spec_type, read, frozenset(state), dict(fixed or {})
+            )
+            return read
+
+        return register
+
+    def builds(
+        self, spec_type: type[Spec], *, carries: Iterable[str] = ()
+    ) -> Callable[[Function], Function]:
+        """Register the decorated ``(spec, ctx) -> layer`` as the builder of ``spec_type``.
+
+        Raises:
+            ValueError: the spec has a builder already.
+        """
+
+        def register(build: Function) -> Function:
+            if spec_type in self.builders:
+                raise ValueError(f"{self.name} builds {spec_type.__qualname__} already")
+            self.builders[spec_type] = BuildRule(spec_type, build, frozenset(carries))
+            return build
+
+        return register
+
+    def reader(self, module: Any, path: str) -> ReadRule:
+        """The rule for ``module``: of its exact class, or of a base whose forward it keeps.
+
+        Raises:
+            UnmappedLayerError: a layer without a rule.
+            UnsupportedStructureError: a module with forward logic of its own.
+            UnsupportedLayerError: a subclass that overrides something of its base.
+        """
+        cls = type(module)
+        base = next((c for c in cls.__mro__ if c in self.readers), None)
+        if base is None:
+            raise self._no_reader(module, path)
+        rule = self.readers[base]
+        if changed := _overridden(cls, base) + _shadowed(module):
+            raise UnsupportedLayerError(
+                cls,
+                f"it overrides {', '.join(changed)} of {base.__qualname__}, whose rule "
+                f"therefore does not apply",
+                path=path,
+                option=changed[0],
+                remedy=f"Register a reader for {cls.__qualname__}, or wrap it live: "
+                + _live(path),
+            )
+        if added := sorted(self.added_state(module, rule)):
+            raise UnsupportedLayerError(
+                cls,
+                f"it holds {', '.join(added)}, which {base.__qualname__} does not have",
+                path=path,
+                option=added[0],
+                remedy=f"Register a reader for {cls.__qualname__}, or wrap it live: "
+                + _live(path),
+            )
+        return rule
+
+    def _no_reader(self, module: Any, path: str) -> Exception:
+        cls = type(module)
+        if self.has_children(module):
+            return UnsupportedStructureError(
+                f"cannot convert {cls.__qualname__} ({self.name}): its forward logic is its "
+                f"own, and only stacks of known layers can be rebuilt",
+                path=path,
+                remedy=f"Wrap it live: {_live(path)}; or convert its parts one by one",
+            )
+        return UnmappedLayerError(
+            cls,
+            self.name,
+            path=path,
+            verb="read",
+            remedy=f"Register a reader for it, or wrap it live: {_live(path)}",
+        )
+
+    def builder(self, spec: Spec, path: str) -> BuildRule:
+        """The rule for ``spec``.
+
+        Raises:
+            UnmappedLayerError: this framework does not build that spec.
+        """
+        rule = self.builders.get(type(spec))
+        if rule is None:
+            raise UnmappedLayerError(
+                type(spec),
+                self.name,
+                path=path,
+                verb="build",
+                remedy="Register a builder for it, or wrap the layer live with shims",
+            )
+        return rule
+
+
+def _live(path: str) -> str:
+    return f"shims.wrap({path}, into=...)"
+
+
+# Attributes that Python, dataclasses or a framework's metaclass set on every class.
+_HARMLESS_DUNDERS = {"__call__", "__getattr__", "__getattribute__", "__setattr__"}
+
+
+def _overridden(cls: type, base: type) -> list[str]:
+    """Methods and properties of ``base`` that ``cls`` replaces, by name."""
+    names: list[str] = []
+    for c in cls.__mro__[: cls.__mro__.index(base)]:
+        for name, value in vars(c).items():
+            dunder = name.startswith("__") and name not in _HARMLESS_DUNDERS
+            is_code = callable(value) or hasattr(value, "__get__")
+            if is_code and not dunder and hasattr(base, name) and name not in names:
+                names.append(name)
+    return names
+
+
+def _shadowed(module: Any) -> list[str]:
+    """Methods of the class that an attribute of the instance hides."""
+    cls = type(module)
+    fields = getattr(cls, "__dataclass_fields__", ())  # a field may have a function as default
+    return [
+        name
+        for name in getattr(module, "__dict__", {})
+        if name not in fields and inspect.isroutine(getattr(cls, name, None))
+    ]
+
+
+class Registry:
+    """The frameworks, one for each file in ``interop/frameworks``, imported on first use."""
+
+    def __init__(self, package: ModuleType):
+        self._package = package
+        self._adapters: dict[str, Adapter] = {}
+
+    def names(self) -> list[str]:
+        """The frameworks that have a file, whether or not they are installed."""
+        return sorted(info.name for info in pkgutil.iter_modules(self._package.__path__))
+
+    def adapter(self, name: str) -> Adapter:
+        """The adapter of a framework.
+
+        Raises:
+            ArgumentError: there is no such framework.
+            MissingDependencyError: its package is not installed.
+            BrokenDependencyError: its package is installed and cannot be imported.
+        """
+        if name not in self._adapters:
+            self._adapters[name] = self._load(name)
+        return self._adapters[name]
+
+    def _load(self, name: str) -> Adapter:
+        if name not in self.names():
+            raise ArgumentError(
+                f"unknown framework {name!r}",
+                remedy=f"Known are: {', '.join(map(repr, self.names()))}",
+            )
+        file = f"{self._package.__name__}.{name}"
+        try:
+            return importlib.import_module(file).adapter
+        except ModuleNotFoundError as e:
+            package = (e.name or "").partition(".")[0]
+            if e.name != package or importlib.util.find_spec(package) is not None:
+                raise BrokenDependencyError(name, e, _versions(e)) from e
+            raise MissingDependencyError(name, package) from e
+        except Exception as e:
+            raise BrokenDependencyError(name, e, _versions(e)) from e
+
+    def hub(self) -> tuple[Adapter, list[Adapter]]:
+        """The hub, and the other frameworks that are installed.
+
+        Raises:
+            BrokenDependencyError: a package is installed and cannot be imported.
+        """
+        found: list[Adapter] = []
+        for name in self.names():
+            try:
+                found.append(self.adapter(name))
+            except MissingDependencyError:
+                continue
+        (hub,) = (a for a in found if a.is_hub)
+        return hub, [a for a in found if a is not hub]
+
+    def framework_of(self, obj: Any) -> str | None:
+        """The framework that ``obj`` is a module of, or None.
+
+        A framework's file is named after a component of the module path of its base class,
+        so that nothing is imported to find it.
+        """
+        parts = {part for cls in type(obj).__mro__ for part in cls.__module__.split(".")}
+        for name in self.names():
+            if name in parts and isinstance(obj, self.adapter(name).module_type):
+                return name
+        return None
+
+
+def _versions(error: BaseException) -> dict[str, str]:
+    """Versions of JAX and of the packages in whose code ``error`` was raised."""
+    packages = {"jax"}
+    trace = error.__traceback__
+    while trace is not None:
+        packages.add(trace.tb_frame.f_globals.get("__name__", "").partition(".")[0])
+        trace = trace.tb_next
+    found: dict[str, str] = {}
+    for package in sorted(packages - set(sys.stdlib_module_names)):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+registry = Registry(_framework_files)

@@ -1,0 +1,230 @@
+"""Neutral layer descriptions. Array layouts are defined here and nowhere else.
+
+A field without a default is always carried. A field with a default is an option, and its
+default is the plain behaviour: a builder that cannot express another value does not list the
+option in its ``carries``, and the walk then refuses the layer by the option's name.
+
+Shapes name the batch axes ``*batch``; ``x`` is the input of the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = [
+    "Activation",
+    "BatchNorm",
+    "Dropout",
+    "Flatten",
+    "Function",
+    "LayerNorm",
+    "Linear",
+    "Sequential",
+    "Spec",
+    "dtype",
+]
+
+Array = Any  # jax.Array or numpy.ndarray: a spec holds what the source held
+DType = Any
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Spec:
+    """Base of all specs. Specs compare by identity: one spec twice is one layer used twice."""
+
+    @property
+    def holds_state(self) -> bool:
+        """Whether using the layer at two places ties something."""
+        return False
+
+    def output_shape(self, shape: Shape | None) -> Shape | None:
+        """Shape of one output example for one input example; None where it is not known."""
+        return shape
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Linear(Spec):
+    """``y = x @ weight + bias``.
+
+    Shapes:
+        x       (*batch, in)
+        weight  (in, out)
+        bias    (out,) or None
+        mask    (in, out) or None, multiplied with the weight
+
+    Options: ``dtype`` is what the operands are cast to; None means their common dtype.
+    """
+
+    weight: Array
+    bias: Array | None
+    mask: Array | None = None
+    dtype: DType | None = None
+    precision: Any = None
+    preferred_element_type: DType | None = None
+
+    @property
+    def holds_state(self) -> bool:
+        return True
+
+    def output_shape(self, shape: Shape | None) -> Shape | None:
+        return (*shape[:-1], self.weight.shape[1]) if shape else (self.weight.shape[1],)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LayerNorm(Spec):
+    """``y = (x - mean) * rsqrt(var + epsilon) * scale + bias`` over ``reduction_axes``.
+
+    Shapes:
+        x       (*batch, *example)
+        scale   the sizes of ``feature_axes``, or None
+        bias    the sizes of ``feature_axes``, or None
+
+    ``feature_shape`` holds those sizes where they are known without the arrays. Axes are
+    negative: they count from the end, so that batch axes do not move them.
+
+    Dtypes: ``x``, scale and bias are first cast to ``compute_dtype``, the result to
+    ``output_dtype``; None means the common dtype of the three. Statistics are float32 or wider.
+    """
+
+    scale: Array | None
+    bias: Array | None
+    epsilon: float
+    use_fast_variance: bool
+    feature_shape: Shape | None
+    reduction_axes: tuple[int, ...] = (-1,)
+    feature_axes: tuple[int, ...] = (-1,)
+    axis_name: Any = None
+    axis_index_groups: Any = None
+    compute_dtype: DType | None = None
+    output_dtype: DType | None = None
+
+    @property
+    def holds_state(self) -> bool:
+        return self.scale is not None or self.bias is not None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BatchNorm(Spec):
+    """``y = (x - mean) * rsqrt(var + epsilon) * scale + bias`` over all axes but ``axis``.
+
+    Training normalises by the batch's statistics and moves the running ones:
+    ``mean <- momentum * mean + (1 - momentum) * batch_mean``, with the biased variance.
+
+    Shapes:
+        x                       (*batch, *space, features) for ``axis == -1``
+        scale, bias             (features,) or None
+        mean, var               (features,)
+
+    ``spatial_dims`` is the number of axes of ``space``, or None where the source leaves it to
+    the input. Dtypes as in :class:`LayerNorm`.
+    """
+
+    scale: Array | None
+    bias: Array | None
+    mean: Array
+    var: Array
+    momentum: float
+    epsilon: float
+    use_fast_variance: bool
+    spatial_dims: int | None
+    axis: int = -1
+    axis_name: Any = None
+    axis_index_groups: Any = None
+    compute_dtype: DType | None = None
+    output_dtype: DType | None = None
+
+    @property
+    def holds_state(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Dropout(Spec):
+    """Training: each element is 0 with probability ``rate``, else ``x / (1 - rate)``.
+
+    ``broadcast_dims`` are axes of the batched ``x`` along which one decision is shared.
+    ``rng_collection`` names the random stream, in frameworks that have several.
+    """
+
+    rate: float
+    rng_collection: str
+    broadcast_dims: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Activation(Spec):
+    """A weight-less function of :data:`interop.formulas.ACTIVATIONS`, by name.
+
+    ``options`` holds those that differ from the function's defaults. An ``axis`` counts in
+    the batched input.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Flatten(Spec):
+    """:func:`interop.formulas.flatten` of the batched input."""
+
+    start_axis: int
+    end_axis: int
+    in_size: Shape | None
+
+    def output_shape(self, shape: Shape | None) -> Shape | None:
+        if shape is None:
+            return None
+        from .formulas import flatten
+
+        def run(x: jax.Array) -> jax.Array:
+            return flatten(x, self.start_axis, self.end_axis, self.in_size)
+
+        return _shape_of(run, shape)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Function(Spec):
+    """Any other callable, without weights of its own.
+
+    ``per_example`` says what it expects: one example, or a batch of them.
+    """
+
+    fn: Callable[..., Any]
+    per_example: bool
+
+    def output_shape(self, shape: Shape | None) -> Shape | None:
+        if shape is None:
+            return None
+        return _shape_of(jax.vmap(self.fn) if self.per_example else self.fn, shape)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Sequential(Spec):
+    """Layers applied one after the other. The same spec twice is one layer used twice."""
+
+    layers: tuple[Spec, ...]
+
+    @property
+    def holds_state(self) -> bool:
+        return any(layer.holds_state for layer in self.layers)
+
+    def output_shape(self, shape: Shape | None) -> Shape | None:
+        for layer in self.layers:
+            shape = layer.output_shape(shape)
+        return shape
+
+
+def dtype(value: Any) -> DType | None:
+    """``value`` in one form, so that dtypes compare; None stays None."""
+    return None if value is None else jnp.dtype(value)
+
+
+def _shape_of(fn: Callable[..., Any], example: Shape) -> Shape | None:
+    out = jax.eval_shape(fn, jax.ShapeDtypeStruct((1, *example), "float32"))
+    return tuple(out.shape[1:]) if hasattr(out, "shape") else None

@@ -1,0 +1,48 @@
+"""The functions users call. They check arguments and dispatch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from interop.errors import UnsupportedStructureError
+from interop.registry import registry
+
+from .core import guest_of
+
+__all__ = ["wrap"]
+
+
+def wrap(module: Any, into: str) -> Any:
+    """Make ``module`` a live module of another framework.
+
+    Args:
+        module: a module instance of any framework that can be a guest.
+        into: the host framework, such as ``"nnx"``.
+
+    Returns:
+        The host's shim class around ``module``, sharing its arrays; ``module`` itself if it
+        is one of the host's already.
+
+    Raises:
+        ArgumentError: ``module`` is a class or no module, or the framework is unknown.
+        UnsupportedStructureError: the pair has no live shim.
+        MissingDependencyError, BrokenDependencyError: the host cannot be imported.
+
+    Example:
+        >>> import brainstate, shims
+        >>> shims.wrap(brainstate.nn.Linear(3, 4), into="nnx").weight["weight"].shape
+        (3, 4)
+    """
+    adapter = registry.adapter(into)
+    if isinstance(module, adapter.module_type):
+        return module
+    guest_of(module)
+    try:
+        host = import_module(f"{__package__}.frameworks.{into}").host
+    except (ModuleNotFoundError, AttributeError) as e:
+        raise UnsupportedStructureError(
+            f"{into} has no live shim for modules of other frameworks",
+            remedy=f"Convert it with interop.convert(..., to={into!r}), or choose another host",
+        ) from e
+    return host(module)

@@ -1,0 +1,1 @@
+"""One file a framework: its guest side, its host side, or both."""

@@ -1,0 +1,278 @@
+"""BrainState as a guest.
+
+A ``State`` holds a tree of arrays, each of which is a cell. ``brainstate.random.DEFAULT`` is one
+state for the whole process: while a guest runs, the host's key stands in its place, under a
+lock. Private API: ``State._value``, for that exchange.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import brainstate
+import jax
+import jax.numpy as jnp
+import numpy as np
+from brainstate import graph
+from brainstate.random import DEFAULT
+
+from ..core import Call, Cell, Guest, Kind, Path, Structure
+
+StatePath = tuple[str | int, ...]
+
+
+def guest(module: brainstate.nn.Module) -> Guest:
+    """The guest side of a BrainState module."""
+    return BrainStateGuest(module)
+
+
+def _kind(state: brainstate.State, leaf: Any) -> Kind:
+    if isinstance(state, brainstate.ParamState):
+        trainable = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+        return Kind.PARAMETER if trainable else Kind.BUFFER
+    if isinstance(state, brainstate.BatchState):
+        return Kind.STATISTIC
+    return Kind.HIDDEN if isinstance(state, brainstate.ShortTermState) else Kind.BUFFER
+
+
+def _leaves(path: StatePath, value: Any) -> list[tuple[Path, Any]]:
+    """The arrays of a state's value, with their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(value)
+    return [((*path, *map(_part, keys)), leaf) for keys, leaf in leaves]
+
+
+def _part(key: Any) -> str | int:
+    for name in ("key", "idx", "name"):
+        if hasattr(key, name):
+            part = getattr(key, name)
+            return part if isinstance(part, str | int) else str(part)
+    return str(key)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _StateCell(Cell):
+    state: brainstate.State
+    index: int
+
+    @property
+    def identity(self):
+        return self.state, self.index
+
+    def get(self):
+        value = self.state.value
+        return value if isinstance(value, jax.Array) else jax.tree.leaves(value)[self.index]
+
+    def _put(self, value):
+        leaves, tree = jax.tree.flatten(self.state.value)
+        leaves[self.index] = value
+        self.state.value = jax.tree.unflatten(tree, leaves)
+
+
+def _forward(cls: type[brainstate.nn.Module]) -> Callable[..., Any]:
+    """``update``, unless the class overrides the call itself."""
+    own_call = cls.__call__ is not brainstate.nn.Module.__call__
+    return cls.__call__ if own_call else cls.update
+
+
+class BrainStateGuest(Guest):
+    """A BrainState module, seen from a shim."""
+
+    def __init__(self, module: brainstate.nn.Module):
+        self.module = module
+        self.forward = _forward(type(module))
+
+    def structure(self):
+        return _structure(self.module)
+
+    def cells(self):
+        _, states = graph.flatten(self.module, treefy_state=False)
+        return [
+            _StateCell(leaf_path, _kind(state, leaf), state, index)
+            for path, state in states.to_flat().items()
+            for index, (leaf_path, leaf) in enumerate(_leaves(path, state.value))
+        ]
+
+    def call(self, call):
+        with brainstate.environ.context(fit=call.training), _random_from(call.key):
+            return _invoke(self.module, call)
+
+
+def _invoke(module: brainstate.nn.Module, call: Call) -> Any:
+    return getattr(module, call.method)(*call.args, **call.kwargs)
+
+
+class BrainStateStructure(Structure):
+    """The graph definition of a module, and the tree of each state's value."""
+
+    def __init__(self, definition, states: Mapping[StatePath, Any], guest_type: type):
+        self.guest_type = guest_type
+        self.forward = _forward(guest_type)
+        self._definition = definition
+        # The states without their values: an equal structure may live as long as the process.
+        self._states = {
+            path: (state.to_state_ref().replace(None), jax.tree.structure(state.value))
+            for path, state in states.items()
+        }
+        self._paths = {
+            path: [leaf_path for leaf_path, _ in _leaves(path, state.value)]
+            for path, state in states.items()
+        }
+        self.kinds = {
+            leaf_path: _kind(state, leaf)
+            for path, state in states.items()
+            for leaf_path, leaf in _leaves(path, state.value)
+        }
+        trees = tuple((path, type(s), jax.tree.structure(s.value)) for path, s in states.items())
+        self._key = (_comparable(definition), trees)
+        self._hash = hash(self._key)
+
+    def __eq__(self, other):
+        return type(other) is BrainStateStructure and (
+            self is other or (self._hash == other._hash and self._key == other._key)
+        )
+
+    def __hash__(self):
+        return self._hash
+
+    def __repr__(self):
+        return f"<structure of {self.guest_type.__qualname__}>"
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def build(self, values):
+        states = {
+            path: ref.replace(
+                jax.tree.unflatten(tree, [values[leaf] for leaf in self._paths[path]])
+            )
+            for path, (ref, tree) in self._states.items()
+        }
+        return graph.unflatten(self._definition, brainstate.util.NestedDict.from_flat(states))
+
+    def run(self, values, call):
+        module = self.build(values)
+        with (
+            brainstate.environ.context(fit=call.training),
+            _random_from(call.key, private=True),
+        ):
+            out = _invoke(module, call)
+            definition, states = graph.flatten(module, treefy_state=False)
+            flat = states.to_flat()
+            after = BrainStateStructure(definition, flat, self.guest_type)
+            new = {k: v for path, state in flat.items() for k, v in _leaves(path, state.value)}
+        return out, after, new
+
+
+def _structure(module: brainstate.nn.Module) -> BrainStateStructure:
+    definition, states = graph.flatten(module, treefy_state=False)
+    return BrainStateStructure(definition, states.to_flat(), type(module))
+
+
+# -- what compares ------------------------------------------------------------------------------
+
+
+class _ArrayKey:
+    """An array among a module's plain attributes: equal if it is the same, or holds the same."""
+
+    def __init__(self, array: Any):
+        self.array = array
+
+    def __eq__(self, other):
+        if not isinstance(other, _ArrayKey) or _is_traced(self.array) or _is_traced(other.array):
+            return isinstance(other, _ArrayKey) and self.array is other.array
+        a, b = self.array, other.array
+        same_kind = a.shape == b.shape and a.dtype == b.dtype
+        return a is b or (same_kind and bool(np.array_equal(np.asarray(a), np.asarray(b))))
+
+    def __hash__(self):
+        return hash((self.array.shape, str(self.array.dtype)))
+
+
+class _SameObject:
+    """A value that cannot be hashed: equal to itself only."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other):
+        return isinstance(other, _SameObject) and self.value is other.value
+
+    def __hash__(self):
+        return id(self.value)
+
+
+def _is_traced(array: Any) -> bool:
+    return isinstance(array, jax.core.Tracer)
+
+
+def _comparable(value: Any) -> Any:
+    """``value`` as a key: a graph definition is dataclasses and tuples down to attributes."""
+    if isinstance(value, jax.Array | np.ndarray):
+        return _ArrayKey(value)
+    if isinstance(value, tuple):
+        return tuple(map(_comparable, value))
+    if dataclasses.is_dataclass(value) and type(value).__module__.startswith(graph.__name__):
+        fields = dataclasses.fields(value)
+        return (type(value), *(_comparable(getattr(value, field.name)) for field in fields))
+    try:
+        hash(value)
+    except TypeError:
+        return _SameObject(value)
+    return value
+
+
+# -- the host's key in place of brainstate.random's -----------------------------------------------
+
+_RANDOM = threading.RLock()
+
+
+class _KeyFromHost(brainstate.StateTraceStack):
+    """Draws the host's key when the guest first reads the global random state."""
+
+    def __init__(self, draw: Callable[[], jax.Array]):
+        super().__init__()
+        self._draw = draw
+        self._saved: dict[str, Any] | None = None
+
+    def new_arg(self, state):
+        if state is DEFAULT:
+            key = self._draw()
+            self._saved = dict(vars(DEFAULT))
+            vars(DEFAULT)["_value"] = key
+
+    def restore(self) -> None:
+        """Put the global random state back as it was."""
+        if self._saved is not None:
+            vars(DEFAULT).update(self._saved)
+
+
+def _is_outside_traces() -> bool:
+    try:
+        DEFAULT.check_valid_trace(lambda: "")
+    except brainstate.TraceContextError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _random_from(draw: Callable[[], jax.Array], *, private: bool = False) -> Iterator[None]:
+    """Let the guest draw from the host's key.
+
+    A stack of our own would hide from BrainState that a plain JAX transformation traces a
+    guest that is closed over, and let it store tracers. So inside a trace only a private copy
+    gets one; a closed-over guest keeps BrainState's own checks.
+    """
+    if not private and not _is_outside_traces():
+        yield
+        return
+    with _RANDOM:
+        stack = _KeyFromHost(draw)
+        try:
+            with stack:
+                yield
+        finally:
+            stack.restore()

@@ -1,0 +1,1 @@
+"""The tests. ``models/`` holds what they know about each framework, one file each."""

@@ -1,0 +1,68 @@
+"""``source`` and ``target``: every framework that has a file in ``models/``, and all pairs."""
+
+import importlib
+import itertools
+import pkgutil
+import types
+
+import numpy as np
+import pytest
+
+import interop
+
+from . import models
+
+
+class Framework:
+    """A file of ``models/``; asking it for what the framework lacks skips the test."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self._module: types.ModuleType = importlib.import_module(f"{models.__name__}.{name}")
+
+    def needs(self, feature: str) -> None:
+        """Skip the test, with the reason, where the framework lacks ``feature``."""
+        if feature in self._module.LACKS:
+            pytest.skip(f"{self.name}: {self._module.LACKS[feature]}")
+
+    def __getattr__(self, name: str):
+        self.needs(name)
+        return getattr(self._module, name)
+
+    def call(self, model, x, **options):
+        """The output of ``run`` alone."""
+        return self.run(model, x, **options)[0]
+
+    def convert_from(self, source, model, **options):
+        """``model`` of the framework ``source``, converted to this one."""
+        module, keywords = source.arguments(model)
+        return self.receive(
+            lambda: interop.convert(module, to=self.name, **keywords, **options)
+        )
+
+
+NAMES = sorted(info.name for info in pkgutil.iter_modules(models.__path__))
+
+
+def pytest_generate_tests(metafunc):
+    wanted = [name for name in ("source", "target") if name in metafunc.fixturenames]
+    if wanted:
+        pairs = list(itertools.permutations(NAMES, len(wanted)))
+        metafunc.parametrize(
+            wanted, pairs, indirect=True, ids=["-".join(pair) for pair in pairs]
+        )
+
+
+@pytest.fixture
+def source(request):
+    return Framework(request.param)
+
+
+@pytest.fixture
+def target(request):
+    return Framework(request.param)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)

@@ -1,0 +1,157 @@
+"""Equinox models: ``(model, state)``. Modules see one example; ``run`` maps over the batch."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+LACKS = {
+    "ties": "an Equinox tree has no identity: the same layer twice is two layers",
+    "fast variance": "Equinox computes centred variances only",
+}
+RATE = 0.1
+
+
+def _set(module, **arrays):
+    for name, array in arrays.items():
+        module = eqx.tree_at(
+            lambda m, name=name: getattr(m, name), module, array, is_leaf=lambda x: x is None
+        )
+    return module
+
+
+def linear(weight, bias=None, **options):
+    layer = eqx.nn.Linear(*weight.shape, use_bias=bias is not None, key=jax.random.key(0), **options)
+    return _set(layer, weight=jnp.asarray(weight.T), bias=bias)
+
+
+def layer_norm(scale, bias, epsilon, use_fast_variance=False):
+    return _set(eqx.nn.LayerNorm(scale.shape, eps=epsilon), weight=scale, bias=bias)
+
+
+def batch_norm(scale, bias, mean, var, epsilon, momentum):
+    """Statistics are stored with a bias that ``1 - momentum**counter`` takes out."""
+    layer = eqx.nn.BatchNorm(
+        scale.shape[0], "batch", eps=epsilon, momentum=momentum, mode="batch", dtype=scale.dtype
+    )
+    layer, state = _set(layer, weight=scale, bias=bias), eqx.nn.State(layer)
+    debias = 1 - momentum**7
+    state = state.set(layer.batch_counter, jnp.array(7))
+    state = state.set(layer.batch_state_index, (mean * debias, var * debias))
+    return layer, state
+
+
+def dropout(rate):
+    return eqx.nn.Dropout(rate)
+
+
+def sequential(*layers):
+    """``layers`` may be pairs of layer and state; at most one of them holds a state."""
+    state = next((part[1] for part in layers if isinstance(part, tuple) and part[1]), None)
+    layers = [part[0] if isinstance(part, tuple) else part for part in layers]
+    model = eqx.nn.Sequential(layers)
+    return (model, state) if state is not None else model
+
+
+def activation(fn):
+    return eqx.nn.Lambda(fn)
+
+
+def flatten():
+    return eqx.nn.Lambda(jnp.ravel)
+
+
+def subclass(weight, bias):
+    class Doubled(eqx.nn.Linear):
+        def __call__(self, x, *, key=None):
+            return 2 * super().__call__(x)
+
+    return Doubled(*weight.shape, key=jax.random.key(0))
+
+
+def custom(weight, bias):
+    class Residual(eqx.Module):
+        linear: eqx.nn.Linear
+
+        def __call__(self, x, *, key=None):
+            return x.sum() + self.linear(x)
+
+    return Residual(linear(weight, bias))
+
+
+def arguments(model):
+    module, state = model if isinstance(model, tuple) else (model, None)
+    return module, {} if state is None else {"state": state}
+
+
+def receive(convert):
+    return eqx.nn.make_with_state(convert)()
+
+
+def _call(module, state, x, key):
+    keys = None if key is None else jax.random.split(key, len(x))
+
+    def one(x, state, key):
+        if isinstance(module, eqx.nn.Sequential | eqx.nn.BatchNorm) and state is not None:
+            return module(x, state, key=key)
+        return module(x, key=key), state
+
+    over_keys = None if key is None else 0
+    return jax.vmap(one, axis_name="batch", in_axes=(0, None, over_keys), out_axes=(0, None))(
+        x, state, keys
+    )
+
+
+def run(model, x, train=False, key=None):
+    module, state = model if isinstance(model, tuple) else (model, None)
+    y, state = _call(eqx.nn.inference_mode(module, not train), state, x, key)
+    return y, (module, state)
+
+
+@eqx.filter_jit
+def jit(model, x):
+    return run(model, x)[0]
+
+
+def _leaves(module):
+    if isinstance(module, eqx.nn.Sequential):
+        return [leaf for layer in module.layers for leaf in _leaves(layer)]
+    known = eqx.nn.Linear | eqx.nn.LayerNorm | eqx.nn.BatchNorm
+    return [module] if isinstance(module, known) else []
+
+
+def _arrays(layer, state):
+    if isinstance(layer, eqx.nn.Linear):
+        arrays = {"weight": layer.weight.T, "bias": layer.bias}
+    else:
+        arrays = {"scale": layer.weight, "bias": layer.bias}
+    if isinstance(layer, eqx.nn.BatchNorm) and state is not None:
+        statistics = state.get(layer.batch_state_index)
+        counter = state.get(layer.batch_counter)
+        debias = 1 - float(layer.momentum) ** float(counter)
+        arrays |= {"mean": statistics[0] / debias, "var": statistics[1] / debias}
+    return {k: np.asarray(v) for k, v in arrays.items() if v is not None}
+
+
+def read(model):
+    module, state = model if isinstance(model, tuple) else (model, None)
+    return [_arrays(layer, state) for layer in _leaves(module)]
+
+
+def _gradients(model, x):
+    module, state = model if isinstance(model, tuple) else (model, None)
+    return eqx.filter_grad(lambda m: (run((m, state), x)[0] ** 2).sum())(module)
+
+
+def gradient(model, x):
+    return read((_gradients(model, x), None))
+
+
+def step(model, x):
+    module, state = model if isinstance(model, tuple) else (model, None)
+    updates = jax.tree.map(lambda g: -RATE * g, _gradients(model, x))
+    return eqx.apply_updates(module, updates), state
+
+
+def containers(model):
+    return [id(leaf) for leaf in jax.tree.leaves(model)]

@@ -1,0 +1,163 @@
+"""Flax Linen models: ``(module, variables)``."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+LACKS = {}
+RATE = 0.1
+
+
+def linear(weight, bias=None, **options):
+    module = nn.Dense(
+        weight.shape[1], use_bias=bias is not None, param_dtype=weight.dtype, **options
+    )
+    arrays = {"kernel": weight} if bias is None else {"kernel": weight, "bias": bias}
+    return module, {"params": arrays}
+
+
+def layer_norm(scale, bias, epsilon, use_fast_variance=True):
+    module = nn.LayerNorm(
+        epsilon=epsilon, use_fast_variance=use_fast_variance, param_dtype=scale.dtype
+    )
+    return module, {"params": {"scale": scale, "bias": bias}}
+
+
+def batch_norm(scale, bias, mean, var, epsilon, momentum):
+    module = nn.BatchNorm(
+        use_running_average=True, epsilon=epsilon, momentum=momentum, param_dtype=scale.dtype
+    )
+    statistics = {"mean": mean, "var": var}
+    return module, {"params": {"scale": scale, "bias": bias}, "batch_stats": statistics}
+
+
+def dropout(rate):
+    return nn.Dropout(rate, deterministic=True), {}
+
+
+def sequential(*layers):
+    modules, variables = [], {}
+    for i, layer in enumerate(layers):
+        module, parts = layer if isinstance(layer, tuple) else (layer, {})
+        if any(module is earlier for earlier in modules):
+            parts = {}  # Linen keeps a module used twice under its first place
+        modules.append(module)
+        for collection, arrays in parts.items():
+            variables.setdefault(collection, {})[f"layers_{i}"] = arrays
+    return nn.Sequential(modules), variables
+
+
+def activation(fn):
+    return fn
+
+
+def flatten():
+    return lambda x: x.reshape(x.shape[0], -1)
+
+
+def subclass(weight, bias):
+    class Doubled(nn.Dense):
+        @nn.compact
+        def __call__(self, inputs):
+            return 2 * super().__call__(inputs)
+
+    return Doubled(weight.shape[1]), linear(weight, bias)[1]
+
+
+def custom(weight, bias):
+    class Residual(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x.sum() + nn.Dense(weight.shape[1])(x)
+
+    return Residual(), {"params": {"Dense_0": linear(weight, bias)[1]["params"]}}
+
+
+def arguments(model):
+    module, variables = model
+    return module, {"params": variables}
+
+
+def receive(convert):
+    return convert()
+
+
+def _in_mode(module, train, memo):
+    """The module with the mode fields of all its layers set; one used twice stays one."""
+    if not isinstance(module, nn.Module):
+        return module
+    if id(module) not in memo:
+        memo[id(module)] = _clone(module, train, memo)
+    return memo[id(module)]
+
+
+def _clone(module, train, memo):
+    if isinstance(module, nn.Sequential):
+        return nn.Sequential([_in_mode(layer, train, memo) for layer in module.layers])
+    if isinstance(module, nn.BatchNorm):
+        return module.clone(use_running_average=not train)
+    if isinstance(module, nn.Dropout):
+        return module.clone(deterministic=not train)
+    return module
+
+
+def run(model, x, train=False, key=None):
+    module, variables = model
+    rngs = {} if key is None else {"rngs": {"dropout": key}}
+    y, changed = _in_mode(module, train, {}).apply(
+        variables, x, mutable=["batch_stats"] if train else [], **rngs
+    )
+    return y, (module, {**variables, **changed})
+
+
+def jit(model, x):
+    module, variables = model
+    return jax.jit(module.apply)(variables, x)
+
+
+def _leaves(module, variables):
+    if not isinstance(module, nn.Sequential):
+        return [variables] if variables else []
+    first = {}
+    leaves = []
+    for i, layer in enumerate(module.layers):
+        name = f"layers_{first.setdefault(id(layer), i)}"
+        parts = {c: tree[name] for c, tree in variables.items() if name in tree}
+        leaves += _leaves(layer, parts)
+    return leaves
+
+
+def read(model):
+    return [
+        {
+            "weight" if name == "kernel" else name: np.asarray(array)
+            for arrays in leaf.values()
+            for name, array in arrays.items()
+        }
+        for leaf in _leaves(*model)
+    ]
+
+
+def _gradients(model, x):
+    module, variables = model
+
+    def loss(params):
+        return (run((module, {**variables, "params": params}), x)[0] ** 2).sum()
+
+    return jax.grad(loss)(variables["params"])
+
+
+def gradient(model, x):
+    return read((model[0], {"params": _gradients(model, x)}))
+
+
+def step(model, x):
+    module, variables = model
+    update = functools.partial(jax.tree.map, lambda p, g: p - RATE * g)
+    return module, {**variables, "params": update(variables["params"], _gradients(model, x))}
+
+
+def containers(model):
+    return [id(leaf) for leaf in jax.tree.leaves(model[1])]

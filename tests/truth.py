@@ -1,0 +1,77 @@
+"""What each layer computes, in NumPy and float64."""
+
+import numpy as np
+
+
+def linear(x, weight, bias=0.0):
+    return np.float64(x) @ np.float64(weight) + np.float64(bias)
+
+
+def layer_norm(x, scale, bias, epsilon):
+    x = np.float64(x)
+    mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(var + epsilon) * scale + bias
+
+
+def batch_norm(x, scale, bias, mean, var, epsilon):
+    """In evaluation; in training with the batch's own ``mean`` and ``var``."""
+    x, mean, var = np.float64(x), np.float64(mean), np.float64(var)
+    return (x - mean) / np.sqrt(var + epsilon) * scale + bias
+
+
+def updated_statistics(x, mean, var, momentum):
+    """The running mean and (biased) variance after a training call on ``x``."""
+    x = np.float64(x)
+    keep, take = momentum, 1 - momentum
+    return keep * mean + take * x.mean(0), keep * var + take * x.var(0)
+
+
+def _sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def _erf_normal_cdf(x):
+    from math import erf
+
+    return np.vectorize(lambda v: (1 + erf(v / np.sqrt(2))) / 2)(x)
+
+
+def _softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+_SELU_SCALE, _SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
+
+ACTIVATIONS = {
+    "celu": lambda x, alpha=1.0: np.maximum(x, 0) + np.minimum(alpha * np.expm1(x / alpha), 0),
+    "elu": lambda x, alpha=1.0: np.where(x > 0, x, alpha * np.expm1(x)),
+    "gelu": lambda x, approximate=True: (
+        0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+        if approximate
+        else x * _erf_normal_cdf(x)
+    ),
+    "glu": lambda x: x[..., : x.shape[-1] // 2] * _sigmoid(x[..., x.shape[-1] // 2 :]),
+    "hard_shrink": lambda x, lambd=0.5: np.where(np.abs(x) > lambd, x, 0),
+    "hard_sigmoid": lambda x: np.clip(x + 3, 0, 6) / 6,
+    "hard_silu": lambda x: x * np.clip(x + 3, 0, 6) / 6,
+    "hard_tanh": lambda x, min_val=-1.0, max_val=1.0: np.clip(x, min_val, max_val),
+    "identity": lambda x: x,
+    "leaky_relu": lambda x, negative_slope=0.01: np.where(x > 0, x, negative_slope * x),
+    "log_sigmoid": lambda x: -np.log1p(np.exp(-x)),
+    "log_softmax": lambda x: np.log(_softmax(x)),
+    "mish": lambda x: x * np.tanh(np.log1p(np.exp(x))),
+    "relu": lambda x: np.maximum(x, 0),
+    "relu6": lambda x: np.clip(x, 0, 6),
+    "selu": lambda x: _SELU_SCALE * np.where(x > 0, x, _SELU_ALPHA * np.expm1(x)),
+    "sigmoid": _sigmoid,
+    "silu": lambda x: x * _sigmoid(x),
+    "soft_shrink": lambda x, lambd=0.5: np.sign(x) * np.maximum(np.abs(x) - lambd, 0),
+    "soft_sign": lambda x: x / (1 + np.abs(x)),
+    "softmax": _softmax,
+    "softmin": lambda x: _softmax(-x),
+    "softplus": lambda x: np.log1p(np.exp(x)),
+    "tanh": np.tanh,
+    "tanh_shrink": lambda x: x - np.tanh(x),
+    "threshold": lambda x, threshold, value: np.where(x > threshold, x, value),
+}
