@@ -13,7 +13,7 @@ endif
 
 RUN = $(VENV)/bin/python -m
 
-.PHONY: help demo test lint types format clean
+.PHONY: help demo test lint types format table clean
 .NOTPARALLEL:
 
 help: ## List the targets
@@ -35,6 +35,9 @@ types: $(VENV)/installed-test $(VENV)/installed-lint ## Check types
 format: $(VENV)/installed-lint ## Format, and mend what can be mended
 	$(RUN) ruff check --fix-only .
 	$(RUN) ruff format .
+
+table: $(VENV)/installed-test ## Write the table of what converts into README.md
+	$(VENV)/bin/python tests/support_table.py
 
 clean: ## Remove the virtualenvs and all caches
 	rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache .hypothesis

@@ -87,9 +87,7 @@ def from_nnx(model: flax.nnx.Module, *, sample_input: Any = None) -> brainstate.
     return _api.convert_from("nnx", model, to="brainstate", sample_input=sample_input)
 
 
-def to_linen(
-    model: Any, *, train: bool = False
-) -> tuple[flax.linen.Module, dict[str, Any]]:
+def to_linen(model: Any, *, train: bool = False) -> tuple[flax.linen.Module, dict[str, Any]]:
     """Convert a model to Flax Linen; see :func:`convert`.
 
     Args:

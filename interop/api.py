@@ -106,7 +106,7 @@ def convert_with(
     shape = _shape(sample_input)
     reading = Reading(adapter, registry)
     spec = reading.read(adapter.open(model, params, state), "model")
-    building = Building(target, reading.paths, shape, options)
+    building = Building(target, reading.origins, shape, options)
     return target.close(building.build(spec), options)
 
 

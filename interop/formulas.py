@@ -4,6 +4,9 @@
 function, the entry *is* JAX's, so that a converted model holds what its author would write.
 """
 
+# jax.numpy declares some of its types only in part.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import inspect
@@ -54,9 +57,7 @@ def hard_shrink(x: jax.Array, lambd: float = 0.5) -> jax.Array:
 
 def soft_shrink(x: jax.Array, lambd: float = 0.5) -> jax.Array:
     """Move ``x`` towards 0 by ``lambd``, and to 0 where it would cross it."""
-    return jnp.where(
-        x > lambd, x - lambd, jnp.where(x < -lambd, x + lambd, jnp.zeros_like(x))
-    )
+    return jnp.where(x > lambd, x - lambd, jnp.where(x < -lambd, x + lambd, jnp.zeros_like(x)))
 
 
 def tanh_shrink(x: jax.Array) -> jax.Array:
@@ -120,13 +121,25 @@ class Batched:
 
 @dataclass(frozen=True)
 class Single:
-    """A function of a batch, applied to one example: ``fn(x[None])[0]``."""
+    """A function of a batch, applied to one example: ``fn(x[None])[0]``.
+
+    That is the same only if ``fn`` treats the examples of a batch independently.
+    """
 
     fn: Callable[..., Any]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply ``fn`` to a batch that holds ``x`` alone."""
-        return self.fn(x[None])[0]
+        """Apply ``fn`` to a batch that holds ``x`` alone.
+
+        Raises:
+            ValueError: ``fn`` returned no batch of one example.
+        """
+        y = self.fn(x[None])
+        if y.shape[:1] != (1,):
+            raise ValueError(
+                f"{self.fn} mixes batch and features: {x[None].shape} -> {y.shape}"
+            )
+        return y[0]
 
 
 ACTIVATIONS: Mapping[str, Callable[..., Any]] = {

@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -78,6 +78,8 @@ class Adapter:
     module_type: ClassVar[type]
     per_example: ClassVar[bool] = False
     """Whether modules see one example, and the caller maps over the batch."""
+    has_identity: ClassVar[bool] = True
+    """Whether a module that stands at two places stays one module."""
     is_hub: ClassVar[bool] = False
     """Whether pairs of rules written for two frameworks go through this one."""
 
@@ -104,10 +106,6 @@ class Adapter:
     def module(self, node: Any) -> Any:
         """The native module of a node."""
         return node
-
-    def identity(self, node: Any) -> Hashable | None:
-        """A key that two nodes share if they are one layer used twice; None if none ever do."""
-        return id(self.module(node))
 
     def containers(self, node: Any) -> Iterable[tuple[str, object]]:
         """The mutable containers that the module itself holds its arrays in, by name."""
@@ -164,7 +162,7 @@ class Adapter:
 
         return register
 
-    def reader(self, module: Any, path: str) -> ReadRule:
+    def reader(self, module: object, path: str) -> ReadRule:
         """The rule for ``module``: of its exact class, or of a base whose forward it keeps.
 
         Raises:
@@ -198,7 +196,7 @@ class Adapter:
             )
         return rule
 
-    def _no_reader(self, module: Any, path: str) -> Exception:
+    def _no_reader(self, module: object, path: str) -> Exception:
         cls = type(module)
         if self.has_children(module):
             return UnsupportedStructureError(
@@ -215,8 +213,8 @@ class Adapter:
             remedy=f"Register a reader for it, or wrap it live: {_live(path)}",
         )
 
-    def builder(self, spec: Spec, path: str) -> BuildRule:
-        """The rule for ``spec``.
+    def builder(self, spec: Spec, found: type, path: str) -> BuildRule:
+        """The rule for ``spec``, which came from a layer of class ``found``.
 
         Raises:
             UnmappedLayerError: this framework does not build that spec.
@@ -224,11 +222,12 @@ class Adapter:
         rule = self.builders.get(type(spec))
         if rule is None:
             raise UnmappedLayerError(
-                type(spec),
+                found,
                 self.name,
                 path=path,
                 verb="build",
-                remedy="Register a builder for it, or wrap the layer live with shims",
+                remedy=f"Register a builder for specs.{type(spec).__qualname__}, or wrap it "
+                f"live: {_live(path)}",
             )
         return rule
 
@@ -253,7 +252,7 @@ def _overridden(cls: type, base: type) -> list[str]:
     return names
 
 
-def _shadowed(module: Any) -> list[str]:
+def _shadowed(module: object) -> list[str]:
     """Methods of the class that an attribute of the instance hides."""
     cls = type(module)
     fields = getattr(cls, "__dataclass_fields__", ())  # a field may have a function as default
@@ -270,10 +269,11 @@ class Registry:
     def __init__(self, package: ModuleType):
         self._package = package
         self._adapters: dict[str, Adapter] = {}
+        self._names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
 
     def names(self) -> list[str]:
         """The frameworks that have a file, whether or not they are installed."""
-        return sorted(info.name for info in pkgutil.iter_modules(self._package.__path__))
+        return self._names
 
     def adapter(self, name: str) -> Adapter:
         """The adapter of a framework.

@@ -7,6 +7,9 @@ option in its ``carries``, and the walk then refuses the layer by the option's n
 Shapes name the batch axes ``*batch``; ``x`` is the input of the layer.
 """
 
+# jax.numpy declares some of its types only in part.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -26,7 +29,10 @@ __all__ = [
     "Linear",
     "Sequential",
     "Spec",
+    "common_dtype",
     "dtype",
+    "is_wide",
+    "promoted_dtype",
 ]
 
 Array = Any  # jax.Array or numpy.ndarray: a spec holds what the source held
@@ -59,10 +65,12 @@ class Linear(Spec):
         mask    (in, out) or None, multiplied with the weight
 
     Options: ``dtype`` is what the operands are cast to; None means their common dtype.
+    ``leading_shape`` is that of the axes of one example before the last.
     """
 
     weight: Array
     bias: Array | None
+    leading_shape: Shape = ()
     mask: Array | None = None
     dtype: DType | None = None
     precision: Any = None
@@ -73,7 +81,7 @@ class Linear(Spec):
         return True
 
     def output_shape(self, shape: Shape | None) -> Shape | None:
-        return (*shape[:-1], self.weight.shape[1]) if shape else (self.weight.shape[1],)
+        return (*(shape[:-1] if shape else self.leading_shape), self.weight.shape[1])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -122,7 +130,8 @@ class BatchNorm(Spec):
         mean, var               (features,)
 
     ``spatial_dims`` is the number of axes of ``space``, or None where the source leaves it to
-    the input. Dtypes as in :class:`LayerNorm`.
+    the input. Dtypes as in :class:`LayerNorm`. ``statistics_dtype`` is that of ``mean`` and
+    ``var`` where it is narrower than float32, which every framework rounds elsewhere.
     """
 
     scale: Array | None
@@ -138,6 +147,11 @@ class BatchNorm(Spec):
     axis_index_groups: Any = None
     compute_dtype: DType | None = None
     output_dtype: DType | None = None
+    statistics_dtype: DType | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if not is_wide(self.mean.dtype):
+            object.__setattr__(self, "statistics_dtype", self.mean.dtype)
 
     @property
     def holds_state(self) -> bool:
@@ -166,7 +180,7 @@ class Activation(Spec):
     """
 
     name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -223,6 +237,27 @@ class Sequential(Spec):
 def dtype(value: Any) -> DType | None:
     """``value`` in one form, so that dtypes compare; None stays None."""
     return None if value is None else jnp.dtype(value)
+
+
+def is_wide(dtype: DType | None) -> bool:
+    """Whether ``dtype`` is float32 or wider: a cast to it loses nothing that float32 keeps."""
+    return dtype is not None and jnp.promote_types(dtype, jnp.float32) == dtype
+
+
+def common_dtype(*arrays: Array | None) -> DType:
+    """The dtype that the given arrays promote to; float32 where there are none."""
+    given = [a.dtype for a in arrays if a is not None]
+    return jnp.result_type(*given) if given else jnp.dtype(jnp.float32)
+
+
+def promoted_dtype(statistics: Array, *parameters: Array | None) -> DType | None:
+    """``output_dtype`` of a layer that promotes its input with its statistics as well.
+
+    None where its parameters promote the input as far anyway.
+    """
+    given = [array for array in parameters if array is not None]
+    widest = common_dtype(statistics, *given)
+    return None if given and common_dtype(*given) == widest else widest
 
 
 def _shape_of(fn: Callable[..., Any], example: Shape) -> Shape | None:

@@ -3,10 +3,15 @@ that hold for every rule."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import dis
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
+
+import numpy as np
 
 from . import formulas, specs
 from .errors import MissingShapeError, UnsupportedLayerError, UnsupportedStructureError
@@ -14,43 +19,44 @@ from .registry import Adapter, BuildRule, ReadRule, Registry
 
 __all__ = ["Building", "Reading"]
 
+Origin = tuple[str, type]
+
 
 class Reading:
     """Turns one model into specs. Readers get it as ``ctx``.
 
     Attributes:
         path: where the layer being read is.
-        paths: the path of each spec made, by its ``id``.
+        origins: for each spec made, by its ``id``: where it came from, and from what class.
     """
 
     def __init__(self, adapter: Adapter, registry: Registry):
         self.adapter = adapter
         self.path = "model"
-        self.paths: dict[int, str] = {}
+        self.origins: dict[int, Origin] = {}
         self._registry = registry
-        self._specs: dict[Any, specs.Spec] = {}
+        self._specs: dict[int, specs.Spec] = {}
         self._owners: dict[int, tuple[str, object]] = {}
         self._found: type = object
 
     def read(self, node: Any, path: str) -> specs.Spec:
         """The spec of ``node``: a module of the framework, or any other callable."""
-        module = self.adapter.module(node)
+        module: object = self.adapter.module(node)
         if not isinstance(module, self.adapter.module_type):
-            return self._remember(self.read_callable(module, path), path)
-        identity = self.adapter.identity(node)
-        if identity is not None and identity in self._specs:
-            return self._specs[identity]
+            return self._remember(self.read_callable(module, path), path, type(module))
+        if id(module) in self._specs:
+            return self._specs[id(module)]
         rule = self.adapter.reader(module, path)
         outer = self.path, self._found
         self.path, self._found = path, type(module)
         try:
             self._check_fixed(module, rule)
             self._check_owners(node, path)
-            spec = self._remember(rule.read(node, self), path)
+            spec = self._remember(rule.read(node, self), path, type(module))
         finally:
             self.path, self._found = outer
-        if identity is not None:
-            self._specs[identity] = spec
+        if self.adapter.has_identity:
+            self._specs[id(module)] = spec
         return spec
 
     def read_all(self, nodes: Any) -> tuple[specs.Spec, ...]:
@@ -68,6 +74,8 @@ class Reading:
         Raises:
             UnsupportedStructureError: ``fn`` is not callable, or holds a module.
         """
+        if (known := _activation(fn)) is not None:
+            return known
         per_example = self.adapter.per_example
         if isinstance(fn, formulas.Single if per_example else formulas.Batched):
             fn, per_example = fn.fn, not per_example
@@ -83,9 +91,11 @@ class Reading:
             raise UnsupportedStructureError(
                 f"{type(fn).__qualname__} is neither a module nor callable", path=path
             )
-        return _activation(fn) or specs.Function(fn=fn, per_example=per_example)
+        return specs.Function(fn=fn, per_example=per_example)
 
-    def refuse(self, option: str, value: Any, reason: str, remedy: str | None = None) -> NoReturn:
+    def refuse(
+        self, option: str, value: Any, reason: str, remedy: str | None = None
+    ) -> NoReturn:
         """Refuse the layer being read because of one option.
 
         Raises:
@@ -100,8 +110,8 @@ class Reading:
             remedy=remedy,
         )
 
-    def _remember(self, spec: specs.Spec, path: str) -> specs.Spec:
-        self.paths.setdefault(id(spec), path)
+    def _remember(self, spec: specs.Spec, path: str, found: type) -> specs.Spec:
+        self.origins.setdefault(id(spec), (path, found))
         return spec
 
     def _check_fixed(self, module: Any, rule: ReadRule) -> None:
@@ -129,45 +139,60 @@ class Building:
     Attributes:
         options: what the caller passed for the target framework, by name.
         path: where the layer being built was in the source.
+        found: its class there.
         shape: shape of one example at this layer's input, or None where it is not known.
     """
 
     def __init__(
         self,
         adapter: Adapter,
-        paths: Mapping[int, str],
+        origins: Mapping[int, Origin],
         shape: specs.Shape | None,
         options: Mapping[str, Any],
     ):
         self.adapter, self.options, self.shape = adapter, options, shape
         self.path = "model"
-        self._paths = paths
+        self.found: type = object
+        self._origins = origins
         self._built: dict[int, Any] = {}
-        self._spec: specs.Spec | None = None
 
     def build(self, spec: specs.Spec) -> Any:
-        """The native layer for ``spec``; the same one again where ``spec`` is used twice."""
+        """The native layer for ``spec``; the same one again where ``spec`` is used twice.
+
+        Raises:
+            UnsupportedStructureError: the framework would make two layers of one.
+        """
         shape_before = self.shape
+        if id(spec) in self._built and spec.holds_state and not self.adapter.has_identity:
+            first, found = self._origins[id(spec)]
+            raise UnsupportedStructureError(
+                f"{found.__qualname__} at {first} is used a second time; {self.adapter.name} "
+                f"would hold two copies, which training pulls apart",
+                path=self.path,
+                remedy="Give each place its own layer, or wrap the model live with shims.wrap",
+            )
         if id(spec) not in self._built:
-            outer = self.path, self._spec
-            self.path, self._spec = self._paths.get(id(spec), self.path), spec
+            outer = self.path, self.found
+            self.path, self.found = self._origins.get(id(spec), (self.path, type(spec)))
             try:
-                rule = self.adapter.builder(spec, self.path)
+                rule = self.adapter.builder(spec, self.found, self.path)
                 self._check_options(spec, rule)
                 self._built[id(spec)] = rule.build(spec, self)
             finally:
-                self.path, self._spec = outer
+                self.path, self.found = outer
         self.shape = spec.output_shape(shape_before)
         return self._built[id(spec)]
 
-    def refuse(self, option: str, value: Any, reason: str, remedy: str | None = None) -> NoReturn:
-        """Refuse the spec being built because of one of its options.
+    def refuse(
+        self, option: str, value: Any, reason: str, remedy: str | None = None
+    ) -> NoReturn:
+        """Refuse the layer being built because of one of its options.
 
         Raises:
             UnsupportedLayerError: always.
         """
         raise UnsupportedLayerError(
-            type(self._spec),
+            self.found,
             f"{option}={_short(value)}: {reason}",
             path=self.path,
             target=self.adapter.name,
@@ -184,7 +209,7 @@ class Building:
         """
         if self.shape is None:
             raise MissingShapeError(
-                type(self._spec).__qualname__, path=self.path, target=self.adapter.name
+                self.found.__qualname__, path=self.path, target=self.adapter.name
             )
         return self.shape
 
@@ -207,6 +232,8 @@ def _plain(value: Any, default: Any) -> bool:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, np.dtype):
+        return value.name
     text = f"{type(value).__name__}{value.shape}" if hasattr(value, "shape") else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -214,10 +241,13 @@ def _short(value: Any) -> str:
 def _activation(fn: Callable[..., Any]) -> specs.Activation | specs.Flatten | None:
     """``fn`` as an activation or flatten, if that is all it is."""
     options: dict[str, Any] = {}
-    if isinstance(fn, functools.partial) and not fn.args:
-        fn, options = fn.func, dict(fn.keywords)
+    if isinstance(fn, functools.partial):
+        partial = cast("functools.partial[Any]", fn)
+        if partial.args:
+            return None
+        fn, options = partial.func, dict(partial.keywords)
     if fn is formulas.flatten:
-        plain = {"start_axis": 0, "end_axis": -1, "in_size": None}
+        plain: dict[str, Any] = {"start_axis": 0, "end_axis": -1, "in_size": None}
         return specs.Flatten(**(plain | options))
     name = formulas.activation_name(fn)
     if name is None or not all(isinstance(v, int | float) for v in options.values()):
@@ -228,15 +258,32 @@ def _activation(fn: Callable[..., Any]) -> specs.Activation | specs.Flatten | No
 
 
 def _captured(fn: Any) -> Iterator[Any]:
-    """``fn`` and what it visibly holds: bound objects, partial arguments, closure cells."""
-    yield fn
-    if isinstance(fn, functools.partial):
-        for part in (fn.func, *fn.args, *fn.keywords.values()):
-            yield from _captured(part)
-    if (bound := getattr(fn, "__self__", None)) is not None:
-        yield bound
-    for cell in getattr(fn, "__closure__", None) or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # an empty cell
+    """``fn`` and what it visibly holds, and what that holds; global names one level deep."""
+    pending, seen = [fn], set[int]()
+    while pending:
+        part = pending.pop()
+        if id(part) in seen:
             continue
+        seen.add(id(part))
+        yield part
+        pending += _held(part)
+        if inspect.isfunction(part):
+            names = {i.argval for i in dis.get_instructions(part) if i.opname == "LOAD_GLOBAL"}
+            yield from (part.__globals__[name] for name in names & part.__globals__.keys())
+
+
+def _held(part: Any) -> list[Any]:
+    """What a callable or a container holds: elements, attributes, defaults, closure cells."""
+    if isinstance(part, dict):
+        return list(cast("dict[Any, Any]", part).values())
+    if isinstance(part, list | tuple):
+        return list(cast("list[Any]", part))
+    if isinstance(part, type) or not callable(part):
+        return []
+    names = ("__self__", "__wrapped__", "__defaults__", "func", "args", "keywords")
+    held = [getattr(part, name, None) for name in names]
+    held += getattr(part, "__dict__", {}).values()
+    for cell in getattr(part, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            held.append(cell.cell_contents)
+    return held

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 from interop.errors import UnsupportedStructureError
 from interop.registry import registry
 
-from .core import guest_of
+from .core import guest_of, side_of
 
 __all__ = ["wrap"]
 
@@ -37,12 +36,11 @@ def wrap(module: Any, into: str) -> Any:
     adapter = registry.adapter(into)
     if isinstance(module, adapter.module_type):
         return module
-    guest_of(module)
-    try:
-        host = import_module(f"{__package__}.frameworks.{into}").host
-    except (ModuleNotFoundError, AttributeError) as e:
+    guest_of(module)  # refuses what cannot be wrapped at all
+    host = side_of(into, "host")
+    if host is None:
         raise UnsupportedStructureError(
             f"{into} has no live shim for modules of other frameworks",
             remedy=f"Convert it with interop.convert(..., to={into!r}), or choose another host",
-        ) from e
+        )
     return host(module)

@@ -21,7 +21,17 @@ import numpy as np
 from interop.errors import ArgumentError, ConversionError, UnsupportedStructureError
 from interop.registry import registry
 
-__all__ = ["Call", "Cell", "Guest", "Kind", "Path", "Structure", "guest_of", "path_text"]
+__all__ = [
+    "Call",
+    "Cell",
+    "Guest",
+    "Kind",
+    "Path",
+    "Structure",
+    "guest_of",
+    "path_text",
+    "side_of",
+]
 
 Path = tuple[str | int, ...]
 """Where a value is in the guest: its attributes, keys and indices."""
@@ -82,9 +92,10 @@ class Cell(ABC):
 
 
 def _aval(value: Any) -> tuple[Any, Any] | None:
-    if isinstance(value, jax.Array | np.ndarray | np.generic):
-        return value.shape, value.dtype
-    return None
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        return None
+    array: Any = value
+    return array.shape, array.dtype
 
 
 def _described(value: Any) -> str:
@@ -182,15 +193,21 @@ def guest_of(module: Any) -> Guest:
             f"{type(module).__module__}.{type(module).__qualname__} is not a module of "
             f"{', '.join(registry.names())}"
         )
-    try:
-        side = import_module(f"{__package__}.frameworks.{framework}")
-    except ModuleNotFoundError as e:
-        if e.name != f"{__package__}.frameworks.{framework}":
-            raise
-        side = None
-    if not hasattr(side, "guest"):
+    make = side_of(framework, "guest")
+    if make is None:
         raise UnsupportedStructureError(
             f"{framework} modules cannot be wrapped live",
             remedy="Convert it with interop.convert, if it is made of known layers",
         )
-    return side.guest(module)
+    return make(module)
+
+
+def side_of(framework: str, side: str) -> Callable[..., Any] | None:
+    """The function ``guest`` or ``host`` of a framework's file; None where it has none."""
+    file = f"{__package__}.frameworks.{framework}"
+    try:
+        return getattr(import_module(file), side, None)
+    except ModuleNotFoundError as e:
+        if e.name != file:
+            raise
+        return None

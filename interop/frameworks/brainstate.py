@@ -109,15 +109,17 @@ def read_linear(m, ctx):
     arrays = _arrays(m, ctx, weight=(n_in, n_out), bias=(n_out,))
     weight, bias = arrays["weight"], arrays.get("bias")
     _check_one_dtype(weight, bias, ctx)
-    return specs.Linear(weight=weight, bias=bias, mask=m.w_mask)
+    return specs.Linear(
+        weight=weight, bias=bias, mask=m.w_mask, leading_shape=tuple(m.in_size[:-1])
+    )
 
 
-@adapter.builds(specs.Linear, carries=("mask",))
+@adapter.builds(specs.Linear, carries=("mask", "leading_shape"))
 def build_linear(spec, ctx):
     weight, bias = spec.weight, spec.bias
     _check_one_dtype(weight, bias, ctx)
-    batch = ctx.shape[:-1] if ctx.shape else ()
-    in_size, out_size = (*batch, weight.shape[0]), (*batch, weight.shape[1])
+    leading = ctx.shape[:-1] if ctx.shape else spec.leading_shape
+    in_size, out_size = (*leading, weight.shape[0]), (*leading, weight.shape[1])
     return nn.Linear(in_size, out_size, w_init=weight, b_init=bias, w_mask=spec.mask)
 
 
@@ -201,7 +203,9 @@ def read_batch_norm(m, ctx):
         ctx.refuse("feature_axis", m.feature_axes, "only one feature axis converts")
     for name in ("running_mean", "running_var"):
         if type(getattr(m, name)) is not brainstate.BatchState:
-            ctx.refuse("mean_type", type(getattr(m, name)).__qualname__, "only BatchState converts")
+            ctx.refuse(
+                "mean_type", type(getattr(m, name)).__qualname__, "only BatchState converts"
+            )
     (axis,) = m.feature_axes
     features = (m.in_size[axis],)
     arrays = _arrays(m, ctx, scale=features, bias=features)
@@ -256,8 +260,8 @@ def build_batch_norm(spec, ctx):
         dtype=np.float32,  # in which momentum and epsilon are kept
     )
     layer.dtype = spec.output_dtype
-    layer.running_mean.value = _reshape(spec.mean, state_shape)
-    layer.running_var.value = _reshape(spec.var, state_shape)
+    for state, array in ((layer.running_mean, spec.mean), (layer.running_var, spec.var)):
+        state.value = _reshape(array, state_shape)  # pyright: ignore[reportOptionalMemberAccess]
     return layer
 
 
@@ -346,6 +350,7 @@ def _reads_activation(cls: type, name: str, attributes: dict[str, str]) -> None:
 for _row in _ACTIVATIONS:
     _reads_activation(*_row)
 
+
 # Softmax2d is softmax over the third axis from the end, so that it is read and never built.
 @adapter.reads(nn.Softmax2d, specs.Activation)
 def read_softmax2d(m, ctx):
@@ -365,4 +370,3 @@ def build_activation(spec, ctx):
     if unknown := [k for k in spec.options if k not in attributes]:
         ctx.refuse(unknown[0], spec.options[unknown[0]], f"{cls.__name__} has no such option")
     return cls(**{attributes[k]: v for k, v in options.items() if k in attributes})
-

@@ -15,9 +15,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import formulas, specs
-from ..errors import ArgumentError, UnsupportedStructureError
+from ..errors import ArgumentError
 from ..registry import Adapter
 
 
@@ -33,6 +34,7 @@ class Equinox(Adapter):
     name = "equinox"
     module_type = eqx.Module
     per_example = True
+    has_identity = False
 
     def open(self, model, params, state):
         if params is not None:
@@ -43,9 +45,6 @@ class Equinox(Adapter):
 
     def module(self, node):
         return node.module if isinstance(node, Node) else node
-
-    def identity(self, node):
-        return None
 
     def added_state(self, module, rule):
         return _fields(type(module)) - _fields(rule.layer_type)
@@ -67,7 +66,7 @@ def _fields(cls: type) -> set[str]:
 
 
 def _initial_state(model: eqx.Module) -> eqx.nn.State | None:
-    """The state that a model still holds, if ``eqx.nn.make_with_state`` has not taken it out."""
+    """The state that a model holds, if ``eqx.nn.make_with_state`` has not taken it out."""
     leaves = jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, eqx.nn.StateIndex))
     if not any(isinstance(leaf, eqx.nn.StateIndex) for leaf in leaves):
         return None
@@ -111,14 +110,6 @@ def read_sequential(node, ctx):
 
 @adapter.builds(specs.Sequential)
 def build_sequential(spec, ctx):
-    repeated = {id(layer) for layer in spec.layers if spec.layers.count(layer) > 1}
-    if any(id(layer) in repeated and layer.holds_state for layer in spec.layers):
-        raise UnsupportedStructureError(
-            "one layer is used twice; an Equinox tree would hold two copies, which training "
-            "pulls apart",
-            path=ctx.path,
-            remedy="Give each place a layer of its own, or wrap the model live with shims.wrap",
-        )
     return eqx.nn.Sequential([ctx.build(layer) for layer in spec.layers])
 
 
@@ -135,6 +126,8 @@ def read_linear(node, ctx):
 @adapter.builds(specs.Linear)
 def build_linear(spec, ctx):
     _check_one_dtype(spec.weight, spec.bias, ctx)
+    if ctx.shape is not None and len(ctx.shape) != 1:
+        ctx.refuse("sample_input", ctx.shape, "Equinox's Linear takes examples of one axis")
     n_in, n_out = spec.weight.shape
     return _make(
         eqx.nn.Linear,
@@ -212,12 +205,13 @@ def read_batch_norm(node, ctx):
         epsilon=m.eps,
         use_fast_variance=False,
         spatial_dims=0,
+        output_dtype=specs.promoted_dtype(mean, m.weight, m.bias),
     )
 
 
 # After so many steps the debiasing is 1 to the last bit, so that the statistics are stored as
-# the other frameworks have them.
-_SETTLED = 10**6
+# the other frameworks have them. An int32, with room for as many steps again.
+_SETTLED = 2**30
 
 
 @adapter.builds(specs.BatchNorm, carries=("output_dtype",))
@@ -225,17 +219,23 @@ def build_batch_norm(spec, ctx):
     _check_output_dtype(spec, ctx)
     if (spec.scale is None) != (spec.bias is None):
         ctx.refuse("scale, bias", "one of two", "Equinox has both or neither")
-    if not 0 <= spec.momentum < 1:
+    promoted = specs.promoted_dtype(spec.mean, spec.scale, spec.bias)
+    if spec.output_dtype is None and promoted is not None:
+        ctx.refuse("dtype", None, f"Equinox returns {promoted} for a half-precision input")
+    if not 0 <= np.float32(spec.momentum) < 1:
         ctx.refuse("momentum", spec.momentum, "Equinox divides by 1 - momentum**counter")
-    if spec.spatial_dims != 0 and len(ctx.require_shape()) != 1:
-        ctx.refuse("spatial_dims", spec.spatial_dims, "only examples of one axis convert")
+    spatial_dims = spec.spatial_dims
+    if spatial_dims is None:
+        spatial_dims = len(ctx.require_shape()) - 1
+    if spatial_dims != 0:
+        ctx.refuse("spatial_dims", spatial_dims, "only examples of one axis convert")
     return _make(
         eqx.nn.BatchNorm,
         weight=spec.scale,
         bias=spec.bias,
         ema_first_time_index=None,
         ema_state_index=None,
-        batch_counter=eqx.nn.StateIndex(jnp.asarray(_SETTLED)),
+        batch_counter=eqx.nn.StateIndex(jnp.array(_SETTLED)),
         batch_state_index=eqx.nn.StateIndex((spec.mean, spec.var)),
         axis_name="batch",
         inference=True,
@@ -273,7 +273,7 @@ def read_lambda(node, ctx):
     spec = ctx.read_callable(fn, ctx.path)
     if isinstance(spec, specs.Activation) and "axis" in spec.options:
         axis = spec.options["axis"]
-        return dataclasses.replace(spec, options=spec.options | {"axis": _batched(axis)})
+        return dataclasses.replace(spec, options={**spec.options, "axis": _batched(axis)})
     if isinstance(spec, specs.Flatten) and spec.in_size is None:
         return dataclasses.replace(
             spec, start_axis=_batched(spec.start_axis), end_axis=_batched(spec.end_axis)

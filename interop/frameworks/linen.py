@@ -3,8 +3,8 @@
 A node is the module and its part of the variables, ``{collection: {name: array}}``. The
 layers of a ``Sequential`` find theirs under ``layers_0``, ``layers_1``, …; a module used twice
 under the name of its first place. Train or evaluation mode is a field of each layer, which
-``Sequential`` cannot forward. A layer's ``dtype`` is what its operands are cast to in ``Dense``,
-and only the dtype of the result in the normalisations.
+``Sequential`` cannot forward. A layer's ``dtype`` is what its operands are cast to in
+``Dense``, and only the dtype of the result in the normalisations.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
-import numpy as np
 from flax.linen import dtypes
 
 from .. import formulas, specs
@@ -48,8 +46,8 @@ class Linen(Adapter):
             raise ArgumentError("linen models take params=, not state=")
         if not isinstance(params, Mapping):
             raise ArgumentError(
-                f"linen models keep their weights outside: expected a mapping of variables, got "
-                f"{type(params).__qualname__}",
+                f"linen models keep their weights outside: expected a mapping of variables, "
+                f"got {type(params).__qualname__}",
                 path="model",
                 remedy='Pass what model.init(...) returned, {"params": ...}',
             )
@@ -92,7 +90,7 @@ def _overrides_setup(module: nn.Module) -> bool:
     return not type(module).__module__.startswith(nn.__name__)
 
 
-# -- variables: what a module needs, compared with what is given before anything is read ------
+# -- variables: what a module needs, compared with what is given before anything is read --
 
 # The shape of each array: a number is fixed, a name is any size, the same wherever it stands.
 _VARIABLES: dict[type, Any] = {
@@ -198,8 +196,9 @@ def _mismatches(
             size != (n if isinstance(n, int) else sizes.setdefault(n, size))
             for n, size in zip(wanted[key], array.shape, strict=True)
         ):
-            names = tuple(n if isinstance(n, int) else n.partition(" of ")[0]
-                          for n in wanted[key])
+            names = tuple(
+                n if isinstance(n, int) else n.partition(" of ")[0] for n in wanted[key]
+            )
             lines.append(f"{where} has shape {array.shape}, wanted {_shown(names, sizes, key)}")
     return lines
 
@@ -210,11 +209,7 @@ def _shown(names: tuple[int | str, ...], sizes: Mapping[str, int], key: Key) -> 
     return f"({', '.join(map(str, known))}{',' if len(known) == 1 else ''})"
 
 
-# -- layers -------------------------------------------------------------------------------------
-
-
-def _dtype_of(*arrays: Any) -> Any:
-    return next((a.dtype for a in arrays if a is not None), jnp.float32)
+# -- layers --
 
 
 def _node(module: nn.Module, params: Mapping[str, Any], **collections: Any) -> Node:
@@ -227,11 +222,14 @@ def read_sequential(node, ctx):
     first = {id(layer): i for i, layer in reversed(list(enumerate(node.module.layers)))}
     return specs.Sequential(
         layers=ctx.read_all(
-            Node(layer, {
-                collection: tree[f"layers_{first[id(layer)]}"]
-                for collection, tree in node.variables.items()
-                if f"layers_{first[id(layer)]}" in tree
-            })
+            Node(
+                layer,
+                {
+                    collection: tree[f"layers_{first[id(layer)]}"]
+                    for collection, tree in node.variables.items()
+                    if f"layers_{first[id(layer)]}" in tree
+                },
+            )
             for layer in node.module.layers
         )
     )
@@ -277,7 +275,7 @@ def read_dense(node, ctx):
     )
 
 
-@adapter.builds(specs.Linear, carries=("dtype", "precision"))
+@adapter.builds(specs.Linear, carries=("leading_shape", "dtype", "precision"))
 def build_dense(spec, ctx):
     module = nn.Dense(
         spec.weight.shape[1],
@@ -318,6 +316,11 @@ def read_layer_norm(node, ctx):
     )
 
 
+def _unpack(axes: tuple[int, ...]) -> int | tuple[int, ...]:
+    """A single axis as users write it: Linen modules compare by their options."""
+    return axes[0] if len(axes) == 1 else axes
+
+
 @adapter.builds(
     specs.LayerNorm,
     carries=(
@@ -332,11 +335,11 @@ def build_layer_norm(spec, ctx):
     module = nn.LayerNorm(
         epsilon=spec.epsilon,
         dtype=spec.output_dtype,
-        param_dtype=_dtype_of(spec.scale, spec.bias),
+        param_dtype=specs.common_dtype(spec.scale, spec.bias),
         use_bias=spec.bias is not None,
         use_scale=spec.scale is not None,
-        reduction_axes=spec.reduction_axes,
-        feature_axes=spec.feature_axes,
+        reduction_axes=_unpack(spec.reduction_axes),
+        feature_axes=_unpack(spec.feature_axes),
         axis_name=spec.axis_name,
         axis_index_groups=spec.axis_index_groups,
         use_fast_variance=spec.use_fast_variance,
@@ -374,7 +377,7 @@ def build_batch_norm(spec, ctx):
         momentum=spec.momentum,
         epsilon=spec.epsilon,
         dtype=spec.output_dtype,
-        param_dtype=_dtype_of(spec.scale, spec.bias),
+        param_dtype=specs.common_dtype(spec.scale, spec.bias),
         use_bias=spec.bias is not None,
         use_scale=spec.scale is not None,
         axis_name=spec.axis_name,

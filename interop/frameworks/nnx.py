@@ -11,7 +11,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
@@ -70,15 +69,14 @@ class _NoRngs:
     """Stands for the ``nnx.Rngs`` of a layer whose initialisers return given arrays."""
 
     def params(self) -> None:
-        return None
+        """No key: nothing is drawn."""
+
+
+_NO_RNGS: Any = _NoRngs()
 
 
 def _given(array: Any) -> Any:
     return lambda *_: array
-
-
-def _dtype_of(*arrays: Any) -> Any:
-    return next((a.dtype for a in arrays if a is not None), jnp.float32)
 
 
 @adapter.reads(nnx.Sequential, specs.Sequential, state=("layers",))
@@ -107,7 +105,9 @@ def read_linear(m, ctx):
     )
 
 
-@adapter.builds(specs.Linear, carries=("dtype", "precision", "preferred_element_type"))
+@adapter.builds(
+    specs.Linear, carries=("leading_shape", "dtype", "precision", "preferred_element_type")
+)
 def build_linear(spec, ctx):
     return nnx.Linear(
         *spec.weight.shape,
@@ -118,20 +118,15 @@ def build_linear(spec, ctx):
         preferred_element_type=spec.preferred_element_type,
         kernel_init=_given(spec.weight),
         bias_init=_given(spec.bias),
-        rngs=_NoRngs(),
+        rngs=_NO_RNGS,
     )
-
-
-def _is_wide(dtype: Any) -> bool:
-    """Whether casting the operands to ``dtype`` first loses nothing that its result keeps."""
-    return dtype is not None and jnp.promote_types(dtype, jnp.float32) == dtype
 
 
 def _norm_dtype(spec, ctx):
     """The one dtype that this framework has for the operands and for the result."""
-    if spec.compute_dtype == spec.output_dtype or _is_wide(spec.output_dtype):
+    if spec.compute_dtype == spec.output_dtype or specs.is_wide(spec.output_dtype):
         return spec.output_dtype
-    ctx.refuse(
+    return ctx.refuse(
         "output_dtype",
         spec.output_dtype,
         "nnx would cast the input to it before taking statistics, not only the result",
@@ -162,7 +157,7 @@ def read_layer_norm(m, ctx):
         feature_axes=feature_axes,
         axis_name=m.axis_name,
         axis_index_groups=m.axis_index_groups,
-        compute_dtype=None if _is_wide(dtype) else dtype,
+        compute_dtype=None if specs.is_wide(dtype) else dtype,
         output_dtype=dtype,
     )
 
@@ -200,7 +195,7 @@ def build_layer_norm(spec, ctx):
         features,
         epsilon=spec.epsilon,
         dtype=_norm_dtype(spec, ctx),
-        param_dtype=_dtype_of(spec.scale, spec.bias),
+        param_dtype=specs.common_dtype(spec.scale, spec.bias),
         use_bias=spec.bias is not None,
         use_scale=spec.scale is not None,
         bias_init=_given(_flat(spec.bias)),
@@ -210,7 +205,7 @@ def build_layer_norm(spec, ctx):
         axis_name=spec.axis_name,
         axis_index_groups=spec.axis_index_groups,
         use_fast_variance=spec.use_fast_variance,
-        rngs=_NoRngs(),
+        rngs=_NO_RNGS,
     )
 
 
@@ -228,12 +223,11 @@ def read_batch_norm(m, ctx):
     (axis,) = _axes(m.axis, "axis", ctx)
     scale, bias = _array(m, ctx, "scale"), _array(m, ctx, "bias")
     dtype = specs.dtype(m.dtype)
-    # The operands are cast to the common dtype of all five, and the statistics are float32.
-    output_dtype = dtype or jnp.promote_types(jnp.float32, _dtype_of(scale, bias))
+    mean = _array(m, ctx, "mean", nnx.BatchStat)
     return specs.BatchNorm(
         scale=scale,
         bias=bias,
-        mean=_array(m, ctx, "mean", nnx.BatchStat),
+        mean=mean,
         var=_array(m, ctx, "var", nnx.BatchStat),
         momentum=m.momentum,
         epsilon=m.epsilon,
@@ -242,8 +236,8 @@ def read_batch_norm(m, ctx):
         axis=axis,
         axis_name=m.axis_name,
         axis_index_groups=m.axis_index_groups,
-        compute_dtype=None if dtype is None or _is_wide(dtype) else dtype,
-        output_dtype=output_dtype,
+        compute_dtype=None if dtype is None or specs.is_wide(dtype) else dtype,
+        output_dtype=dtype or specs.promoted_dtype(mean, scale, bias),
     )
 
 
@@ -252,9 +246,9 @@ def read_batch_norm(m, ctx):
     carries=("axis", "axis_name", "axis_index_groups", "compute_dtype", "output_dtype"),
 )
 def build_batch_norm(spec, ctx):
-    param_dtype = _dtype_of(spec.scale, spec.bias)
-    if spec.output_dtype is None and not _is_wide(param_dtype):
-        ctx.refuse("param_dtype", param_dtype, "nnx returns float32 for a half-precision input")
+    promoted = specs.promoted_dtype(spec.mean, spec.scale, spec.bias)
+    if spec.output_dtype is None and promoted is not None:
+        ctx.refuse("dtype", None, f"nnx returns {promoted} for a half-precision input")
     layer = nnx.BatchNorm(
         *spec.mean.shape,
         use_running_average=True,
@@ -262,7 +256,7 @@ def build_batch_norm(spec, ctx):
         momentum=spec.momentum,
         epsilon=spec.epsilon,
         dtype=_norm_dtype(spec, ctx),
-        param_dtype=param_dtype,
+        param_dtype=specs.common_dtype(spec.scale, spec.bias),
         use_bias=spec.bias is not None,
         use_scale=spec.scale is not None,
         bias_init=_given(spec.bias),
@@ -270,7 +264,7 @@ def build_batch_norm(spec, ctx):
         axis_name=spec.axis_name,
         axis_index_groups=spec.axis_index_groups,
         use_fast_variance=spec.use_fast_variance,
-        rngs=_NoRngs(),
+        rngs=_NO_RNGS,
     )
     layer.mean.set_value(spec.mean)
     layer.var.set_value(spec.var)

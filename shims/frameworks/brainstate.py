@@ -1,8 +1,8 @@
 """BrainState as a guest.
 
-A ``State`` holds a tree of arrays, each of which is a cell. ``brainstate.random.DEFAULT`` is one
-state for the whole process: while a guest runs, the host's key stands in its place, under a
-lock. Private API: ``State._value``, for that exchange.
+A ``State`` holds a tree of arrays, each of which is a cell. ``brainstate.random.DEFAULT`` is
+one state for the whole process: while a guest runs, the host's key stands in its place, under
+a lock. Private API: ``State._value``, for that exchange.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from brainstate import graph
 from brainstate.random import DEFAULT
+from jax.core import Tracer
 
 from ..core import Call, Cell, Guest, Kind, Path, Structure
 
@@ -126,7 +127,9 @@ class BrainStateStructure(Structure):
             for path, state in states.items()
             for leaf_path, leaf in _leaves(path, state.value)
         }
-        trees = tuple((path, type(s), jax.tree.structure(s.value)) for path, s in states.items())
+        trees = tuple(
+            (path, type(s), jax.tree.structure(s.value)) for path, s in states.items()
+        )
         self._key = (_comparable(definition), trees)
         self._hash = hash(self._key)
 
@@ -151,7 +154,8 @@ class BrainStateStructure(Structure):
             )
             for path, (ref, tree) in self._states.items()
         }
-        return graph.unflatten(self._definition, brainstate.util.NestedDict.from_flat(states))
+        flat: Any = states
+        return graph.unflatten(self._definition, brainstate.util.NestedDict.from_flat(flat))
 
     def run(self, values, call):
         module = self.build(values)
@@ -172,17 +176,21 @@ def _structure(module: brainstate.nn.Module) -> BrainStateStructure:
     return BrainStateStructure(definition, states.to_flat(), type(module))
 
 
-# -- what compares ------------------------------------------------------------------------------
+# -- what compares --
 
 
 class _ArrayKey:
-    """An array among a module's plain attributes: equal if it is the same, or holds the same."""
+    """An array among a module's plain attributes: equal if it holds the same."""
 
     def __init__(self, array: Any):
         self.array = array
 
     def __eq__(self, other):
-        if not isinstance(other, _ArrayKey) or _is_traced(self.array) or _is_traced(other.array):
+        if (
+            not isinstance(other, _ArrayKey)
+            or _is_traced(self.array)
+            or _is_traced(other.array)
+        ):
             return isinstance(other, _ArrayKey) and self.array is other.array
         a, b = self.array, other.array
         same_kind = a.shape == b.shape and a.dtype == b.dtype
@@ -206,7 +214,7 @@ class _SameObject:
 
 
 def _is_traced(array: Any) -> bool:
-    return isinstance(array, jax.core.Tracer)
+    return isinstance(array, Tracer)
 
 
 def _comparable(value: Any) -> Any:
@@ -225,7 +233,7 @@ def _comparable(value: Any) -> Any:
     return value
 
 
-# -- the host's key in place of brainstate.random's -----------------------------------------------
+# -- the host's key in place of brainstate.random's --
 
 _RANDOM = threading.RLock()
 

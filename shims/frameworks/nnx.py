@@ -1,8 +1,8 @@
 """Flax NNX as a host.
 
-The shim's ``nnx.Variable``s are views: their value is the guest's own array. Whatever NNX
-copies (``split``/``merge``, ``clone``, every transformation) owns its values. NNX writes results
-back into the original Variables, and so into the guest. Private API: ``Variable._raw_value``,
+The shim's ``nnx.Variable``s are views: their value is the guest's own array. Copies that NNX
+makes (``clone``, every transformation) own their values; NNX writes results back into the
+original Variables, and so into the guest. Private API: ``Variable._raw_value``,
 which the views override; ``_check_link`` tries at first use that it works both ways.
 """
 
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import wrapt
 from flax import nnx
+from jax.core import Tracer
 
 from interop.api import convert_with
 from interop.errors import ArgumentError, ConversionError, InteropError, MissingKeyError
@@ -34,7 +35,7 @@ class Buffer(nnx.Variable):
     """A value of a guest that is neither trained nor a running statistic."""
 
 
-# -- views --------------------------------------------------------------------------------------
+# -- views --
 
 
 def _view_type(base: type[nnx.Variable]) -> type[nnx.Variable]:
@@ -138,7 +139,7 @@ def _check_link() -> None:
         )
 
 
-# -- the guest inside the shim ----------------------------------------------------------------------
+# -- the guest inside the shim --
 
 
 class _Anchor:
@@ -210,14 +211,19 @@ class _OfInstance:
 
 def _signature(shim: ToNNX) -> inspect.Signature:
     """The guest's, and the keywords that the shim adds."""
-    own = inspect.signature(shim._shim_anchor.forward)
-    parameters = list(own.parameters.values())[1:]
+    own = _without_self(shim._shim_anchor.forward)
+    parameters = list(own.parameters.values())
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
         for name in _KEYWORDS
     ]
     last = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
     return own.replace(parameters=[*(p for p in parameters if p not in last), *added, *last])
+
+
+def _without_self(function: Callable[..., Any]) -> inspect.Signature:
+    own = inspect.signature(function)
+    return own.replace(parameters=list(own.parameters.values())[1:])
 
 
 _KEYWORDS = ("rngs", "deterministic")
@@ -261,9 +267,8 @@ _DOC = """A live ``nnx.Module`` around a module of another framework.
 
 
 class ToNNX(nnx.Module):
-    __doc__ = _OfInstance(lambda shim: inspect.getdoc(shim._shim_anchor.forward), _DOC)
-    __signature__ = _OfInstance(_signature)
-    _shim_anchor = _AnchorSlot()
+    __doc__: Any = _OfInstance(lambda shim: inspect.getdoc(shim._shim_anchor.forward), _DOC)
+    _shim_anchor: Any = _AnchorSlot()
 
     def __init__(self, module: Any, rngs: nnx.Rngs | nnx.RngStream | None = None):
         guest = guest_of(module)
@@ -275,7 +280,11 @@ class ToNNX(nnx.Module):
         type(self)._shim_anchor.link(self, guest)
         self._shim_show(guest.cells())
 
-    def __call__(self, *args: Any, rngs: Any = None, deterministic: bool | None = None, **kwargs):
+    __signature__ = _OfInstance(_signature, _without_self(__init__))
+
+    def __call__(
+        self, *args: Any, rngs: Any = None, deterministic: bool | None = None, **kwargs
+    ):
         return self._shim_run("__call__", args, kwargs, rngs, deterministic)
 
     def set_view(self, deterministic: bool | None = None) -> None:
@@ -323,7 +332,11 @@ class ToNNX(nnx.Module):
         if copy:
             definition, state = nnx.split(model)
             model = nnx.merge(definition, jax.tree.map(jnp.copy, state))
-        return model.eval() or model if self.deterministic else model.train() or model
+        if self.deterministic:
+            model.eval()
+        else:
+            model.train()
+        return model
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or "_shim_anchor" not in vars(self):
@@ -377,7 +390,7 @@ class ToNNX(nnx.Module):
             if new[path] is not values[path]:
                 self._shim_variable(path).set_value(new[path])
         # State that appears in a call is kept, unless it was traced: it is gone with the trace.
-        if not any(isinstance(value, jax.core.Tracer) for value in new.values()):
+        if not any(isinstance(value, Tracer) for value in new.values()):
             self._shim_place(
                 {
                     path: self._shim_variable(path)
@@ -393,7 +406,7 @@ class ToNNX(nnx.Module):
         return {path: self._shim_variable(path).get_value() for path in structure.kinds}
 
     def _shim_variable(self, path: Path) -> Any:
-        found: Any = vars(self).get(path[0])
+        found: Any = vars(self).get(str(path[0]))
         for part in path[1:]:
             found = found[part] if isinstance(found, Mapping) and part in found else None
         if not isinstance(found, nnx.Variable):

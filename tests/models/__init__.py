@@ -9,14 +9,16 @@ users of the framework hold: ``(module, variables)`` in Linen, ``(model, state)`
 ``activation(fn)``                   a weight-less function of one array, as a layer
 ``subclass(weight, bias)``           a subclass of the linear layer with another forward
 ``custom(weight, bias)``             a model with forward logic of its own
-``arguments(model)``                 what ``interop.convert`` takes for it: ``(model, keywords)``
+``arguments(model)``                 the model and keywords that ``interop.convert`` takes
 ``receive(convert)``                 call ``convert()`` and return a model as above
 ``run(model, x, train, key)``        ``(output, model afterwards)`` on a batch
 ``jit(model, x)``                    the output in evaluation mode, compiled
-``read(model)``                      each leaf layer's arrays in canonical layout, in order
+``read(model)``                      the arrays of each layer that has some, in order
+``options(model)``                   the class and options of each layer, in order
 ``gradient(model, x)``               of ``sum(output ** 2)``, in the form of ``read``
 ``step(model, x)``                   the model after one step of gradient descent on it
-``containers(model)``                what must be unchanged in a source: each array by identity
+``count(model)``                     the number of arrays that an optimiser sees
+``OWN_LAYOUT``                       arrays that ``read`` has to compute, by name
 ``LACKS``                            what the framework lacks, with the reason to skip
 ===================================  =====================================================
 """

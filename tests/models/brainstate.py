@@ -2,10 +2,12 @@
 
 import brainstate
 import jax
-import numpy as np
 from brainstate import nn
 
+from interop.composites.brainstate import Lambda
+
 LACKS = {}
+OWN_LAYOUT = set()
 RATE = 0.1
 
 
@@ -15,7 +17,7 @@ def linear(weight, bias=None, **options):
     )
 
 
-def layer_norm(scale, bias, epsilon, use_fast_variance=True):
+def layer_norm(scale, bias, epsilon, use_fast_variance=False):
     layer = nn.LayerNorm(
         scale.shape,
         epsilon=epsilon,
@@ -27,11 +29,12 @@ def layer_norm(scale, bias, epsilon, use_fast_variance=True):
     return layer
 
 
-def batch_norm(scale, bias, mean, var, epsilon, momentum):
+def batch_norm(scale, bias, mean, var, epsilon, momentum, use_fast_variance=False):
     layer = nn.BatchNorm0d(
         scale.shape,
         epsilon=epsilon,
         momentum=momentum,
+        use_fast_variance=use_fast_variance,
         scale_initializer=scale,
         bias_initializer=bias,
     )
@@ -40,19 +43,16 @@ def batch_norm(scale, bias, mean, var, epsilon, momentum):
 
 
 def dropout(rate):
-    return nn.Dropout(1 - rate)
+    return nn.Dropout(round(1 - rate, 12))  # the probability to keep
 
 
 def sequential(*layers):
-    return nn.Sequential(*layers)
+    first, *rest = layers  # the first has to be a module
+    return nn.Sequential(first if isinstance(first, nn.Module) else Lambda(first), *rest)
 
 
 def activation(fn):
-    class Function(nn.ElementWiseBlock):
-        def update(self, x):
-            return fn(x)
-
-    return _CLASSES[fn]() if fn in _CLASSES else Function()
+    return _CLASSES[fn]() if fn in _CLASSES else fn
 
 
 _CLASSES = {jax.nn.relu: nn.ReLU, jax.numpy.tanh: nn.Tanh}
@@ -104,19 +104,28 @@ def jit(model, x):
 def _leaves(model):
     if isinstance(model, nn.Sequential):
         return [leaf for layer in model.layers for leaf in _leaves(layer)]
-    return [model] if hasattr(model, "weight") else []
+    return [model]
 
 
 def _arrays(layer):
-    arrays = dict(layer.weight.value)
+    arrays = dict(layer.weight.value) if getattr(layer, "weight", None) else {}
     if hasattr(layer, "running_mean"):
         arrays |= {"mean": layer.running_mean.value, "var": layer.running_var.value}
     return arrays
 
 
 def read(model):
+    return [arrays for layer in _leaves(model) if (arrays := _arrays(layer))]
+
+
+_OPTIONS = ("in_size", "out_size", "epsilon", "momentum", "use_fast_variance", "prob")
+
+
+def options(model):
     return [
-        {k: np.asarray(v) if k == "weight" else np.ravel(v) for k, v in _arrays(layer).items()}
+        (type(layer), {name: getattr(layer, name, None) for name in _OPTIONS})
+        if isinstance(layer, nn.Module)
+        else layer
         for layer in _leaves(model)
     ]
 
@@ -130,10 +139,8 @@ def _gradients(model, x):
 def gradient(model, x):
     states, grads = _gradients(model, x)
     by_state = {id(state): grads[key] for key, state in states.items()}
-    return [
-        {k: np.asarray(v) if k == "weight" else np.ravel(v) for k, v in g.items()}
-        for g in (by_state[id(layer.weight)] for layer in _leaves(model))
-    ]
+    layers = [layer for layer in _leaves(model) if getattr(layer, "weight", None)]
+    return [by_state[id(layer.weight)] for layer in layers]
 
 
 def step(model, x):
@@ -143,5 +150,6 @@ def step(model, x):
     return model
 
 
-def containers(model):
-    return [id(leaf) for state in model.states().values() for leaf in jax.tree.leaves(state.value)]
+def count(model):
+    states = model.states(brainstate.ParamState)
+    return len(jax.tree.leaves([state.value for state in states.values()]))

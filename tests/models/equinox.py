@@ -3,12 +3,12 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 LACKS = {
     "ties": "an Equinox tree has no identity: the same layer twice is two layers",
     "fast variance": "Equinox computes centred variances only",
 }
+OWN_LAYOUT = {"weight", "mean", "var"}
 RATE = 0.1
 
 
@@ -21,7 +21,9 @@ def _set(module, **arrays):
 
 
 def linear(weight, bias=None, **options):
-    layer = eqx.nn.Linear(*weight.shape, use_bias=bias is not None, key=jax.random.key(0), **options)
+    layer = eqx.nn.Linear(
+        *weight.shape, use_bias=bias is not None, key=jax.random.key(0), **options
+    )
     return _set(layer, weight=jnp.asarray(weight.T), bias=bias)
 
 
@@ -29,10 +31,10 @@ def layer_norm(scale, bias, epsilon, use_fast_variance=False):
     return _set(eqx.nn.LayerNorm(scale.shape, eps=epsilon), weight=scale, bias=bias)
 
 
-def batch_norm(scale, bias, mean, var, epsilon, momentum):
+def batch_norm(scale, bias, mean, var, epsilon, momentum, use_fast_variance=False):
     """Statistics are stored with a bias that ``1 - momentum**counter`` takes out."""
     layer = eqx.nn.BatchNorm(
-        scale.shape[0], "batch", eps=epsilon, momentum=momentum, mode="batch", dtype=scale.dtype
+        scale.shape[0], "batch", eps=epsilon, momentum=momentum, mode="batch", dtype=mean.dtype
     )
     layer, state = _set(layer, weight=scale, bias=bias), eqx.nn.State(layer)
     debias = 1 - momentum**7
@@ -116,26 +118,36 @@ def jit(model, x):
 def _leaves(module):
     if isinstance(module, eqx.nn.Sequential):
         return [leaf for layer in module.layers for leaf in _leaves(layer)]
-    known = eqx.nn.Linear | eqx.nn.LayerNorm | eqx.nn.BatchNorm
-    return [module] if isinstance(module, known) else []
+    return [module]
 
 
 def _arrays(layer, state):
-    if isinstance(layer, eqx.nn.Linear):
-        arrays = {"weight": layer.weight.T, "bias": layer.bias}
-    else:
-        arrays = {"scale": layer.weight, "bias": layer.bias}
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    is_linear = isinstance(layer, eqx.nn.Linear)
+    arrays = {"weight": weight.T} if is_linear else {"scale": weight}
     if isinstance(layer, eqx.nn.BatchNorm) and state is not None:
         statistics = state.get(layer.batch_state_index)
         counter = state.get(layer.batch_counter)
         debias = 1 - float(layer.momentum) ** float(counter)
         arrays |= {"mean": statistics[0] / debias, "var": statistics[1] / debias}
-    return {k: np.asarray(v) for k, v in arrays.items() if v is not None}
+    return {k: v for k, v in (arrays | {"bias": bias}).items() if v is not None}
 
 
 def read(model):
     module, state = model if isinstance(model, tuple) else (model, None)
-    return [_arrays(layer, state) for layer in _leaves(module)]
+    return [arrays for layer in _leaves(module) if (arrays := _arrays(layer, state))]
+
+
+_OPTIONS = ("in_features", "out_features", "use_bias", "shape", "p", "input_size", "eps")
+_OPTIONS += ("momentum", "mode", "axis_name", "channelwise_affine", "fn")
+
+
+def options(model):
+    module = model[0] if isinstance(model, tuple) else model
+    return [
+        (type(layer), {name: getattr(layer, name, None) for name in _OPTIONS})
+        for layer in _leaves(module)
+    ]
 
 
 def _gradients(model, x):
@@ -153,5 +165,6 @@ def step(model, x):
     return eqx.apply_updates(module, updates), state
 
 
-def containers(model):
-    return [id(leaf) for leaf in jax.tree.leaves(model)]
+def count(model):
+    module = model[0] if isinstance(model, tuple) else model
+    return len(jax.tree.leaves(eqx.filter(module, eqx.is_inexact_array)))

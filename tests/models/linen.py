@@ -4,9 +4,9 @@ import functools
 
 import flax.linen as nn
 import jax
-import numpy as np
 
 LACKS = {}
+OWN_LAYOUT = set()
 RATE = 0.1
 
 
@@ -18,16 +18,20 @@ def linear(weight, bias=None, **options):
     return module, {"params": arrays}
 
 
-def layer_norm(scale, bias, epsilon, use_fast_variance=True):
+def layer_norm(scale, bias, epsilon, use_fast_variance=False):
     module = nn.LayerNorm(
         epsilon=epsilon, use_fast_variance=use_fast_variance, param_dtype=scale.dtype
     )
     return module, {"params": {"scale": scale, "bias": bias}}
 
 
-def batch_norm(scale, bias, mean, var, epsilon, momentum):
+def batch_norm(scale, bias, mean, var, epsilon, momentum, use_fast_variance=False):
     module = nn.BatchNorm(
-        use_running_average=True, epsilon=epsilon, momentum=momentum, param_dtype=scale.dtype
+        use_running_average=True,
+        epsilon=epsilon,
+        momentum=momentum,
+        use_fast_variance=use_fast_variance,
+        param_dtype=scale.dtype,
     )
     statistics = {"mean": mean, "var": var}
     return module, {"params": {"scale": scale, "bias": bias}, "batch_stats": statistics}
@@ -119,9 +123,8 @@ def jit(model, x):
 
 def _leaves(module, variables):
     if not isinstance(module, nn.Sequential):
-        return [variables] if variables else []
-    first = {}
-    leaves = []
+        return [(module, variables)]
+    first, leaves = {}, []
     for i, layer in enumerate(module.layers):
         name = f"layers_{first.setdefault(id(layer), i)}"
         parts = {c: tree[name] for c, tree in variables.items() if name in tree}
@@ -129,15 +132,17 @@ def _leaves(module, variables):
     return leaves
 
 
+def _arrays(variables):
+    arrays = {name: array for tree in variables.values() for name, array in tree.items()}
+    return {"weight" if name == "kernel" else name: array for name, array in arrays.items()}
+
+
 def read(model):
-    return [
-        {
-            "weight" if name == "kernel" else name: np.asarray(array)
-            for arrays in leaf.values()
-            for name, array in arrays.items()
-        }
-        for leaf in _leaves(*model)
-    ]
+    return [_arrays(variables) for _, variables in _leaves(*model) if variables]
+
+
+def options(model):
+    return [module for module, _ in _leaves(*model)]  # dataclasses: they compare by options
 
 
 def _gradients(model, x):
@@ -159,5 +164,5 @@ def step(model, x):
     return module, {**variables, "params": update(variables["params"], _gradients(model, x))}
 
 
-def containers(model):
-    return [id(leaf) for leaf in jax.tree.leaves(model[1])]
+def count(model):
+    return len(jax.tree.leaves(model[1]["params"]))

@@ -1,16 +1,20 @@
 """Flax NNX models."""
 
 import jax
-import numpy as np
 from flax import nnx
 
 LACKS = {}
+OWN_LAYOUT = set()
 RATE = 0.1
 
 
 def linear(weight, bias=None, **options):
     layer = nnx.Linear(
-        *weight.shape, use_bias=bias is not None, param_dtype=weight.dtype, rngs=nnx.Rngs(0), **options
+        *weight.shape,
+        use_bias=bias is not None,
+        param_dtype=weight.dtype,
+        rngs=nnx.Rngs(0),
+        **options,
     )
     layer.kernel.set_value(weight)
     if bias is not None:
@@ -18,7 +22,7 @@ def linear(weight, bias=None, **options):
     return layer
 
 
-def layer_norm(scale, bias, epsilon, use_fast_variance=True):
+def layer_norm(scale, bias, epsilon, use_fast_variance=False):
     layer = nnx.LayerNorm(
         *scale.shape,
         epsilon=epsilon,
@@ -31,11 +35,12 @@ def layer_norm(scale, bias, epsilon, use_fast_variance=True):
     return layer
 
 
-def batch_norm(scale, bias, mean, var, epsilon, momentum):
+def batch_norm(scale, bias, mean, var, epsilon, momentum, use_fast_variance=False):
     layer = nnx.BatchNorm(
         *scale.shape,
         epsilon=epsilon,
         momentum=momentum,
+        use_fast_variance=use_fast_variance,
         param_dtype=scale.dtype,
         rngs=nnx.Rngs(0),
     )
@@ -87,8 +92,15 @@ def receive(convert):
     return convert()
 
 
+def _switch(model, train):
+    modes = ("deterministic", "use_running_average")
+    found = {getattr(m, mode, None) for _, m in nnx.iter_modules(model) for mode in modes}
+    if train in found:  # not within a transformation, where NNX forbids to set attributes
+        model.train() if train else model.eval()
+
+
 def run(model, x, train=False, key=None):
-    model.train() if train else model.eval()
+    _switch(model, train)
     rngs = {} if key is None else {"rngs": nnx.Rngs(dropout=key)}
     return model(x, **rngs), model
 
@@ -99,31 +111,47 @@ def _jit(model, x):
 
 
 def jit(model, x):
-    model.eval()
+    _switch(model, False)
     return _jit(model, x)
 
 
 def _leaves(model):
     if isinstance(model, nnx.Sequential):
         return [leaf for layer in model.layers for leaf in _leaves(layer)]
-    known = nnx.Linear | nnx.LayerNorm | nnx.BatchNorm
-    return [model] if isinstance(model, known) else []
+    return [model]
+
+
+def _arrays(layer):
+    variables = {name: getattr(layer, name, None) for name in _NAMES}
+    return {
+        _NAMES[name]: variable.get_value()
+        for name, variable in variables.items()
+        if isinstance(variable, nnx.Variable)
+    }
+
+
+_NAMES = {"kernel": "weight"} | {name: name for name in ("scale", "bias", "mean", "var")}
 
 
 def read(model):
+    return [arrays for layer in _leaves(model) if (arrays := _arrays(layer))]
+
+
+_OPTIONS = ("in_features", "out_features", "num_features", "use_bias", "rate")
+_OPTIONS += ("param_dtype", "epsilon", "momentum", "axis", "use_fast_variance")
+
+
+def options(model):
     return [
-        {
-            "weight" if name == "kernel" else name: np.asarray(value.get_value())
-            for name in ("kernel", "scale", "bias", "mean", "var")
-            if isinstance(value := getattr(layer, name, None), nnx.Variable)
-            and isinstance(value.get_value(), jax.Array | np.ndarray)
-        }
+        (type(layer), {name: getattr(layer, name, None) for name in _OPTIONS})
+        if isinstance(layer, nnx.Module)
+        else layer
         for layer in _leaves(model)
     ]
 
 
 def _gradients(model, x):
-    model.eval()
+    _switch(model, False)
     return nnx.grad(lambda m: (m(x) ** 2).sum())(model)
 
 
@@ -140,5 +168,5 @@ def step(model, x):
     return model
 
 
-def containers(model):
-    return [id(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
+def count(model):
+    return len(jax.tree.leaves(nnx.state(model, nnx.Param)))

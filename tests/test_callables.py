@@ -1,0 +1,136 @@
+"""Plain functions in a stack: batched or of one example, and never with weights inside."""
+
+import functools
+
+import brainstate
+import equinox as eqx
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import interop
+from interop.composites.brainstate import Lambda
+
+from .cases import BIAS, WEIGHT, X, array
+from .conftest import Framework
+
+
+def scaled(x):
+    return jnp.sin(x) * 2
+
+
+def test_an_unknown_function_is_taken_over(source, target):
+    source.needs("functions")
+    target.needs("functions")
+    model = source.sequential(source.linear(WEIGHT, BIAS), source.activation(scaled))
+    converted = target.convert_from(source, model)
+    np.testing.assert_allclose(
+        target.call(converted, X), source.call(model, X), rtol=2e-6, atol=2e-6
+    )
+    back = source.convert_from(target, converted)
+    assert source.options(back)[-1] == source.options(model)[-1]
+
+
+def test_a_function_may_stand_first(source, target):
+    source.needs("functions")
+    target.needs("functions")
+    model = source.sequential(source.activation(scaled), source.linear(WEIGHT, BIAS))
+    converted = target.convert_from(source, model)
+    np.testing.assert_allclose(
+        target.call(converted, X), source.call(model, X), rtol=2e-6, atol=2e-6
+    )
+
+
+def test_flattening_images_works_between_batched_and_single_examples(source, target):
+    source.needs("functions")
+    target.needs("functions")
+    images = array(5, 2, 4)
+    model = source.sequential(source.flatten(), source.linear(array(8, 3), array(3)))
+    converted = target.convert_from(source, model)
+    np.testing.assert_allclose(
+        target.call(converted, images), source.call(model, images), rtol=2e-6, atol=2e-6
+    )
+
+
+def test_a_function_that_mixes_the_batch_fails_when_it_is_called():
+    """It has no meaning for one example; the result would be its first element."""
+    model = interop.convert(nnx.Sequential(jnp.ravel), to="equinox")
+    with pytest.raises(ValueError, match="mixes batch and features"):
+        jax.vmap(model)(X)
+
+
+@pytest.mark.parametrize("to", ["nnx", "linen", "equinox"])
+def test_a_lone_function_becomes_a_module(to):
+    target = Framework(to)
+    model = target.receive(lambda: interop.convert(Lambda(scaled), to=to))
+    np.testing.assert_allclose(target.call(model, X), scaled(X), rtol=1e-6)
+
+
+dense = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+
+
+def through_a_global(x):
+    return dense(x)
+
+
+def hiding_places():
+    layer = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+
+    def with_default(x, layer=layer):
+        return layer(x)
+
+    class Callable:
+        def __init__(self):
+            self.parts = [layer]
+
+        def __call__(self, x):
+            return self.parts[0](x)
+
+    inner = lambda x: layer(x)  # noqa: E731
+    return {
+        "bound method": layer.__call__,
+        "closure": inner,
+        "closure of a closure": lambda x: inner(x),
+        "partial": functools.partial(lambda layer, x: layer(x), layer),
+        "default argument": with_default,
+        "global": through_a_global,
+        "list in a callable object": Callable(),
+        "jax.jit": jax.jit(inner),
+        "jax.vmap": jax.vmap(inner),
+    }
+
+
+@pytest.mark.parametrize("place", hiding_places())
+def test_a_module_inside_a_function_is_refused(place):
+    model = nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(1)), hiding_places()[place])
+    with pytest.raises(interop.UnsupportedStructureError, match=r"Linear \(nnx\)") as e:
+        interop.from_nnx(model)
+    assert e.value.path == "model[1]"
+
+
+@pytest.mark.parametrize(
+    ("framework", "foreign"),
+    [
+        ("nnx", brainstate.nn.Linear(3, 3)),
+        ("linen", eqx.nn.Linear(3, 3, key=jax.random.key(0))),
+        ("equinox", flax.linen.Dense(3)),
+    ],
+)
+def test_a_module_of_another_framework_is_refused(framework, foreign):
+    source = Framework(framework)
+    model = source.sequential(source.linear(WEIGHT, BIAS), source.activation(foreign))
+    model, keywords = source.arguments(model)
+    with pytest.raises(interop.UnsupportedStructureError, match=r"^model\[1\]: ") as e:
+        interop.convert(model, to="brainstate", **keywords)
+    assert type(foreign).__qualname__ in str(e.value)
+
+
+def test_what_cannot_be_called_is_refused():
+    model = eqx.nn.Sequential([eqx.nn.Lambda(3.0)])
+    with pytest.raises(
+        interop.UnsupportedStructureError, match="neither a module nor callable"
+    ):
+        interop.from_equinox(model)

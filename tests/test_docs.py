@@ -1,0 +1,94 @@
+"""README, examples and the generated table are what they claim."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def printed_by(block: str, scope: dict[str, object]) -> list[str]:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(block, "README.md", "exec"), scope)
+    return out.getvalue().splitlines()
+
+
+def promised_by(block: str) -> list[str]:
+    """What the comments after ``print`` say: on its line, or on lines of their own after it."""
+    lines = block.splitlines()
+    inline = [re.search(r"\bprint\(.*\)  # (.+)$", line) for line in lines]
+    below = [re.match(r"# (.+)$", line) for line in lines]
+    return [m.group(1) for pair in zip(inline, below, strict=True) for m in pair if m]
+
+
+def test_the_readmes_programs_print_what_they_promise():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 6
+    scope: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks:
+        promised = promised_by(block)
+        assert promised, f"this block promises nothing:\n{block}"
+        assert printed_by(block, scope) == promised, block
+
+
+def test_the_table_of_what_converts_is_current():
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    script = ROOT / "tests" / "support_table.py"
+    done = subprocess.run([sys.executable, script, "--check"], env=env, check=False)
+    assert done.returncode == 0, "stale: run `make table`"
+
+
+def test_what_the_readme_links_to_is_there():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for script in re.findall(r"python (examples/\S+\.py)", README):
+        assert (ROOT / script).exists(), script
+
+
+@pytest.fixture(scope="module")
+def embed_in_flax(tmp_path_factory):
+    out = tmp_path_factory.mktemp("embed_in_flax")
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    script = ROOT / "examples" / "embed_in_flax.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script, "--out", out],
+        env=env,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, out
+
+
+def number(text: str, label: str) -> float:
+    return float(re.search(rf"{label}:\s+([-+.\de]+)", text).group(1))
+
+
+def test_the_example_reaches_97_percent_and_keeps_it_without_brainstate(embed_in_flax):
+    text, _ = embed_in_flax
+    live = number(text, "test accuracy with the live block")
+    assert live >= 97.0
+    assert number(text, "test accuracy without BrainState") == live
+    assert number(text, "largest difference of the logits after") < 1e-4
+    assert number(text, "BrainState objects left in the model") == 0
+
+
+def test_the_example_moves_the_brainstate_weights_and_restores_its_checkpoint(embed_in_flax):
+    text, out = embed_in_flax
+    assert number(text, "largest change of the BrainState weight") > 0.01
+    assert "the Flax model holds the same array:     True" in text
+    assert "predictions equal after restoring:       True" in text
+    assert (out / "training.png").stat().st_size > 10_000
+    assert float(re.search(r"took (\d+) s", text).group(1)) < 120
