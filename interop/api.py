@@ -101,6 +101,7 @@ def convert_with(
             f"{type(model).__module__}.{type(model).__qualname__} is not a module of "
             f"{', '.join(registry.names())}",
             path="model",
+            remedy="Pass an instance of one of their modules",
         )
     adapter = registry.adapter(source)
     shape = _shape(sample_input)

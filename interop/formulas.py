@@ -28,6 +28,7 @@ __all__ = [
     "hard_shrink",
     "hard_tanh",
     "identity",
+    "relu6",
     "soft_shrink",
     "softmin",
     "tanh_shrink",
@@ -48,6 +49,11 @@ def threshold(x: jax.Array, threshold: float, value: float) -> jax.Array:
 def hard_tanh(x: jax.Array, min_val: float = -1.0, max_val: float = 1.0) -> jax.Array:
     """Clip ``x`` to ``[min_val, max_val]``; the gradient at both ends is 1."""
     return jnp.where(x > max_val, max_val, jnp.where(x < min_val, min_val, x))
+
+
+def relu6(x: jax.Array) -> jax.Array:
+    """Clip ``x`` to ``[0, 6]``; the gradient at both ends is 1, in ``jax.nn.relu6`` it is 0."""
+    return hard_tanh(x, 0.0, 6.0)
 
 
 def hard_shrink(x: jax.Array, lambd: float = 0.5) -> jax.Array:
@@ -157,7 +163,7 @@ ACTIVATIONS: Mapping[str, Callable[..., Any]] = {
     "log_softmax": jax.nn.log_softmax,
     "mish": jax.nn.mish,
     "relu": jax.nn.relu,
-    "relu6": jax.nn.relu6,
+    "relu6": relu6,
     "selu": jax.nn.selu,
     "sigmoid": jax.nn.sigmoid,
     "silu": jax.nn.silu,

@@ -94,8 +94,7 @@ class Adapter:
         for name, value in (("params", params), ("state", state)):
             if value is not None:
                 raise ArgumentError(
-                    f"{self.name} models carry their weights themselves, but {name}= was given",
-                    remedy=f"Leave {name}= out",
+                    f"{self.name} models take no {name}=", remedy=f"Leave {name}= out"
                 )
         return model
 
@@ -198,7 +197,8 @@ class Adapter:
 
     def _no_reader(self, module: object, path: str) -> Exception:
         cls = type(module)
-        if self.has_children(module):
+        is_users = _package(cls) != _package(self.module_type)
+        if is_users and self.has_children(module):
             return UnsupportedStructureError(
                 f"cannot convert {cls.__qualname__} ({self.name}): its forward logic is its "
                 f"own, and only stacks of known layers can be rebuilt",
@@ -232,6 +232,10 @@ class Adapter:
         return rule
 
 
+def _package(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
+
+
 def _live(path: str) -> str:
     return f"shims.wrap({path}, into=...)"
 
@@ -242,12 +246,13 @@ _HARMLESS_DUNDERS = {"__call__", "__getattr__", "__getattribute__", "__setattr__
 
 def _overridden(cls: type, base: type) -> list[str]:
     """Methods and properties of ``base`` that ``cls`` replaces, by name."""
+    fields = getattr(base, "__dataclass_fields__", ())  # their values are read, not their code
     names: list[str] = []
     for c in cls.__mro__[: cls.__mro__.index(base)]:
         for name, value in vars(c).items():
             dunder = name.startswith("__") and name not in _HARMLESS_DUNDERS
             is_code = callable(value) or hasattr(value, "__get__")
-            if is_code and not dunder and hasattr(base, name) and name not in names:
+            if is_code and not dunder and hasattr(base, name) and name not in (*fields, *names):
                 names.append(name)
     return names
 

@@ -93,8 +93,9 @@ class LayerNorm(Spec):
         scale   the sizes of ``feature_axes``, or None
         bias    the sizes of ``feature_axes``, or None
 
-    ``feature_shape`` holds those sizes where they are known without the arrays. Axes are
-    negative: they count from the end, so that batch axes do not move them.
+    ``feature_shape`` holds those sizes where they are known without the arrays, and
+    ``leading_shape`` the sizes of the axes of one example before them, where the source fixes
+    them. Axes are negative: they count from the end, so that batch axes do not move them.
 
     Dtypes: ``x``, scale and bias are first cast to ``compute_dtype``, the result to
     ``output_dtype``; None means the common dtype of the three. Statistics are float32 or wider.
@@ -105,6 +106,7 @@ class LayerNorm(Spec):
     epsilon: float
     use_fast_variance: bool
     feature_shape: Shape | None
+    leading_shape: Shape = ()
     reduction_axes: tuple[int, ...] = (-1,)
     feature_axes: tuple[int, ...] = (-1,)
     axis_name: Any = None

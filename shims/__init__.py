@@ -12,11 +12,29 @@ from typing import TYPE_CHECKING, Any
 from .api import wrap
 
 if TYPE_CHECKING:
+    from .frameworks.brainstate import FromEquinox, FromLinen, FromNNX
+    from .frameworks.equinox import ToEquinox
+    from .frameworks.linen import ToLinen
     from .frameworks.nnx import ToNNX
 
-__all__ = ["ToNNX", "wrap"]
+__all__ = [
+    "FromEquinox",
+    "FromLinen",
+    "FromNNX",
+    "ToEquinox",
+    "ToLinen",
+    "ToNNX",
+    "wrap",
+]
 
-_FILES = {"ToNNX": "nnx"}
+_FILES = {
+    "FromEquinox": "brainstate",
+    "FromLinen": "brainstate",
+    "FromNNX": "brainstate",
+    "ToEquinox": "equinox",
+    "ToLinen": "linen",
+    "ToNNX": "nnx",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,12 +12,24 @@ from .core import guest_of, side_of
 __all__ = ["wrap"]
 
 
-def wrap(module: Any, into: str) -> Any:
+def wrap(
+    module: Any,
+    into: str,
+    *,
+    params: Any = None,
+    state: Any = None,
+    batch_axes: int | None = None,
+    axis_name: str | None = None,
+) -> Any:
     """Make ``module`` a live module of another framework.
 
     Args:
         module: a module instance of any framework that can be a guest.
         into: the host framework, such as ``"nnx"``.
+        params: the variables of a Linen module.
+        state: the ``eqx.nn.State`` of a stateful Equinox module.
+        batch_axes: leading axes that an Equinox module is mapped over, 1 by default.
+        axis_name: the name of the first of them.
 
     Returns:
         The host's shim class around ``module``, sharing its arrays; ``module`` itself if it
@@ -36,11 +48,18 @@ def wrap(module: Any, into: str) -> Any:
     adapter = registry.adapter(into)
     if isinstance(module, adapter.module_type):
         return module
-    guest_of(module)  # refuses what cannot be wrapped at all
+    options = {
+        "params": params,
+        "state": state,
+        "batch_axes": batch_axes,
+        "axis_name": axis_name,
+    }
+    guest_of(module, **options)  # refuses what cannot be wrapped at all
     host = side_of(into, "host")
     if host is None:
         raise UnsupportedStructureError(
             f"{into} has no live shim for modules of other frameworks",
             remedy=f"Convert it with interop.convert(..., to={into!r}), or choose another host",
         )
-    return host(module)
+    given = {name: value for name, value in options.items() if value is not None}
+    return host(module, **given)

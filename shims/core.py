@@ -8,16 +8,20 @@ never bound to foreign values.
 
 from __future__ import annotations
 
+import inspect
+import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from importlib import import_module
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
 
+from interop.api import convert_with
 from interop.errors import ArgumentError, ConversionError, UnsupportedStructureError
 from interop.registry import registry
 
@@ -26,9 +30,14 @@ __all__ = [
     "Cell",
     "Guest",
     "Kind",
+    "LiveGuest",
     "Path",
     "Structure",
+    "Views",
     "guest_of",
+    "leaves",
+    "materialize",
+    "path_of",
     "path_text",
     "side_of",
 ]
@@ -74,13 +83,22 @@ class Cell(ABC):
         """Replace the guest's array.
 
         Raises:
-            ConversionError: ``value`` is no array, or has another shape or dtype. The shape
-                of a hidden state may change, as it does with the batch size.
+            ConversionError: as :meth:`check` does; nothing was changed.
+        """
+        self.check(value)
+        self._put(value)
+
+    def check(self, value: Any) -> None:
+        """Compare ``value`` with the guest's array.
+
+        Raises:
+            ConversionError: ``value`` is no array, or has another shape or dtype. The leading
+                axis of a hidden state, that of the batch, may have another size.
         """
         old = self.get()
         wanted, given = _aval(old), _aval(value)
-        if self.kind is Kind.HIDDEN and given is not None and wanted is not None:
-            wanted, given = wanted[1:], given[1:]
+        if self.kind is Kind.HIDDEN and wanted is not None and given is not None:
+            wanted, given = (wanted[0][1:], wanted[1]), (given[0][1:], given[1])
         if wanted != given:
             raise ConversionError(
                 "the value does not fit",
@@ -88,14 +106,13 @@ class Cell(ABC):
                 mismatched=[f"wanted {_described(old)}, got {_described(value)}"],
                 remedy="Write an array of the same shape and dtype",
             )
-        self._put(value)
+
+
+_ARRAYS: tuple[type, ...] = (jax.Array, np.ndarray, np.generic)
 
 
 def _aval(value: Any) -> tuple[Any, Any] | None:
-    if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
-        return None
-    array: Any = value
-    return array.shape, array.dtype
+    return (value.shape, value.dtype) if isinstance(value, _ARRAYS) else None
 
 
 def _described(value: Any) -> str:
@@ -103,10 +120,51 @@ def _described(value: Any) -> str:
     return f"{aval[1]}{list(aval[0])}" if aval else type(value).__qualname__
 
 
+View = TypeVar("View")
+
+
+class Views(Generic[View]):
+    """The views of one host: one for each array of a guest, however many shims show it."""
+
+    def __init__(self, make: Callable[[Cell], View]):
+        self._make, self._lock = make, threading.Lock()
+        # A view keeps its container alive, so that an id in a key is that container's.
+        self._views: weakref.WeakValueDictionary[tuple[int, int], View]
+        self._views = weakref.WeakValueDictionary()
+
+    def of(self, cell: Cell) -> View:
+        """The view of a cell, made at first use."""
+        container, index = cell.identity
+        with self._lock:
+            view = self._views.get((id(container), index))
+            if view is None:
+                view = self._views[id(container), index] = self._make(cell)
+            return view
+
+
 def path_text(path: Path) -> str:
     """A path as people write it: ``layers[0].weight``."""
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return "".join(parts).removeprefix(".")
+
+
+def path_of(keys: Any) -> Path:
+    """A path of JAX's tree functions as one of ours."""
+    return tuple(map(_part, keys))
+
+
+def leaves(path: Path, value: Any) -> list[tuple[Path, Any]]:
+    """The arrays of a container's value, a tree, with their paths."""
+    flat: Any = jax.tree_util.tree_leaves_with_path(value)
+    return [((*path, *path_of(keys)), leaf) for keys, leaf in flat]
+
+
+def _part(key: Any) -> str | int:
+    for name in ("key", "idx", "name"):
+        if hasattr(key, name):
+            part: Any = getattr(key, name)
+            return part if isinstance(part, (str, int)) else str(part)
+    return str(key)
 
 
 @dataclass(frozen=True)
@@ -116,14 +174,14 @@ class Call:
     Attributes:
         method: the method's name, ``"__call__"`` for the call itself.
         args, kwargs: its arguments.
-        training: the host's mode.
-        key: draws a random key from the host; raises where the host has none.
+        training: the host's mode; None where the host has none, and the guest's own holds.
+        key: draws a random key from the host; raises MissingKeyError where it has none.
     """
 
     method: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    training: bool
+    training: bool | None
     key: Callable[[], jax.Array]
 
 
@@ -132,54 +190,97 @@ class Structure(ABC):
 
     Hosts keep it where they keep what compiled functions depend on. Subclasses define
     ``__eq__`` and ``__hash__``.
+
+    Attributes:
+        guest_type: the class of the guest's module.
+        forward: the guest's call, as its class defines it: for signature and documentation.
+        kinds: the kind of each value by path, each container once.
+        reduces_over_names: whether a layer takes statistics over a named axis, such as that
+            of ``jax.vmap``.
     """
 
     guest_type: type
     forward: Callable[..., Any]
-    """The guest's call, as its class defines it: for the signature and the documentation."""
     kinds: Mapping[Path, Kind]
-    """The kind of each value, by path, each container once."""
+    reduces_over_names: bool = False
 
     @abstractmethod
     def build(self, values: Mapping[Path, Any]) -> Any:
-        """A new native module that holds ``values``."""
+        """The guest's native object, newly made, holding ``values``."""
 
     @abstractmethod
     def run(
         self, values: Mapping[Path, Any], call: Call
-    ) -> tuple[Any, Structure, dict[Path, Any]]:
+    ) -> tuple[Any, dict[Path, Any], Structure]:
         """Run a private copy.
 
         Returns:
-            The output, the copy's structure after the call, and its values by path.
+            The output, the copy's values by path, and its structure, after the call.
         """
+
+    def module(self, native: Any) -> Any:
+        """The module of a native object, where that is more than the module."""
+        return native
+
+    def convert_arguments(self, native: Any) -> dict[str, Any]:
+        """What ``interop.convert`` takes beside the module of a native object."""
+        return {}
+
+    def __deepcopy__(self, memo: Any) -> Structure:
+        return self
+
+    def __repr__(self) -> str:
+        return f"<structure of {self.guest_type.__qualname__}>"
 
 
 class Guest(ABC):
-    """A module of one framework, seen from a shim of another."""
+    """A module of one framework, seen from a shim of another.
 
-    module: Any
-    forward: Callable[..., Any]
-    """As in :class:`Structure`."""
+    Attributes:
+        native: what the user gave: the module, or the module with its weights.
+        is_live: whether its arrays can be changed in place, so that a shim can show them.
+    """
+
+    native: Any
+    is_live: bool
 
     @abstractmethod
     def structure(self) -> Structure:
         """All but the values, as it is now."""
 
     @abstractmethod
+    def values(self) -> dict[Path, Any]:
+        """The arrays as they are now, each container once."""
+
+
+class LiveGuest(Guest):
+    """A guest whose arrays stand in mutable containers."""
+
+    is_live = True
+
+    @abstractmethod
     def cells(self) -> Sequence[Cell]:
-        """The guest's arrays as they are now, each container once."""
+        """The arrays in place, as they are now, each container once."""
 
     @abstractmethod
     def call(self, call: Call) -> Any:
         """Run the module itself."""
 
+    def values(self) -> dict[Path, Any]:
+        return {cell.path: cell.get() for cell in self.cells()}
 
-def guest_of(module: Any) -> Guest:
+
+def guest_of(module: Any, **options: Any) -> Guest:
     """The guest side of ``module``'s framework.
 
+    Args:
+        module: a module instance.
+        options: what that framework needs beside it (weights, state, batch axes); entries
+            that are None are left out.
+
     Raises:
-        ArgumentError: ``module`` is a class, or not a module of a known framework.
+        ArgumentError: ``module`` is a class, or not a module of a known framework; an option
+            does not belong to that framework.
         UnsupportedStructureError: that framework's modules cannot be guests.
     """
     if isinstance(module, type):
@@ -199,7 +300,19 @@ def guest_of(module: Any) -> Guest:
             f"{framework} modules cannot be wrapped live",
             remedy="Convert it with interop.convert, if it is made of known layers",
         )
-    return make(module)
+    given = {name: value for name, value in options.items() if value is not None}
+    if unknown := sorted(given.keys() - inspect.signature(make).parameters.keys()):
+        raise ArgumentError(
+            f"{framework} modules do not take {', '.join(unknown)}",
+            remedy="Leave the argument out",
+        )
+    return make(module, **given)
+
+
+def materialize(native: Any, structure: Structure, to: str, options: Mapping[str, Any]) -> Any:
+    """What ``interop`` makes of a guest's native object for the framework ``to``."""
+    arguments = structure.convert_arguments(native)
+    return convert_with(structure.module(native), to, options=options, **arguments)
 
 
 def side_of(framework: str, side: str) -> Callable[..., Any] | None:

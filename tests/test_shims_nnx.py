@@ -12,7 +12,6 @@ import weakref
 
 import brainstate
 import brainunit as u
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -618,7 +617,7 @@ def test_signature_and_documentation_are_the_guests():
     shim = shims.ToNNX(Block())
     assert list(inspect.signature(shim).parameters) == ["x", "shift", "rngs", "deterministic"]
     assert "gain" in shim.__doc__
-    assert list(inspect.signature(shims.ToNNX).parameters) == ["module", "rngs"]
+    assert list(inspect.signature(shims.ToNNX).parameters)[:2] == ["module", "rngs"]
     assert "live" in shims.ToNNX.__doc__
     assert list(inspect.signature(shim.encode).parameters) == ["x"]
 
@@ -669,9 +668,8 @@ def test_a_guest_whose_methods_or_keywords_collide_is_refused():
         (bnn.Linear, "class, not an instance"),
         (3, "not a module"),
         (jnp.ones(3), "not a module"),
-        (eqx.nn.Identity(), "cannot be wrapped live"),
     ],
-    ids=["class", "number", "array", "equinox"],
+    ids=["class", "number", "array"],
 )
 def test_what_cannot_be_a_guest_is_refused_by_name(bad, text):
     with pytest.raises(interop.InteropError, match=text):
@@ -697,8 +695,6 @@ def test_wrap_makes_a_shim_or_returns_the_hosts_own_module():
     assert shims.wrap(layer, into="brainstate") is layer
     with pytest.raises(interop.ArgumentError, match="unknown framework 'torch'"):
         shims.wrap(layer, into="torch")
-    with pytest.raises(interop.UnsupportedStructureError, match="equinox has no live shim"):
-        shims.wrap(layer, into="equinox")
 
 
 @pytest.mark.parametrize("share", [True, False])

@@ -142,6 +142,7 @@ def read_layer_norm(m, ctx):
         epsilon=m.epsilon,
         use_fast_variance=m.use_fast_variance,
         feature_shape=feature_shape,
+        leading_shape=tuple(m.in_size[: min(m.feature_axes)]),
         reduction_axes=reduction_axes,
         feature_axes=tuple(axis - ndim for axis in m.feature_axes),
         axis_name=m.axis_name,
@@ -163,6 +164,7 @@ def _check_output_dtype(spec, ctx):
 @adapter.builds(
     specs.LayerNorm,
     carries=(
+        "leading_shape",
         "reduction_axes",
         "feature_axes",
         "axis_name",
@@ -174,9 +176,9 @@ def build_layer_norm(spec, ctx):
     if spec.feature_axes != tuple(range(-len(spec.feature_axes), 0)):
         ctx.refuse("feature_axes", spec.feature_axes, "only trailing axes convert")
     _check_output_dtype(spec, ctx)
-    in_size = spec.feature_shape or ctx.require_shape()[-len(spec.feature_axes) :]
+    features = spec.feature_shape or ctx.require_shape()[-len(spec.feature_axes) :]
     layer = nn.LayerNorm(
-        in_size,
+        (*spec.leading_shape, *features),
         reduction_axes=spec.reduction_axes,
         feature_axes=spec.feature_axes,
         epsilon=spec.epsilon,
@@ -228,10 +230,8 @@ def read_batch_norm(m, ctx):
 _BATCH_NORMS = (nn.BatchNorm0d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-@adapter.builds(
-    specs.BatchNorm,
-    carries=("axis", "axis_name", "axis_index_groups", "output_dtype"),
-)
+# Not axis: with any but the last, training gives BrainState's statistics a wrong shape.
+@adapter.builds(specs.BatchNorm, carries=("axis_name", "axis_index_groups", "output_dtype"))
 def build_batch_norm(spec, ctx):
     (features,) = spec.mean.shape
     if (spec.scale is None) != (spec.bias is None):
@@ -241,14 +241,11 @@ def build_batch_norm(spec, ctx):
     shape = shape or ctx.require_shape()
     if len(shape) > len(_BATCH_NORMS) or spec.spatial_dims not in (None, len(shape) - 1):
         ctx.refuse("sample_input", shape, "it must have one channel axis and 0 to 3 others")
-    in_range = -len(shape) <= spec.axis < len(shape)
-    if not in_range or shape[spec.axis] != features:
-        ctx.refuse("sample_input", shape, f"axis {spec.axis} must have {features} features")
-    state_shape = [1] * len(shape)
-    state_shape[spec.axis] = features
+    if shape[-1] != features:
+        ctx.refuse("sample_input", shape, f"its last axis must have {features} features")
+    state_shape = (*[1] * (len(shape) - 1), features)
     layer = _BATCH_NORMS[len(shape) - 1](
         shape,
-        feature_axis=spec.axis,
         epsilon=spec.epsilon,
         momentum=spec.momentum,
         affine=spec.scale is not None,

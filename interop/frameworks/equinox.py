@@ -37,10 +37,12 @@ class Equinox(Adapter):
     has_identity = False
 
     def open(self, model, params, state):
-        if params is not None:
-            raise ArgumentError("equinox models take state=, not params=")
+        super().open(model, params, None)
         if state is not None and not isinstance(state, eqx.nn.State):
-            raise ArgumentError(f"expected an eqx.nn.State, got {type(state).__qualname__}")
+            raise ArgumentError(
+                f"state must be an eqx.nn.State, got {type(state).__qualname__}",
+                remedy="Pass what eqx.nn.make_with_state returned beside the model",
+            )
         return Node(model, state if state is not None else _initial_state(model))
 
     def module(self, node):

@@ -42,8 +42,7 @@ class Linen(Adapter):
     module_type = nn.Module
 
     def open(self, model, params, state):
-        if state is not None:
-            raise ArgumentError("linen models take params=, not state=")
+        super().open(model, None, state)
         if not isinstance(params, Mapping):
             raise ArgumentError(
                 f"linen models keep their weights outside: expected a mapping of variables, "
@@ -66,8 +65,7 @@ class Linen(Adapter):
         return _fields(type(module)) - _fields(rule.layer_type)
 
     def has_children(self, module):
-        values = [getattr(module, name) for name in _fields(type(module))]
-        return any(map(_holds_module, values)) or _overrides_setup(module)
+        return True  # they may appear in setup, or in a compact call
 
 
 adapter = Linen()
@@ -75,19 +73,6 @@ adapter = Linen()
 
 def _fields(cls: type) -> set[str]:
     return {field.name for field in dataclasses.fields(cls)}
-
-
-def _holds_module(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return any(map(_holds_module, value))
-    return isinstance(value, nn.Module)
-
-
-def _overrides_setup(module: nn.Module) -> bool:
-    """Whether submodules appear in ``setup`` or in a compact call of the user's own class."""
-    return not type(module).__module__.startswith(nn.__name__)
 
 
 # -- variables: what a module needs, compared with what is given before anything is read --
@@ -126,14 +111,17 @@ def _check_variables(model: nn.Module, variables: Mapping[str, Any]) -> None:
     Raises:
         ConversionError: keys are missing or unexpected, or shapes differ.
         UnsupportedStructureError: one module is used in two different stacks.
+        UnmappedLayerError, UnsupportedLayerError: a layer does not convert anyway.
     """
     wanted: dict[Key, tuple[int | str, ...]] = {}
     parents: dict[int, Any] = {}
     for module, scope, parent in _leaves(model, (), None):
-        rule = next((_VARIABLES[c] for c in type(module).__mro__ if c in _VARIABLES), None)
-        if rule is None:
-            return  # not a layer that converts: the walk says so, with its path
-        shapes = {key: shape for key, shape in rule(module).items() if shape is not None}
+        places = "".join(f"[{name.removeprefix('layers_')}]" for name in scope)
+        layer_type = adapter.reader(module, f"model{places}").layer_type
+        if layer_type not in _VARIABLES:
+            return  # its reader was registered by a user, and checks them by itself
+        declared = _VARIABLES[layer_type](module)
+        shapes = {key: shape for key, shape in declared.items() if shape is not None}
         if shapes and parents.setdefault(id(module), parent) is not parent:
             raise UnsupportedStructureError(
                 f"one {type(module).__qualname__} is used in two different stacks",
@@ -184,29 +172,28 @@ def _flatten(tree: Any, path: Key) -> Iterator[tuple[Key, Any]]:
 def _mismatches(
     wanted: Mapping[Key, tuple[int | str, ...]], given: Mapping[Key, Any]
 ) -> list[str]:
-    sizes: dict[str, int] = {}
+    sizes: dict[int | str, int] = {}
     lines: list[str] = []
     for key in sorted(wanted.keys() & given.keys()):
         array, where = given[key], "/".join(key)
+        known = [sizes.get(n, n) for n in wanted[key]]
         if isinstance(array, nn.meta.AxisMetadata):
             lines.append(f"{where} is boxed in {type(array).__name__} (use nn.unbox)")
         elif not hasattr(array, "shape") or not hasattr(array, "dtype"):
             lines.append(f"{where} is a {type(array).__qualname__}, not an array")
-        elif len(array.shape) != len(wanted[key]) or any(
-            size != (n if isinstance(n, int) else sizes.setdefault(n, size))
-            for n, size in zip(wanted[key], array.shape, strict=True)
-        ):
-            names = tuple(
-                n if isinstance(n, int) else n.partition(" of ")[0] for n in wanted[key]
-            )
-            lines.append(f"{where} has shape {array.shape}, wanted {_shown(names, sizes, key)}")
+        elif _fits(array.shape, known):
+            sizes |= zip(wanted[key], array.shape, strict=True)
+        else:
+            shown = ", ".join(str(n).partition(" of ")[0] for n in known)
+            comma = "," if len(known) == 1 else ""
+            lines.append(f"{where} has shape {array.shape}, wanted ({shown}{comma})")
     return lines
 
 
-def _shown(names: tuple[int | str, ...], sizes: Mapping[str, int], key: Key) -> str:
-    scope = "/".join(key[1:-1])
-    known = [n if isinstance(n, int) else sizes.get(f"{n} of {scope}", n) for n in names]
-    return f"({', '.join(map(str, known))}{',' if len(known) == 1 else ''})"
+def _fits(shape: tuple[int, ...], known: list[int | str]) -> bool:
+    return len(shape) == len(known) and all(
+        size == n or isinstance(n, str) for size, n in zip(shape, known, strict=True)
+    )
 
 
 # -- layers --
@@ -324,6 +311,7 @@ def _unpack(axes: tuple[int, ...]) -> int | tuple[int, ...]:
 @adapter.builds(
     specs.LayerNorm,
     carries=(
+        "leading_shape",
         "reduction_axes",
         "feature_axes",
         "axis_name",

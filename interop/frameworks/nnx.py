@@ -177,6 +177,7 @@ def _axes(axes: Any, option: str, ctx) -> tuple[int, ...]:
 @adapter.builds(
     specs.LayerNorm,
     carries=(
+        "leading_shape",
         "reduction_axes",
         "feature_axes",
         "axis_name",

@@ -8,6 +8,7 @@ users of the framework hold: ``(module, variables)`` in Linen, ``(model, state)`
 ``sequential(*layers)``              a stack of such layers and plain callables
 ``activation(fn)``                   a weight-less function of one array, as a layer
 ``subclass(weight, bias)``           a subclass of the linear layer with another forward
+``renamed(weight, bias)``            a subclass that changes nothing
 ``custom(weight, bias)``             a model with forward logic of its own
 ``arguments(model)``                 the model and keywords that ``interop.convert`` takes
 ``receive(convert)``                 call ``convert()`` and return a model as above
@@ -19,6 +20,54 @@ users of the framework hold: ``(module, variables)`` in Linen, ``(model, state)`
 ``step(model, x)``                   the model after one step of gradient descent on it
 ``count(model)``                     the number of arrays that an optimiser sees
 ``OWN_LAYOUT``                       arrays that ``read`` has to compute, by name
+``construct(cls, x, **options)``     a model of one layer for inputs of shape ``x``
+``CONSTRUCTORS``                     every option of every layer that converts: `Constructor`
 ``LACKS``                            what the framework lacks, with the reason to skip
 ===================================  =====================================================
 """
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Option:
+    """A value off an option's default, and what must become of it.
+
+    Attributes:
+        value: the value, or a dict of options that only make sense together.
+        refused: the targets that refuse it; ``ALL`` if the source's rule already does.
+        named: the name in the error, if it is another than the option's.
+        x: shape of the input, if it is another than the constructor's.
+        attribute: outputs on one device cannot show it: compare the attributes instead.
+        training: whether the source can train with it.
+    """
+
+    value: Any
+    refused: tuple[str, ...] | str = ()
+    named: str | None = None
+    x: tuple[int, ...] | None = None
+    attribute: bool = False
+    training: bool = True
+
+
+ALL = "all"
+INITIAL = "only the initial value depends on it"
+MODE = "the mode, which converted models switch by their own means"
+SHAPE = "the shape of the arrays, which the conversion takes over"
+NAME = "a name, without effect on the result"
+
+
+@dataclass(frozen=True)
+class Constructor:
+    """How to build a layer, and every option of its constructor.
+
+    Attributes:
+        x: shape of an input, with its batch axis.
+        base: options that every instance needs.
+        options: an `Option`, or the reason why the option is irrelevant.
+    """
+
+    x: tuple[int, ...]
+    base: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Option | str] = field(default_factory=dict)

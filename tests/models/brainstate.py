@@ -6,6 +6,9 @@ from brainstate import nn
 
 from interop.composites.brainstate import Lambda
 
+from ..cases import array
+from . import ALL, INITIAL, NAME, SHAPE, Constructor, Option
+
 LACKS = {}
 OWN_LAYOUT = set()
 RATE = 0.1
@@ -68,6 +71,13 @@ def subclass(weight, bias):
             return 2 * super().update(x)
 
     return Doubled((weight.shape[0],), (weight.shape[1],), w_init=weight, b_init=bias)
+
+
+def renamed(weight, bias):
+    class Renamed(nn.Linear):
+        pass
+
+    return Renamed((weight.shape[0],), (weight.shape[1],), w_init=weight, b_init=bias)
 
 
 def custom(weight, bias):
@@ -153,3 +163,178 @@ def step(model, x):
 def count(model):
     states = model.states(brainstate.ParamState)
     return len(jax.tree.leaves([state.value for state in states.values()]))
+
+
+def construct(cls, x, **options):
+    layer = cls(**options)
+    for state in layer.states(brainstate.ParamState).values():
+        state.value = jax.tree.map(lambda a: a + array(*a.shape).astype(a.dtype), state.value)
+    return layer
+
+
+class FrozenState(brainstate.ParamState):
+    def execute(self, x):
+        return x
+
+
+_FEW = ("equinox",)
+_IMAGE = {0: (4,), 1: (5, 4), 2: (2, 5, 4), 3: (2, 2, 5, 4)}
+
+
+def _without_space(dims):
+    return {} if dims == 0 else {"refused": _FEW, "named": "spatial_dims"}
+
+
+def _batch_norm_options(dims):
+    shape = _IMAGE[dims]
+    return Constructor(
+        (6, *shape),
+        {"in_size": shape},
+        {
+            "in_size": SHAPE,
+            # BrainState then keeps running statistics of a wrong shape in training.
+            "feature_axis": Option(
+                0, refused=_FEW if dims else (), named="axis", training=dims == 0
+            ),
+            "track_running_stats": Option(
+                {"track_running_stats": False, "affine": False}, refused=ALL
+            ),
+            "epsilon": Option(0.1, **_without_space(dims)),
+            "momentum": Option(0.5, **_without_space(dims)),
+            "affine": Option(False, **_without_space(dims)),
+            "bias_initializer": INITIAL,
+            "scale_initializer": INITIAL,
+            "axis_name": Option("batch", refused=_FEW, attribute=True),
+            "axis_index_groups": Option(
+                {"axis_name": "batch", "axis_index_groups": [[0, 1]]},
+                refused=_FEW,
+                named="axis_name",
+                attribute=True,
+            ),
+            "use_fast_variance": Option(False, **_without_space(dims)),
+            "name": NAME,
+            "dtype": Option(jax.numpy.bfloat16, refused=ALL, named="statistics_dtype"),
+            "param_type": Option(FrozenState, refused=ALL),
+            "mean_type": Option(brainstate.ShortTermState, refused=ALL),
+        },
+    )
+
+
+def _plain(x=(6, 4), **options):
+    return Constructor(x, {}, {"name": NAME} | options)
+
+
+CONSTRUCTORS = {
+    nn.Sequential: "its layers are tested in stacks",
+    nn.Linear: Constructor(
+        (6, 3),
+        {"in_size": (3,), "out_size": (4,)},
+        {
+            "in_size": Option(
+                {"in_size": (2, 3), "out_size": (2, 4)},
+                refused=_FEW,
+                named="leading_shape",
+                x=(6, 2, 3),
+            ),
+            "out_size": SHAPE,
+            "w_init": INITIAL,
+            "b_init": Option(None),
+            "w_mask": Option(
+                jax.numpy.eye(3, 4), refused=("equinox", "linen", "nnx"), named="mask"
+            ),
+            "name": NAME,
+            "param_type": Option(FrozenState, refused=ALL),
+        },
+    ),
+    nn.LayerNorm: Constructor(
+        (6, 4),
+        {"in_size": (4,)},
+        {
+            "in_size": Option((3, 4), refused=_FEW, named="leading_shape", x=(6, 3, 4)),
+            "reduction_axes": Option(
+                {"in_size": (3, 4), "reduction_axes": (-2, -1)},
+                refused=_FEW,
+                named="leading_shape",
+                x=(6, 3, 4),
+            ),
+            "feature_axes": Option(
+                {"in_size": (3, 4), "feature_axes": (-2, -1)},
+                refused=_FEW,
+                named="reduction_axes",
+                x=(6, 3, 4),
+            ),
+            "epsilon": Option(0.1),
+            "use_bias": Option(False),
+            "use_scale": Option(False),
+            "bias_init": INITIAL,
+            "scale_init": INITIAL,
+            "axis_name": Option("batch", refused=_FEW),
+            "axis_index_groups": Option(
+                {"axis_name": "batch", "axis_index_groups": [[0, 1]]},
+                refused=_FEW,
+                named="axis_name",
+                attribute=True,
+            ),
+            "use_fast_variance": Option(False),
+            "dtype": Option(
+                jax.numpy.bfloat16, refused=("equinox", "nnx"), named="output_dtype"
+            ),
+            "param_type": Option(FrozenState, refused=ALL),
+        },
+    ),
+    nn.BatchNorm0d: _batch_norm_options(0),
+    nn.BatchNorm1d: _batch_norm_options(1),
+    nn.BatchNorm2d: _batch_norm_options(2),
+    nn.BatchNorm3d: _batch_norm_options(3),
+    nn.Dropout: Constructor(
+        (1000, 4),
+        {},
+        {"prob": Option(0.3), "broadcast_dims": Option((1,), refused=_FEW), "name": NAME},
+    ),
+    nn.Flatten: Constructor(
+        (6, 2, 3, 4),
+        {"start_axis": 1},
+        {
+            "start_axis": Option(2),
+            "end_axis": Option(-2),
+            "in_size": Option({"in_size": (2, 3, 4), "start_axis": 0}),
+        },
+    ),
+    Lambda: Constructor((6, 4), {"fn": jax.numpy.sin}, {"fn": Option(jax.numpy.cos)}),
+    nn.CELU: _plain(alpha=Option(0.5)),
+    nn.ELU: _plain(alpha=Option(0.5)),
+    nn.GELU: _plain(approximate=Option(True)),
+    nn.GLU: _plain((6, 2, 4), dim=Option(1)),
+    nn.Hardshrink: _plain(lambd=Option(0.2)),
+    nn.Hardtanh: _plain(min_val=Option(-0.2), max_val=Option(0.2)),
+    nn.LeakyReLU: _plain(negative_slope=Option(0.5)),
+    nn.LogSoftmax: _plain((6, 2, 4), dim=Option(1)),
+    nn.Softmax: _plain((6, 2, 4), dim=Option(1)),
+    nn.Softmin: _plain((6, 2, 4), dim=Option(1)),
+    nn.Softmax2d: _plain((6, 2, 3, 4)),
+    nn.Softshrink: _plain(lambd=Option(0.2)),
+    nn.Threshold: Constructor(
+        (6, 4),
+        {"threshold": 0.1, "value": 0.0},
+        {"threshold": Option(0.5), "value": Option(2.0)},
+    ),
+    **dict.fromkeys(
+        [
+            nn.Hardsigmoid,
+            nn.Hardswish,
+            nn.Identity,
+            nn.LogSigmoid,
+            nn.Mish,
+            nn.ReLU,
+            nn.ReLU6,
+            nn.SELU,
+            nn.Sigmoid,
+            nn.SiLU,
+            nn.Softplus,
+            nn.Softsign,
+            nn.Tanh,
+            nn.Tanhshrink,
+        ],
+        Constructor((6, 4), {}, {"name": NAME}),
+    ),
+}

@@ -4,6 +4,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from ..cases import array
+from . import ALL, MODE, SHAPE, Constructor, Option
+
 LACKS = {
     "ties": "an Equinox tree has no identity: the same layer twice is two layers",
     "fast variance": "Equinox computes centred variances only",
@@ -13,9 +16,9 @@ RATE = 0.1
 
 
 def _set(module, **arrays):
-    for name, array in arrays.items():
+    for name, value in arrays.items():
         module = eqx.tree_at(
-            lambda m, name=name: getattr(m, name), module, array, is_leaf=lambda x: x is None
+            lambda m, name=name: getattr(m, name), module, value, is_leaf=lambda x: x is None
         )
     return module
 
@@ -69,6 +72,13 @@ def subclass(weight, bias):
             return 2 * super().__call__(x)
 
     return Doubled(*weight.shape, key=jax.random.key(0))
+
+
+def renamed(weight, bias):
+    class Renamed(eqx.nn.Linear):
+        pass
+
+    return Renamed(*weight.shape, key=jax.random.key(0))
 
 
 def custom(weight, bias):
@@ -168,3 +178,68 @@ def step(model, x):
 def count(model):
     module = model[0] if isinstance(model, tuple) else model
     return len(jax.tree.leaves(eqx.filter(module, eqx.is_inexact_array)))
+
+
+def construct(cls, x, **options):
+    layer, state = eqx.nn.make_with_state(cls)(**options)
+    layer = jax.tree.map(
+        lambda a: a + array(*a.shape).astype(a.dtype) if eqx.is_inexact_array(a) else a, layer
+    )
+    if cls is eqx.nn.BatchNorm and layer.mode == "batch":  # its debiasing has come to an end
+        state = state.set(layer.batch_counter, jnp.array(10**6))
+    return layer, state
+
+
+_KEY = jax.random.key(0)
+
+CONSTRUCTORS = {
+    eqx.nn.Sequential: "its layers are tested in stacks",
+    eqx.nn.Linear: Constructor(
+        (6, 3),
+        {"in_features": 3, "out_features": 4, "key": _KEY},
+        {
+            "in_features": Option("scalar", refused=ALL),
+            "out_features": Option("scalar", refused=ALL),
+            "use_bias": Option(False),
+            "dtype": Option(jnp.bfloat16),
+            "key": "only the initial value depends on it",
+        },
+    ),
+    eqx.nn.LayerNorm: Constructor(
+        (6, 4),
+        {"shape": (4,)},
+        {
+            "shape": Option((3, 4), x=(6, 3, 4)),
+            "eps": Option(0.1),
+            "use_weight": Option(False, refused=()),
+            "use_bias": Option(False),
+            "dtype": Option(jnp.bfloat16),
+            "elementwise_affine": "the old name of use_weight and use_bias",
+        },
+    ),
+    eqx.nn.BatchNorm: Constructor(
+        (6, 4),
+        {"input_size": 4, "axis_name": "batch", "mode": "batch"},
+        {
+            "input_size": SHAPE,
+            "axis_name": Option(("batch", "other"), refused=ALL),
+            "eps": Option(0.1),
+            "channelwise_affine": Option(False),
+            "momentum": Option(0.5),
+            "inference": MODE,
+            "dtype": Option(jnp.bfloat16, refused=ALL, named="statistics_dtype"),
+            "mode": Option("ema", refused=ALL),
+        },
+    ),
+    eqx.nn.Dropout: Constructor(
+        (1000, 4),
+        {},
+        {
+            "p": Option(0.3),
+            "inference": MODE,
+            "deterministic": "the old name of inference",
+        },
+    ),
+    eqx.nn.Identity: Constructor((6, 4), {}, {"args": "ignored", "kwargs": "ignored"}),
+    eqx.nn.Lambda: Constructor((6, 4), {"fn": jnp.sin}, {"fn": Option(jnp.cos)}),
+}

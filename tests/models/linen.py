@@ -4,6 +4,10 @@ import functools
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+
+from ..cases import array
+from . import ALL, INITIAL, MODE, NAME, SHAPE, Constructor, Option
 
 LACKS = {}
 OWN_LAYOUT = set()
@@ -68,6 +72,13 @@ def subclass(weight, bias):
             return 2 * super().__call__(inputs)
 
     return Doubled(weight.shape[1]), linear(weight, bias)[1]
+
+
+def renamed(weight, bias):
+    class Renamed(nn.Dense):
+        pass
+
+    return Renamed(weight.shape[1]), linear(weight, bias)[1]
 
 
 def custom(weight, bias):
@@ -166,3 +177,100 @@ def step(model, x):
 
 def count(model):
     return len(jax.tree.leaves(model[1]["params"]))
+
+
+def construct(cls, x, **options):
+    module = cls(**options)
+    alone = {name: v for name, v in options.items() if not name.startswith("axis_")}
+    variables = _in_mode(cls(**alone), False, {}).init(jax.random.key(0), array(*x))
+    if "params" in variables:
+        variables["params"] = jax.tree.map(
+            lambda a: a + array(*a.shape).astype(a.dtype), variables["params"]
+        )
+    return module, variables
+
+
+def _promote(*args, dtype=None):
+    return args
+
+
+def _dot_general(*args, **keywords):
+    return jax.lax.dot_general(*args, **keywords)
+
+
+_MODULE = {"parent": NAME, "name": NAME}
+_NORM = _MODULE | {
+    "epsilon": Option(0.1),
+    "use_bias": Option({"use_bias": False, "dtype": jnp.float32}),
+    "use_scale": Option({"use_scale": False, "dtype": jnp.float32}),
+    "param_dtype": INITIAL,
+    "bias_init": INITIAL,
+    "scale_init": INITIAL,
+    "axis_index_groups": Option(
+        {"axis_name": "batch", "axis_index_groups": [[0, 1]]},
+        refused=("equinox",),
+        named="axis_name",
+        attribute=True,
+    ),
+    "use_fast_variance": Option(False),
+    "force_float32_reductions": Option(False, refused=ALL),
+}
+
+CONSTRUCTORS = {
+    nn.Sequential: "its layers are tested in stacks",
+    nn.Dense: Constructor(
+        (6, 3),
+        {"features": 4},
+        _MODULE
+        | {
+            "features": SHAPE,
+            "use_bias": Option(False),
+            "dtype": Option(jnp.bfloat16, refused=("brainstate", "equinox")),
+            "param_dtype": Option(jnp.bfloat16),
+            "precision": Option("highest", refused=("brainstate", "equinox"), attribute=True),
+            "kernel_init": INITIAL,
+            "bias_init": INITIAL,
+            "promote_dtype": Option(_promote, refused=ALL),
+            "dot_general": Option(_dot_general, refused=ALL),
+            "dot_general_cls": Option(lambda: _dot_general, refused=ALL),
+        },
+    ),
+    nn.LayerNorm: Constructor(
+        (6, 4),
+        {},
+        _NORM
+        | {
+            "dtype": Option(jnp.bfloat16, refused=("equinox", "nnx"), named="output_dtype"),
+            "reduction_axes": Option((-2, -1), refused=("equinox",), x=(6, 3, 4)),
+            "feature_axes": Option(
+                (-2, -1), refused=("equinox",), named="reduction_axes", x=(6, 3, 4)
+            ),
+            "axis_name": Option("batch", refused=("equinox",)),
+        },
+    ),
+    nn.BatchNorm: Constructor(
+        (6, 4),
+        {},
+        _NORM
+        | {
+            "dtype": Option(jnp.bfloat16, refused=("equinox", "nnx"), named="output_dtype"),
+            "use_running_average": MODE,
+            "axis": Option(-2, refused=("brainstate", "equinox"), x=(6, 4, 3)),
+            "momentum": Option(0.5),
+            "axis_name": Option("batch", refused=("equinox",), attribute=True),
+            "use_bias": Option(False, refused=("brainstate", "equinox"), named="scale, bias"),
+            "use_scale": Option(False, refused=("brainstate", "equinox"), named="scale, bias"),
+        },
+    ),
+    nn.Dropout: Constructor(
+        (1000, 4),
+        {"rate": 0.5},
+        _MODULE
+        | {
+            "rate": Option(0.3),
+            "broadcast_dims": Option((1,), refused=("equinox",)),
+            "deterministic": MODE,
+            "rng_collection": "a name; each host has its own",
+        },
+    ),
+}

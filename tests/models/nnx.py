@@ -1,7 +1,11 @@
 """Flax NNX models."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+
+from ..cases import array
+from . import ALL, INITIAL, MODE, SHAPE, Constructor, Option
 
 LACKS = {}
 OWN_LAYOUT = set()
@@ -71,6 +75,13 @@ def subclass(weight, bias):
             return 2 * super().__call__(x)
 
     return Doubled(*weight.shape, rngs=nnx.Rngs(0))
+
+
+def renamed(weight, bias):
+    class Renamed(nnx.Linear):
+        pass
+
+    return Renamed(*weight.shape, rngs=nnx.Rngs(0))
 
 
 def custom(weight, bias):
@@ -170,3 +181,121 @@ def step(model, x):
 
 def count(model):
     return len(jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def construct(cls, x, **options):
+    layer = cls(**options)
+    for variable in jax.tree.leaves(
+        nnx.state(layer, nnx.Param), is_leaf=lambda v: isinstance(v, nnx.Variable)
+    ):
+        value = variable.get_raw_value()
+        variable.set_raw_value(value + array(*value.shape).astype(value.dtype))
+    nnx.update(layer, nnx.state(layer))
+    return layer
+
+
+def _promote(args, *, dtype=None):
+    return args
+
+
+def _dot_general(*args, **keywords):
+    return jax.lax.dot_general(*args, **keywords)
+
+
+_RNGS = nnx.Rngs(0)
+_KEYS = "the random streams, which the result gets by to_nnx(rngs=)"
+
+
+def _note(option, array):
+    return Option({option: {"note": "mine"}}, refused=ALL, named=f"{array} metadata")
+
+
+_NORM = {
+    "num_features": SHAPE,
+    "epsilon": Option(0.1),
+    "dtype": Option(
+        jnp.bfloat16, refused=("brainstate", "equinox", "linen"), named="compute_dtype"
+    ),
+    "use_bias": Option({"use_bias": False, "dtype": jnp.float32}),
+    "use_scale": Option({"use_scale": False, "dtype": jnp.float32}),
+    "param_dtype": Option(jnp.bfloat16),
+    "bias_init": INITIAL,
+    "scale_init": INITIAL,
+    "axis_index_groups": Option(
+        {"axis_name": "batch", "axis_index_groups": [[0, 1]]},
+        refused=("equinox",),
+        named="axis_name",
+        attribute=True,
+    ),
+    "use_fast_variance": Option(False),
+    "promote_dtype": Option(_promote, refused=ALL),
+    "rngs": INITIAL,
+    "bias_metadata": _note("bias_metadata", "bias"),
+    "scale_metadata": _note("scale_metadata", "scale"),
+}
+
+CONSTRUCTORS = {
+    nnx.Sequential: "its layers are tested in stacks",
+    nnx.Linear: Constructor(
+        (6, 3),
+        {"in_features": 3, "out_features": 4, "rngs": _RNGS},
+        {
+            "in_features": SHAPE,
+            "out_features": SHAPE,
+            "use_bias": Option(False),
+            "dtype": Option(jnp.bfloat16, refused=("brainstate", "equinox")),
+            "param_dtype": Option(jnp.bfloat16),
+            "precision": Option("highest", refused=("brainstate", "equinox"), attribute=True),
+            "kernel_init": INITIAL,
+            "bias_init": INITIAL,
+            "dot_general": Option(_dot_general, refused=ALL),
+            "promote_dtype": Option(_promote, refused=ALL),
+            "preferred_element_type": Option(
+                jnp.float32, refused=("brainstate", "equinox", "linen")
+            ),
+            "rngs": INITIAL,
+            "kernel_metadata": _note("kernel_metadata", "kernel"),
+            "bias_metadata": _note("bias_metadata", "bias"),
+        },
+    ),
+    nnx.LayerNorm: Constructor(
+        (6, 4),
+        {"num_features": 4, "rngs": _RNGS},
+        _NORM
+        | {
+            "reduction_axes": Option((-2, -1), refused=("equinox",), x=(6, 3, 4)),
+            "feature_axes": Option(
+                {"num_features": 12, "feature_axes": (-2, -1)}, refused=ALL, x=(6, 3, 4)
+            ),
+            "axis_name": Option("batch", refused=("equinox",)),
+        },
+    ),
+    nnx.BatchNorm: Constructor(
+        (6, 4),
+        {"num_features": 4, "rngs": _RNGS},
+        _NORM
+        | {
+            "use_running_average": MODE,
+            "axis": Option(-2, refused=("brainstate", "equinox"), x=(6, 4, 3)),
+            "momentum": Option(0.5),
+            "axis_name": Option("batch", refused=("equinox",), attribute=True),
+            "use_bias": Option(
+                {"use_bias": False}, refused=("brainstate", "equinox"), named="scale, bias"
+            ),
+            "use_scale": Option(
+                {"use_scale": False}, refused=("brainstate", "equinox"), named="scale, bias"
+            ),
+        },
+    ),
+    nnx.Dropout: Constructor(
+        (1000, 4),
+        {"rate": 0.5},
+        {
+            "rate": Option(0.3),
+            "broadcast_dims": Option((1,), refused=("equinox",)),
+            "deterministic": MODE,
+            "rng_collection": "a name; each host has its own",
+            "rngs": _KEYS,
+        },
+    ),
+}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import brainstate
@@ -21,14 +21,11 @@ from brainstate import graph
 from brainstate.random import DEFAULT
 from jax.core import Tracer
 
-from ..core import Call, Cell, Guest, Kind, Path, Structure
+from interop.errors import ArgumentError
+
+from ...core import Call, Cell, Kind, LiveGuest, Structure, leaves
 
 StatePath = tuple[str | int, ...]
-
-
-def guest(module: brainstate.nn.Module) -> Guest:
-    """The guest side of a BrainState module."""
-    return BrainStateGuest(module)
 
 
 def _kind(state: brainstate.State, leaf: Any) -> Kind:
@@ -38,20 +35,6 @@ def _kind(state: brainstate.State, leaf: Any) -> Kind:
     if isinstance(state, brainstate.BatchState):
         return Kind.STATISTIC
     return Kind.HIDDEN if isinstance(state, brainstate.ShortTermState) else Kind.BUFFER
-
-
-def _leaves(path: StatePath, value: Any) -> list[tuple[Path, Any]]:
-    """The arrays of a state's value, with their paths."""
-    leaves = jax.tree_util.tree_leaves_with_path(value)
-    return [((*path, *map(_part, keys)), leaf) for keys, leaf in leaves]
-
-
-def _part(key: Any) -> str | int:
-    for name in ("key", "idx", "name"):
-        if hasattr(key, name):
-            part = getattr(key, name)
-            return part if isinstance(part, str | int) else str(part)
-    return str(key)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,39 +62,53 @@ def _forward(cls: type[brainstate.nn.Module]) -> Callable[..., Any]:
     return cls.__call__ if own_call else cls.update
 
 
-class BrainStateGuest(Guest):
+class BrainStateGuest(LiveGuest):
     """A BrainState module, seen from a shim."""
 
     def __init__(self, module: brainstate.nn.Module):
-        self.module = module
-        self.forward = _forward(type(module))
+        self.native = module
 
     def structure(self):
-        return _structure(self.module)
+        return BrainStateStructure(self.native)
 
     def cells(self):
-        _, states = graph.flatten(self.module, treefy_state=False)
+        _, states = graph.flatten(self.native, treefy_state=False)
         return [
             _StateCell(leaf_path, _kind(state, leaf), state, index)
             for path, state in states.to_flat().items()
-            for index, (leaf_path, leaf) in enumerate(_leaves(path, state.value))
+            for index, (leaf_path, leaf) in enumerate(leaves(path, state.value))
         ]
 
     def call(self, call):
-        with brainstate.environ.context(fit=call.training), _random_from(call.key):
-            return _invoke(self.module, call)
+        with _random_from(call.key):
+            return _invoke(self.native, call)
 
 
 def _invoke(module: brainstate.nn.Module, call: Call) -> Any:
-    return getattr(module, call.method)(*call.args, **call.kwargs)
+    method = getattr(module, call.method)
+    if call.training is not None:
+        with brainstate.environ.context(fit=call.training):
+            return method(*call.args, **call.kwargs)
+    try:
+        return method(*call.args, **call.kwargs)
+    except KeyError as e:
+        if brainstate.environ.get("fit", None) is not None or "fit" not in str(e):
+            raise
+        raise ArgumentError(
+            f"{type(module).__qualname__} works differently in training and evaluation, and "
+            f"the host gives no mode",
+            remedy="Pass deterministic=True or False, to the shim or to the call",
+        ) from e
 
 
 class BrainStateStructure(Structure):
     """The graph definition of a module, and the tree of each state's value."""
 
-    def __init__(self, definition, states: Mapping[StatePath, Any], guest_type: type):
-        self.guest_type = guest_type
-        self.forward = _forward(guest_type)
+    def __init__(self, module: brainstate.nn.Module):
+        definition, found = graph.flatten(module, treefy_state=False)
+        states = found.to_flat()
+        self.guest_type = type(module)
+        self.forward = _forward(type(module))
         self._definition = definition
         # The states without their values: an equal structure may live as long as the process.
         self._states = {
@@ -119,14 +116,17 @@ class BrainStateStructure(Structure):
             for path, state in states.items()
         }
         self._paths = {
-            path: [leaf_path for leaf_path, _ in _leaves(path, state.value)]
+            path: [leaf_path for leaf_path, _ in leaves(path, state.value)]
             for path, state in states.items()
         }
         self.kinds = {
             leaf_path: _kind(state, leaf)
             for path, state in states.items()
-            for leaf_path, leaf in _leaves(path, state.value)
+            for leaf_path, leaf in leaves(path, state.value)
         }
+        self.reduces_over_names = any(
+            getattr(node, "axis_name", None) is not None for node in module.nodes().values()
+        )
         trees = tuple(
             (path, type(s), jax.tree.structure(s.value)) for path, s in states.items()
         )
@@ -141,12 +141,6 @@ class BrainStateStructure(Structure):
     def __hash__(self):
         return self._hash
 
-    def __repr__(self):
-        return f"<structure of {self.guest_type.__qualname__}>"
-
-    def __deepcopy__(self, memo):
-        return self
-
     def build(self, values):
         states = {
             path: ref.replace(
@@ -159,21 +153,10 @@ class BrainStateStructure(Structure):
 
     def run(self, values, call):
         module = self.build(values)
-        with (
-            brainstate.environ.context(fit=call.training),
-            _random_from(call.key, private=True),
-        ):
+        with _random_from(call.key, private=True):
             out = _invoke(module, call)
-            definition, states = graph.flatten(module, treefy_state=False)
-            flat = states.to_flat()
-            after = BrainStateStructure(definition, flat, self.guest_type)
-            new = {k: v for path, state in flat.items() for k, v in _leaves(path, state.value)}
-        return out, after, new
-
-
-def _structure(module: brainstate.nn.Module) -> BrainStateStructure:
-    definition, states = graph.flatten(module, treefy_state=False)
-    return BrainStateStructure(definition, states.to_flat(), type(module))
+            guest = BrainStateGuest(module)
+            return out, guest.values(), guest.structure()
 
 
 # -- what compares --

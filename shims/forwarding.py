@@ -1,0 +1,105 @@
+"""How a shim shows its guest: signature, documentation, methods and attributes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import wrapt
+
+from interop.errors import ArgumentError
+
+from .core import Path, Structure
+
+__all__ = ["OfInstance", "check_names", "forwarded", "signature_with", "without_self"]
+
+
+class OfInstance:
+    """An attribute that is computed for instances and plain for the class."""
+
+    def __init__(self, compute: Callable[[Any], Any], of_class: Any = None):
+        self._compute, self._of_class = compute, of_class
+
+    def __get__(self, shim: Any, owner: type | None = None) -> Any:
+        if shim is not None:
+            return self._compute(shim)
+        if self._of_class is None:
+            raise AttributeError
+        return self._of_class
+
+
+def without_self(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a method, as its caller sees it."""
+    own = inspect.signature(function)
+    return own.replace(parameters=list(own.parameters.values())[1:])
+
+
+def signature_with(structure: Structure, keywords: Iterable[str]) -> inspect.Signature:
+    """The guest's signature, and the keywords that its shim adds."""
+    own = without_self(structure.forward)
+    parameters = list(own.parameters.values())
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in keywords
+        if name not in own.parameters
+    ]
+    last = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
+    return own.replace(parameters=[*(p for p in parameters if p not in last), *added, *last])
+
+
+def check_names(
+    structure: Structure,
+    *,
+    host: type,
+    keywords: Iterable[str],
+    methods: Iterable[str],
+    paths: Iterable[Path],
+) -> None:
+    """Refuse a guest for which the host would answer in its place.
+
+    Args:
+        structure: the guest.
+        host: the shim class; none of its attributes may be a guest's array.
+        keywords: names that calls of the shim take; no argument of the guest may have one.
+        methods: public methods of the shim; no method of the guest may have one.
+        paths: paths of the guest's arrays that become attributes of the shim.
+
+    Raises:
+        ArgumentError: names collide.
+    """
+    keywords = tuple(keywords)
+    names = {str(path[0]) for path in paths}
+    taken = {name for name in names if hasattr(host, name) or name in keywords}
+    taken |= {name for name in methods if callable(getattr(structure.guest_type, name, None))}
+    taken |= set(keywords) & set(inspect.signature(structure.forward).parameters)
+    if taken:
+        raise ArgumentError(
+            f"{structure.guest_type.__qualname__} has names that the shim needs itself: "
+            f"{', '.join(sorted(taken))}",
+            remedy="Rename them, or wrap a module that holds this one as an attribute",
+        )
+
+
+def forwarded(guest: Any, name: str, run: Callable[..., Any]) -> Any:
+    """``guest.name``: an attribute as it is, a method as a call of the shim.
+
+    Args:
+        guest: the guest's module.
+        name: the attribute.
+        run: ``run(name, args, kwargs)`` calls the method through the shim.
+
+    Raises:
+        AttributeError: the guest has no such attribute.
+    """
+    value = getattr(guest, name)
+    if not (inspect.ismethod(value) and value.__self__ is guest):
+        return value
+
+    @wrapt.decorator
+    def through_the_shim(
+        wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        return run(name, args, kwargs)
+
+    return through_the_shim(value)

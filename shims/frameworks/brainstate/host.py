@@ -1,0 +1,391 @@
+"""BrainState as a host.
+
+The shim's ``State``s are views of a live guest's arrays, or hold the current values of a guest
+that cannot change in place. A call always runs a private copy of the guest, built from the
+States' values, so that BrainState's transformations see every read and write. Private API:
+``State._value``, which the views override.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import brainstate
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from interop.errors import ArgumentError, ConversionError, InteropError
+from interop.registry import registry
+
+from ...core import (
+    Call,
+    Cell,
+    Kind,
+    LiveGuest,
+    Path,
+    Structure,
+    Views,
+    guest_of,
+    materialize,
+    path_text,
+)
+from ...forwarding import OfInstance, check_names, forwarded, signature_with
+
+__all__ = ["FromEquinox", "FromLinen", "FromNNX", "Wrapped"]
+
+
+# -- views --
+
+
+class _View:
+    """A State that can keep its value in a guest's cell.
+
+    While a transformation traces, the tracer stays in the State: the guest never sees one.
+    """
+
+    @property
+    def _value(self):
+        own = vars(self)
+        return own["_shim_own"] if "_shim_own" in own else own["_shim_cell"].get()
+
+    @_value.setter
+    def _value(self, value):
+        own = vars(self)
+        cell = own.get("_shim_cell")
+        if cell is None or _is_traced(value):
+            own["_shim_own"] = value
+            return
+        if value is not cell.get():
+            cell.set(value)
+        own.pop("_shim_own", None)
+
+    def copy(self):
+        return _detached(super().copy(), self._value)
+
+    def replace(self, *args, **kwargs):
+        other = super().replace(*args, **kwargs)
+        if not isinstance(other, _View):
+            return other
+        return _detached(other, vars(other).get("_value", self._value))
+
+    def to_state_ref(self):
+        metadata = super().to_state_ref().get_metadata()
+        for name in ("_shim_own", "_shim_cell"):
+            metadata.pop(name, None)
+        return brainstate.TreefyState(type(self).__bases__[1], self._value, **metadata)
+
+    def copy_from(self, other):
+        self.value = other.value
+
+    def __deepcopy__(self, memo):
+        return self.copy()
+
+
+def _is_traced(value: Any) -> bool:
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
+
+
+def _detached(copy: brainstate.State, value: Any) -> brainstate.State:
+    """Make a copy of a view own its value."""
+    vars(copy).pop("_shim_cell", None)
+    vars(copy).pop("_value", None)
+    vars(copy)["_shim_own"] = value
+    return copy
+
+
+_BASES = {
+    Kind.PARAMETER: brainstate.ParamState,
+    Kind.STATISTIC: brainstate.BatchState,
+    Kind.HIDDEN: brainstate.HiddenState,
+    Kind.BUFFER: brainstate.LongTermState,
+}
+_VIEWS = {
+    kind: type(f"{base.__name__}View", (_View, base), {"__doc__": _View.__doc__})
+    for kind, base in _BASES.items()
+}
+
+
+def _linked(cell: Cell) -> brainstate.State:
+    view = _VIEWS[cell.kind](cell.get())
+    vars(view).pop("_value")  # the constructor stores it beside the property
+    vars(view)["_shim_cell"] = cell
+    return view
+
+
+_shown: Views[brainstate.State] = Views(_linked)
+
+
+@functools.cache
+def _check_link() -> None:
+    """Try that a view works both ways with the installed version.
+
+    Raises:
+        InteropError: it does not; the message names the version.
+    """
+
+    class Probe:
+        kind = Kind.PARAMETER
+        value = jnp.zeros(2)
+
+        def get(self) -> Any:
+            return self.value
+
+        def set(self, value: Any) -> None:
+            self.value = value
+
+    probe, written = Probe(), jnp.ones(2)
+    view = _linked(probe)  # type: ignore[arg-type]
+    view.value = written
+    copy = view.copy()
+    copy.value = jnp.zeros(2)
+    if probe.value is not written or view.value is not written or copy.value is written:
+        raise InteropError(
+            f"views do not work with brainstate {brainstate.__version__}",
+            remedy="Install a version that this library supports, or convert with interop",
+        )
+
+
+# -- shims --
+
+_METHODS = ("materialize", "unwrap")
+
+_DOC = """A live ``brainstate.nn.Module`` around a module of another framework.
+
+    Of a guest that can change in place (NNX), the shim's States are views: one array, seen by
+    both sides at once. Of one that cannot (Linen variables, Equinox), the States hold the
+    current values. Trainable arrays are ``ParamState``s under the guest's own paths, running
+    statistics ``BatchState``s, all else ``LongTermState``s.
+
+    ``brainstate.environ``'s ``fit`` reaches the guest; where it is not set, the guest's own
+    flags hold. A guest that is given keys gets them from ``brainstate.random``; one that holds
+    streams of its own keeps them, and they advance.
+
+    Raises:
+        ArgumentError: ``module`` is a class, or not a module; a name of the guest collides
+            with one of the shim's; weights or state are missing.
+        ConversionError: (writes) a value of another shape or dtype.
+    """
+
+
+_guests: weakref.WeakKeyDictionary[Any, LiveGuest] = weakref.WeakKeyDictionary()
+
+
+class Wrapped(brainstate.nn.Module):
+    __doc__: Any = OfInstance(lambda shim: inspect.getdoc(shim._shim_structure.forward), _DOC)
+
+    def __init__(
+        self,
+        module: Any,
+        params: Any = None,
+        state: Any = None,
+        batch_axes: int | None = None,
+        axis_name: str | None = None,
+    ):
+        super().__init__()
+        guest = guest_of(
+            module, params=params, state=state, batch_axes=batch_axes, axis_name=axis_name
+        )
+        _check_link()
+        structure = guest.structure()
+        check_names(
+            structure, host=Wrapped, keywords=(), methods=_METHODS, paths=structure.kinds
+        )
+        if isinstance(guest, LiveGuest):
+            _guests[self] = guest
+            self._shim_show(guest)
+        else:
+            values = guest.values()
+            self._shim_place(
+                structure, {p: _BASES[kind](values[p]) for p, kind in structure.kinds.items()}
+            )
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return signature_with(self._shim_structure, ())
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        return self._shim_run("__call__", args, kwargs)
+
+    def unwrap(self) -> Any:
+        """The guest, with its current weights.
+
+        Returns:
+            The very module that was wrapped, where its arrays can change in place. Else, and
+            for a copy of the shim, a new one that holds the shim's values: ``(module,
+            variables)`` for Linen, ``(module, state)`` for a stateful Equinox module.
+        """
+        guest = _guests.get(self)
+        return (
+            guest.native
+            if guest is not None
+            else self._shim_structure.build(
+                {path: state.value for path, state in self._shim_states().items()}
+            )
+        )
+
+    def materialize(self) -> brainstate.nn.Module:
+        """Turn the shim into a plain BrainState module.
+
+        Returns:
+            What ``interop.convert(..., to="brainstate")`` makes of the guest as it is now.
+            Arrays whose layout agrees are the same objects; an update of either side is not
+            seen by the other.
+
+        Raises:
+            UnmappedLayerError, UnsupportedLayerError, UnsupportedStructureError: a part of
+                the guest cannot be rebuilt; ``error.path`` names it. Nothing was changed.
+        """
+        return materialize(self.unwrap(), self._shim_structure, "brainstate", {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or "_shim_structure" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return forwarded(self._shim_structure.module(self.unwrap()), name, self._shim_run)
+
+    # -- private: every name has the prefix _shim_ --
+
+    def _shim_run(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        guest = _guests.get(self)
+        if guest is not None:
+            self._shim_show(guest)
+        states = self._shim_states()
+        values = {path: state.value for path, state in states.items()}
+        call = Call(
+            method,
+            args,
+            kwargs,
+            training=brainstate.environ.get("fit", None),
+            key=brainstate.random.split_key,
+        )
+        out, new, _ = self._shim_structure.run(values, call)
+        for path, state in states.items():
+            if new.get(path, values[path]) is not values[path]:
+                state.value = new[path]
+        return out
+
+    def _shim_states(self) -> dict[Path, brainstate.State]:
+        found: dict[Path, brainstate.State] = {}
+        for path in self._shim_structure.kinds:
+            at: Any = vars(self).get(str(path[0]))
+            for part in path[1:]:
+                at = at[part] if isinstance(at, Mapping) and part in at else None
+            if not isinstance(at, brainstate.State):
+                raise ConversionError(
+                    "a value of the guest is missing from the shim",
+                    missing=[path_text(path)],
+                    remedy="Write to the shim's States instead of deleting or replacing them",
+                )
+            found[path] = at
+        return found
+
+    def _shim_show(self, guest: LiveGuest) -> None:
+        """Show the guest as it is now: its mode and options, and Variables it has replaced."""
+        structure = guest.structure()
+        states = {cell.path: _shown.of(cell) for cell in guest.cells()}
+        known = self._shim_states() if "_shim_structure" in vars(self) else {}
+        if states.keys() != known.keys() or any(states[p] is not known[p] for p in states):
+            self._shim_place(structure, states)
+        elif structure != self._shim_structure:
+            self._shim_structure = structure
+
+    def _shim_place(
+        self, structure: Structure, states: Mapping[Path, brainstate.State]
+    ) -> None:
+        for path in vars(self).get("_shim_structure", structure).kinds:
+            vars(self).pop(str(path[0]), None)
+        for path, state in states.items():
+            branch: Any = vars(self)
+            for part in (str(path[0]), *path[1:])[:-1]:
+                branch = branch.setdefault(part, {})
+            branch[path[-1] if len(path) > 1 else str(path[0])] = state
+        self._shim_structure = structure
+
+
+def _checked(framework: str, module: Any) -> Any:
+    """``module``, which must be ``framework``'s if it is a module at all."""
+    found = None if isinstance(module, type) else registry.framework_of(module)
+    if found is not None and found != framework:
+        raise ArgumentError(
+            f"expected a module of {framework}, got one of {found}",
+            remedy="shims.wrap finds the framework by itself",
+        )
+    return module
+
+
+class FromNNX(Wrapped):
+    """A Flax NNX module as a ``brainstate.nn.Module`` that shares its arrays.
+
+    Args:
+        module: an ``nnx.Module`` instance.
+
+    See :class:`Wrapped` for what is shared and raised.
+
+    Example:
+        >>> import shims, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> layer = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+        >>> shim = shims.FromNNX(layer)
+        >>> shim.bias.value = jnp.ones(4)
+        >>> layer.bias[...].tolist()
+        [1.0, 1.0, 1.0, 1.0]
+    """
+
+    def __init__(self, module: Any):
+        super().__init__(_checked("nnx", module))
+
+
+class FromLinen(Wrapped):
+    """A Flax Linen module as a ``brainstate.nn.Module`` that holds its variables.
+
+    Args:
+        module: a ``flax.linen.Module`` instance.
+        params: its variables, ``{"params": ..., "batch_stats": ...}``.
+
+    See :class:`Wrapped` for what is shared and raised.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, shims
+        >>> module = nn.Dense(4)
+        >>> shim = shims.FromLinen(module, module.init(jax.random.key(0), jnp.ones((1, 3))))
+        >>> shim(jnp.ones((2, 3))).shape
+        (2, 4)
+    """
+
+    def __init__(self, module: Any, params: Any):
+        super().__init__(_checked("linen", module), params=params)
+
+
+class FromEquinox(Wrapped):
+    """An Equinox module as a ``brainstate.nn.Module`` that takes batches.
+
+    Args:
+        module: an ``eqx.Module`` instance.
+        state: what ``eqx.nn.make_with_state`` returned beside a stateful module.
+        batch_axes: leading axes that the module is mapped over.
+        axis_name: the name of the first of them, by default as the module's own batch
+            normalisations say.
+
+    See :class:`Wrapped` for what is shared and raised.
+
+    Example:
+        >>> import equinox as eqx, jax, jax.numpy as jnp, shims
+        >>> shim = shims.FromEquinox(eqx.nn.Linear(3, 4, key=jax.random.key(0)))
+        >>> shim(jnp.ones((2, 3))).shape
+        (2, 4)
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        state: Any = None,
+        batch_axes: int = 1,
+        axis_name: str | None = None,
+    ):
+        super().__init__(
+            _checked("equinox", module), state=state, batch_axes=batch_axes, axis_name=axis_name
+        )

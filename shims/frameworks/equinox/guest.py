@@ -1,0 +1,223 @@
+"""Equinox as a guest.
+
+The values are the arrays of the module's tree, and those of its ``State`` under the paths of
+the indices. A module sees one example: the guest maps it over leading axes of every array
+argument, splits the key, and keeps one state for the batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+
+from interop.errors import ArgumentError, MissingKeyError
+
+from ...core import Call, Guest, Kind, Path, Structure, leaves, path_of
+
+
+def _is_index(x: Any) -> bool:
+    return isinstance(x, eqx.nn.StateIndex)
+
+
+def _flatten(module: Any) -> tuple[list[tuple[Path, Any]], Any]:
+    """The leaves of a module with their paths, state indices whole, and its structure."""
+    flat, tree = jax.tree_util.tree_flatten_with_path(module, is_leaf=_is_index)
+    return [(path_of(keys), leaf) for keys, leaf in flat], tree
+
+
+def _kind(leaf: Any) -> Kind:
+    return Kind.PARAMETER if eqx.is_inexact_array(leaf) else Kind.BUFFER
+
+
+class EquinoxGuest(Guest):
+    """An Equinox module and its state, seen from a shim."""
+
+    is_live = False
+
+    def __init__(
+        self,
+        module: eqx.Module,
+        state: eqx.nn.State | None = None,
+        batch_axes: int = 1,
+        axis_name: str | None = None,
+    ):
+        if state is not None and not isinstance(state, eqx.nn.State):
+            raise ArgumentError(f"expected an eqx.nn.State, got {type(state).__qualname__}")
+        if state is None and any(_is_index(leaf) for _, leaf in _flatten(module)[0]):
+            raise ArgumentError(
+                f"{type(module).__qualname__} is stateful, and its state was not given",
+                remedy="Pass state=, what eqx.nn.make_with_state returned beside the module",
+            )
+        if not isinstance(batch_axes, int) or batch_axes < 0:
+            raise ArgumentError(f"batch_axes must be 0 or more, got {batch_axes!r}")
+        self.native = module if state is None else (module, state)
+        self._module, self._state = module, state
+        self._structure = EquinoxStructure(
+            module, state, batch_axes, axis_name or _axis_name(module)
+        )
+
+    def structure(self):
+        return self._structure
+
+    def values(self):
+        return self._structure.values_of(self._module, self._state)
+
+
+def _axis_name(module: eqx.Module) -> str | None:
+    """The axis that the module's own batch normalisations reduce over."""
+
+    def is_norm(x: Any) -> bool:
+        return isinstance(x, eqx.nn.BatchNorm)
+
+    found = jax.tree.leaves(module, is_leaf=is_norm)
+    names = {norm.axis_name for norm in found if is_norm(norm)}
+    if len(names) > 1:
+        raise ArgumentError(
+            f"the module's layers name their batch axis differently: {sorted(map(str, names))}",
+            remedy="Give all of them one axis_name",
+        )
+    return names.pop() if names else None
+
+
+class EquinoxStructure(Structure):
+    """A module's tree without its arrays, and the layout of its state."""
+
+    def __init__(self, module, state, batch_axes: int, axis_name: str | None):
+        self.guest_type = type(module)
+        self.forward = type(module).__call__
+        self._batch_axes, self._axis_name = batch_axes, axis_name
+        flat, self._tree = _flatten(module)
+        self._leaves = [(path, None if eqx.is_array(leaf) else leaf) for path, leaf in flat]
+        self._is_array = [eqx.is_array(leaf) for _, leaf in flat]
+        self._state_tree = None if state is None else jax.tree.structure(state)
+        self._state_paths = [] if state is None else _state_paths(flat, self._state_tree)
+        self.kinds = {path: _kind(leaf) for path, leaf in flat if eqx.is_array(leaf)}
+        self.kinds |= dict.fromkeys(self._state_paths, Kind.STATISTIC)
+        static = tuple(
+            (path, "a state" if _is_index(leaf) else leaf)
+            for (path, leaf), is_array in zip(self._leaves, self._is_array, strict=True)
+            if not is_array
+        )
+        self._key = (
+            self._tree,
+            static,
+            self._state_tree,
+            tuple(self.kinds),
+            batch_axes,
+            axis_name,
+        )
+
+    def __eq__(self, other):
+        return type(other) is EquinoxStructure and (self is other or self._key == other._key)
+
+    def __hash__(self):
+        return hash((self.guest_type, tuple(self.kinds), self._batch_axes, self._axis_name))
+
+    def values_of(self, module, state):
+        """The arrays of a module and a state of this structure, by path."""
+        flat, _ = _flatten(module)
+        values = {path: leaf for path, leaf in flat if path in self.kinds}
+        if state is not None:
+            values |= zip(self._state_paths, jax.tree.leaves(state), strict=True)
+        return values
+
+    def build(self, values):
+        module, state = self._build(values)
+        return module if state is None else (module, state)
+
+    def _build(self, values):
+        flat = [
+            values[path] if is_array else leaf
+            for (path, leaf), is_array in zip(self._leaves, self._is_array, strict=True)
+        ]
+        module = jax.tree.unflatten(self._tree, flat)
+        if self._state_tree is None:
+            return module, None
+        state = jax.tree.unflatten(self._state_tree, [values[p] for p in self._state_paths])
+        return module, state
+
+    def run(self, values, call):
+        module, state = self._build(values)
+        if call.training is not None:
+            module = eqx.nn.inference_mode(module, value=not call.training)
+        method = getattr(module, call.method)
+        parameters = inspect.signature(method).parameters
+        if state is not None and "state" not in parameters:
+            raise ArgumentError(
+                f"{self.guest_type.__qualname__}.{call.method} has state and takes no argument "
+                f"'state'",
+                remedy="Name the argument that takes the eqx.nn.State 'state'",
+            )
+
+        def one_example(args, kwargs, key, state):
+            own = {} if state is None else {"state": state}
+            if "key" in parameters and "key" not in kwargs:
+                own["key"] = key
+            out = method(*args, **kwargs, **own)
+            return (out, None) if state is None else out
+
+        key = _key(call) if "key" in parameters else None
+        mapped = self._mapped(one_example, call.args, key)
+        out, state = mapped(call.args, dict(call.kwargs), self._split(key, call.args), state)
+        if state is None:
+            return out, values, self
+        return (
+            out,
+            values | dict(zip(self._state_paths, jax.tree.leaves(state), strict=True)),
+            self,
+        )
+
+    def _mapped(self, function: Callable[..., Any], args: Any, key: Any) -> Callable[..., Any]:
+        each = eqx.if_array(0)
+        for axis in reversed(range(self._batch_axes)):
+            function = eqx.filter_vmap(
+                function,
+                in_axes=(each, each, each, None),
+                out_axes=(each, None),
+                **({"axis_name": self._axis_name} if axis == 0 and self._axis_name else {}),
+            )
+        return function
+
+    def _split(self, key: Any, args: Any) -> Any:
+        if key is None or not self._batch_axes:
+            return key
+        first = next((a for a in jax.tree.leaves(args) if eqx.is_array_like(a)), None)
+        if first is None or jax.numpy.ndim(first) < self._batch_axes:
+            raise ArgumentError(
+                f"{self.guest_type.__qualname__} is mapped over {self._batch_axes} leading "
+                f"axes, and its input has fewer",
+                remedy="Give it a batch, or set batch_axes",
+            )
+        return jax.random.split(key, jax.numpy.shape(first)[: self._batch_axes])
+
+    def module(self, native):
+        return native if self._state_tree is None else native[0]
+
+    def convert_arguments(self, native):
+        return {} if self._state_tree is None else {"state": native[1]}
+
+
+def _state_paths(flat: list[tuple[Path, Any]], tree: Any) -> list[Path]:
+    """Paths for the leaves of a state, in its own order, from the indices of the module."""
+    numbered = jax.tree.unflatten(tree, range(tree.num_leaves))
+    paths: dict[int, Path] = {
+        number: leaf_path
+        for path, index in flat
+        if _is_index(index)
+        for leaf_path, number in leaves(path, numbered.get(index))
+    }
+    return [paths.get(number, ("state", number)) for number in range(tree.num_leaves)]
+
+
+def _key(call: Call) -> Any:
+    """A key, where the mode may need one; Equinox's layers say so if they lack it."""
+    if call.training is False:
+        return None
+    try:
+        return call.key()
+    except MissingKeyError:
+        return None

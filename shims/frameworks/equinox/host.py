@@ -1,0 +1,270 @@
+"""Equinox as a host.
+
+The shim's trainable leaves are the guest's own arrays at construction, and what the tree is
+updated to from then on. Everything else that changes stands in a ``StateIndex``. A call runs a
+private copy of the guest; ``write_back`` commits the values to the guest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+
+from interop.errors import ArgumentError, ConversionError, MissingKeyError
+
+from ...core import Call, Guest, Kind, LiveGuest, Path, Structure, guest_of, materialize
+from ...forwarding import check_names
+
+__all__ = ["ToEquinox"]
+
+_KEYWORDS = ("state", "key")
+_METHODS = ("materialize", "unwrap", "write_back", "is_stateful")
+
+
+class _Link:
+    """The live guest behind a shim. Shims of one guest compare equal, of two they differ."""
+
+    def __init__(self, guest: LiveGuest | None):
+        self.guest = guest
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Link) and self._native is other._native
+
+    def __hash__(self) -> int:
+        return hash(id(self._native))
+
+    @property
+    def _native(self) -> Any:
+        return None if self.guest is None else self.guest.native
+
+
+class ToEquinox(eqx.nn.StatefulLayer):
+    """A live ``eqx.Module`` around a module of another framework.
+
+    The guest owns its arrays; the leaves of ``params`` are those very arrays, under the
+    guest's own paths. Equinox replaces leaves instead of changing them: after training,
+    ``write_back`` commits the current ones to the guest. The inexact leaves of the shim are
+    exactly the trainable arrays. Running statistics, hidden state and other buffers stand in
+    an ``eqx.nn.State``: build a stateful shim by
+    ``eqx.nn.make_with_state(shims.ToEquinox)(layer)`` and call it as ``out, state =
+    shim(x, state, key=key)``; one without them as ``shim(x, key=key)``.
+
+    A function that closes over a shim keeps its leaves as constants, as with any
+    ``eqx.Module``.
+
+    Args:
+        module: the guest, a module instance.
+        batched: whether calls see a whole batch; by default one example, as Equinox's own
+            layers do.
+        inference: evaluation mode; ``eqx.nn.inference_mode`` switches it.
+        params: the variables of a Linen guest.
+
+    Raises:
+        ArgumentError: ``module`` is a class, or not a module; a name of the guest collides
+            with one of the shim's; the guest has hidden state, which is per batch, and
+            ``batched`` is False; (calls) ``state`` is missing or not wanted, or statistics
+            would be taken over no batch.
+        MissingKeyError: (calls) the guest draws random numbers, and there is no ``key``.
+
+    Example:
+        >>> import brainstate, equinox as eqx, jax, jax.numpy as jnp, shims
+        >>> shim = shims.ToEquinox(brainstate.nn.Linear(3, 4))
+        >>> jax.vmap(shim)(jnp.ones((2, 3))).shape
+        (2, 4)
+        >>> len(jax.tree.leaves(eqx.filter(shim, eqx.is_inexact_array)))
+        2
+    """
+
+    params: dict[str, Any]
+    buffers: eqx.nn.StateIndex | None
+    inference: bool
+    batched: bool = eqx.field(static=True)
+    _shim_structure: Structure = eqx.field(static=True)
+    _shim_link: _Link = eqx.field(static=True)
+
+    def __init__(
+        self,
+        module: Any,
+        batched: bool = False,
+        inference: bool = False,
+        *,
+        params: Any = None,
+    ):
+        guest: Guest = guest_of(module, params=params)
+        structure, values = guest.structure(), guest.values()
+        check_names(structure, host=object, keywords=_KEYWORDS, methods=_METHODS, paths=())
+        if Kind.HIDDEN in structure.kinds.values() and not batched:
+            raise ArgumentError(
+                f"{structure.guest_type.__qualname__} has hidden state, which it keeps for a "
+                f"whole batch",
+                remedy="Pass batched=True, and call it with batches",
+            )
+        self.params = _tree({p: values[p] for p in _paths(structure, trainable=True)})
+        others = tuple(values[path] for path in _paths(structure, trainable=False))
+        self.buffers = eqx.nn.StateIndex(others) if others else None
+        self.inference = inference
+        self.batched = batched
+        self._shim_structure = structure
+        self._shim_link = _Link(guest if isinstance(guest, LiveGuest) else None)
+
+    def is_stateful(self) -> bool:
+        """Whether calls take and return an ``eqx.nn.State``."""
+        return self.buffers is not None
+
+    def __call__(self, *args: Any, state: Any = None, key: Any = None, **kwargs: Any) -> Any:
+        if self.buffers is not None and state is None and args:
+            *rest, last = args
+            if isinstance(last, eqx.nn.State):
+                args, state = tuple(rest), last
+        self._shim_check_state(state)
+        values = self._shim_values(state)
+
+        def draw() -> jax.Array:
+            if key is None:
+                raise MissingKeyError(
+                    "the wrapped layer draws random numbers, and the call has no key",
+                    remedy="Pass key=, or switch to eqx.nn.inference_mode",
+                )
+            return key
+
+        structure = self._shim_structure
+        call = Call("__call__", args, kwargs, training=not self.inference, key=draw)
+        out, new, _ = structure.run(values, call)
+        if self.buffers is None:
+            return out
+        others = _paths(structure, trainable=False)
+        after = tuple(new.get(path, values[path]) for path in others)
+        if all(a is values[path] for path, a in zip(others, after, strict=True)):
+            return out, state
+        self._shim_check_statistics(values, new)
+        return out, state.set(self.buffers, after)
+
+    def unwrap(self, state: Any = None) -> Any:
+        """A guest that holds the shim's values; the very guest that was wrapped where the
+        shim still holds the guest's own arrays.
+
+        Args:
+            state: the current state; by default the guest's buffers as they are.
+
+        Returns:
+            The native object: the module, or ``(module, variables)`` for Linen.
+        """
+        values = self._shim_current(state)
+        guest = self._shim_link.guest
+        if guest is not None:
+            own = guest.values()
+            if own.keys() == values.keys() and all(own[p] is values[p] for p in own):
+                return guest.native
+        return self._shim_structure.build(values)
+
+    def materialize(self, state: Any = None) -> Any:
+        """Turn the shim into a plain Equinox module, in the shim's mode.
+
+        Args:
+            state: the current state; by default the guest's buffers as they are.
+
+        Returns:
+            What ``interop.to_equinox`` makes of the guest with the shim's values. It sees
+            one example; use ``eqx.nn.make_with_state`` where it has batch normalisation.
+
+        Raises:
+            UnmappedLayerError, UnsupportedLayerError, UnsupportedStructureError: a part of
+                the guest cannot be rebuilt; ``error.path`` names it.
+        """
+        native = self._shim_structure.build(self._shim_current(state))
+        model = materialize(native, self._shim_structure, "equinox", {})
+        return eqx.nn.inference_mode(model, value=self.inference)
+
+    def write_back(self, state: Any = None) -> None:
+        """Commit the shim's values to the guest, all or none.
+
+        Args:
+            state: the current state; without it the guest's buffers stay as they are.
+
+        Raises:
+            ArgumentError: the guest cannot change in place.
+            ConversionError: shapes or dtypes differ; nothing was written.
+        """
+        guest = self._shim_link.guest
+        if guest is None:
+            raise ArgumentError(
+                f"{self._shim_structure.guest_type.__qualname__} cannot change in place",
+                remedy="shim.unwrap(state) makes a new one that holds the values",
+            )
+        values = self._shim_current(state)
+        cells = list(guest.cells())
+        if {cell.path for cell in cells} != values.keys():
+            raise ConversionError("the guest has other arrays than when it was wrapped")
+        for cell in cells:
+            cell.check(values[cell.path])
+        for cell in cells:
+            cell.set(values[cell.path])
+
+    # -- private: every name has the prefix _shim_ --
+
+    def _shim_values(self, state: Any) -> dict[Path, Any]:
+        structure = self._shim_structure
+        trainable = _paths(structure, trainable=True)
+        values = {path: _at(self.params, path) for path in trainable}
+        if self.buffers is not None:
+            others = _paths(structure, trainable=False)
+            values |= zip(others, state.get(self.buffers), strict=True)
+        return values
+
+    def _shim_current(self, state: Any) -> dict[Path, Any]:
+        if self.buffers is None or state is not None:
+            return self._shim_values(state)
+        if self._shim_link.guest is None:
+            raise ArgumentError("the shim is stateful, and its state was not given")
+        own = self._shim_link.guest.values()
+        trainable = _paths(self._shim_structure, trainable=True)
+        return own | {path: _at(self.params, path) for path in trainable}
+
+    def _shim_check_state(self, state: Any) -> None:
+        if (state is None) == (self.buffers is None):
+            return
+        name = self._shim_structure.guest_type.__qualname__
+        if state is None:
+            raise ArgumentError(
+                f"{name} has running statistics or other state, and the call has none",
+                remedy="Build it by eqx.nn.make_with_state(shims.ToEquinox)(layer), and pass "
+                "state=",
+            )
+
+    def _shim_check_statistics(
+        self, values: Mapping[Path, Any], new: Mapping[Path, Any]
+    ) -> None:
+        if self.batched or self._shim_structure.reduces_over_names:
+            return
+        kinds = self._shim_structure.kinds
+        for path, value in values.items():
+            if kinds[path] is Kind.STATISTIC and new.get(path, value) is not value:
+                raise ArgumentError(
+                    f"{self._shim_structure.guest_type.__qualname__} takes batch statistics, "
+                    f"and the call sees one example",
+                    remedy="Pass batched=True and call it with batches, or give the layer an "
+                    "axis_name",
+                )
+
+
+def _paths(structure: Structure, *, trainable: bool) -> list[Path]:
+    return [p for p, kind in structure.kinds.items() if (kind is Kind.PARAMETER) is trainable]
+
+
+def _tree(values: Mapping[Path, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        branch = tree
+        for part in path[:-1]:
+            branch = branch.setdefault(str(part), {})
+        branch[str(path[-1])] = value
+    return tree
+
+
+def _at(tree: Any, path: Path) -> Any:
+    for part in path:
+        tree = tree[str(part)]
+    return tree

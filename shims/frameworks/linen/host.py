@@ -1,0 +1,270 @@
+"""Flax Linen as a host.
+
+The shim has no arrays: ``init`` hands out the guest's own, ``apply`` runs a private copy of the
+guest with the variables it is given, and ``write_back`` commits them to the guest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from interop.errors import ArgumentError, ConversionError, MissingKeyError
+
+from ...core import Call, Guest, Kind, LiveGuest, Path, Structure, guest_of, materialize
+from ...forwarding import OfInstance, check_names, signature_with
+
+__all__ = ["ToLinen"]
+
+_COLLECTIONS = {
+    Kind.PARAMETER: "params",
+    Kind.STATISTIC: "batch_stats",
+    Kind.HIDDEN: "carry",
+    Kind.BUFFER: "buffers",
+}
+_KEYWORDS = ("deterministic",)
+_METHODS = ("materialize", "unwrap", "write_back", "init", "apply")
+
+
+class _Held:
+    """A guest as the field of a module: equal for guests that compute alike."""
+
+    def __init__(self, guest: Guest):
+        self.guest = guest
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Held):
+            return False
+        return self is other or self.guest.structure() == other.guest.structure()
+
+    def __hash__(self) -> int:
+        return hash(self.guest.structure())
+
+    def __repr__(self) -> str:
+        return self.guest.structure().guest_type.__qualname__
+
+
+class ToLinen(nn.Module):
+    """A live ``flax.linen.Module`` around a module of another framework.
+
+    The guest owns its arrays. ``init``, run eagerly, returns them in ``params``,
+    ``batch_stats``, ``carry`` and ``buffers``, the same objects under the guest's own paths
+    (no random number is drawn; under ``jax.jit`` they are equal copies). ``apply`` uses what
+    it is given and checks it first. After training, ``write_back`` commits the values.
+
+    Under ``nn.vmap`` and ``nn.scan`` with split parameters all members start out identical,
+    as there is nothing random in handing out weights.
+
+    Attributes:
+        module: the guest, a module instance.
+        deterministic: the mode, as ``nn.Dropout`` has it: here or in the call.
+        params: the variables of a Linen guest.
+        state: the ``eqx.nn.State`` of a stateful Equinox guest.
+        batch_axes: leading axes that an Equinox guest is mapped over, 1 by default.
+        axis_name: the name of the first of them.
+
+    Raises:
+        ArgumentError: ``module`` is a class, or not a module; a name of the guest collides
+            with one of the shim's; (calls) the guest needs a mode and there is none.
+        ConversionError: (``apply``) variables are missing or unexpected, or of another shape
+            or dtype; all are reported together.
+        MissingKeyError: (``apply``) the guest draws random numbers, and ``rngs`` has no
+            ``"dropout"``.
+
+    Example:
+        >>> import brainstate, jax, jax.numpy as jnp, shims
+        >>> layer = brainstate.nn.Linear(3, 4)
+        >>> shim = shims.ToLinen(layer)
+        >>> variables = shim.init(jax.random.key(0), jnp.ones((1, 3)))
+        >>> variables["params"]["weight"]["weight"] is layer.weight.value["weight"]
+        True
+    """
+
+    module: Any
+    deterministic: bool | None = None
+    params: Any = None
+    state: Any = None
+    batch_axes: int | None = None
+    axis_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.module, _Held):
+            names = ("params", "state", "batch_axes", "axis_name")
+            guest = guest_of(self.module, **{name: getattr(self, name) for name in names})
+            check_names(
+                guest.structure(), host=object, keywords=_KEYWORDS, methods=_METHODS, paths=()
+            )
+            object.__setattr__(self, "module", _Held(guest))
+            for name in names:
+                object.__setattr__(self, name, None)
+        super().__post_init__()
+
+    __signature__ = OfInstance(lambda shim: signature_with(shim._shim_structure, _KEYWORDS))
+
+    @nn.compact
+    def __call__(self, *args: Any, deterministic: bool | None = None, **kwargs: Any) -> Any:
+        deterministic = self.deterministic if deterministic is None else deterministic
+        training = None if deterministic is None else not deterministic
+        structure = self._shim_structure
+        values = self._shim_values(structure)
+        key = self._shim_key(training)
+        out, new, _ = structure.run(values, Call("__call__", args, kwargs, training, key))
+        if not self.is_initializing():
+            self._shim_store(structure, values, new)
+        return out
+
+    def unwrap(self, variables: Mapping[str, Any] | None = None) -> Any:
+        """The guest; with ``variables``, a new one that holds them.
+
+        Raises:
+            ConversionError: ``variables`` do not fit.
+        """
+        if variables is None:
+            return self._shim_guest.native
+        structure = self._shim_structure
+        return structure.build(_values(structure, variables, self._shim_guest.values()))
+
+    def materialize(self, variables: Mapping[str, Any] | None = None) -> Any:
+        """Turn the shim into a plain Linen module.
+
+        Args:
+            variables: the current values; by default the guest's.
+
+        Returns:
+            ``(module, variables)``, what ``interop.to_linen`` makes of the guest, for training
+            where ``deterministic`` is False.
+
+        Raises:
+            UnmappedLayerError, UnsupportedLayerError, UnsupportedStructureError: a part of
+                the guest cannot be rebuilt; ``error.path`` names it.
+            ConversionError: ``variables`` do not fit.
+        """
+        native = self.unwrap(variables)
+        train = self.deterministic is False
+        return materialize(native, self._shim_structure, "linen", {"train": train})
+
+    def write_back(self, variables: Mapping[str, Any]) -> None:
+        """Commit trained values to the guest, all or none.
+
+        Raises:
+            ConversionError: ``variables`` do not fit; nothing was written.
+            ArgumentError: the guest cannot change in place.
+        """
+        guest = self._shim_guest
+        if not isinstance(guest, LiveGuest):
+            raise ArgumentError(
+                f"{self._shim_structure.guest_type.__qualname__} cannot change in place",
+                remedy="shim.unwrap(variables) makes a new one that holds them",
+            )
+        values = _values(self._shim_structure, variables, guest.values())
+        for cell in guest.cells():
+            cell.set(values[cell.path])
+
+    # -- private: every name has the prefix _shim_ --
+
+    @property
+    def _shim_guest(self) -> Guest:
+        return self.module.guest
+
+    @property
+    def _shim_structure(self) -> Structure:
+        return self._shim_guest.structure()
+
+    def _shim_values(self, structure: Structure) -> dict[Path, Any]:
+        """The values that the variables hold; at ``init`` the guest's own."""
+        own = self._shim_guest.values()
+        if self.is_initializing():
+            for collection, tree in _tree(structure, own).items():
+                for name, value in tree.items():
+                    self._shim_variable(collection, name, value)
+        return _values(structure, nn.unbox(self.variables), own)
+
+    def _shim_variable(self, collection: str, name: str, value: Any) -> Any:
+        if collection == "params":
+            return self.param(name, lambda key: value)
+        return self.variable(collection, name, lambda: value)
+
+    def _shim_store(
+        self, structure: Structure, values: Mapping[Path, Any], new: Mapping[Path, Any]
+    ) -> None:
+        changed = {path for path in values if new.get(path, values[path]) is not values[path]}
+        after = _tree(structure, {path: new.get(path, values[path]) for path in values})
+        for collection, name in sorted({_place(structure, path)[:2] for path in changed}):
+            value = after[collection][name]
+            self._shim_variable(collection, name, value).value = value
+
+    def _shim_key(self, training: bool | None) -> Callable[[], jax.Array]:
+        names = [name for name in ("dropout", "params") if self.has_rng(name)]
+        if training is False or not names:
+            return _no_key
+        key = self.make_rng(names[0])
+        return lambda: key
+
+
+def _no_key() -> jax.Array:
+    raise MissingKeyError(
+        "the wrapped layer draws random numbers, and the shim has no key for it",
+        remedy='Pass rngs={"dropout": key} to apply, or deterministic=True',
+    )
+
+
+def _place(structure: Structure, path: Path) -> tuple[str, ...]:
+    """Where a value stands in the variables."""
+    return (_COLLECTIONS[structure.kinds[path]], *map(str, path))
+
+
+def _tree(structure: Structure, values: Mapping[Path, Any]) -> dict[str, dict[str, Any]]:
+    variables: dict[str, Any] = {}
+    for path, value in values.items():
+        *parents, last = _place(structure, path)
+        branch = variables
+        for part in parents:
+            branch = branch.setdefault(part, {})
+        branch[last] = value
+    return variables
+
+
+def _flatten(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    if not isinstance(tree, Mapping):
+        return {path: tree}
+    return {k: v for name, sub in tree.items() for k, v in _flatten(sub, (*path, name)).items()}
+
+
+def _values(
+    structure: Structure, variables: Mapping[str, Any], own: Mapping[Path, Any]
+) -> dict[Path, Any]:
+    """The values by path, compared with the guest's first.
+
+    Raises:
+        ConversionError: keys, shapes or dtypes differ; all are reported together. Of hidden
+            state the leading axis, that of the batch, may differ.
+    """
+    given = _flatten(nn.unbox(variables))
+    places = {_place(structure, path): path for path in own}
+    mismatched: list[str] = []
+    for place, path in sorted(places.items()):
+        if place in given:
+            value, wanted = given[place], own[path]
+            start = 1 if structure.kinds[path] is Kind.HIDDEN else 0
+            same = jnp.shape(value)[start:] == jnp.shape(wanted)[start:]
+            if not same or jnp.result_type(value) != jnp.result_type(wanted):
+                mismatched.append(
+                    f"{'/'.join(place)} is {_aval(value)}, wanted {_aval(wanted)}"
+                )
+    if mismatched or given.keys() != places.keys():
+        raise ConversionError(
+            "the variables do not fit the wrapped layer",
+            missing=sorted("/".join(p) for p in places.keys() - given.keys()),
+            unexpected=sorted("/".join(p) for p in given.keys() - places.keys()),
+            mismatched=mismatched,
+            remedy="Pass all collections that init returned",
+        )
+    return {path: given[place] for place, path in places.items()}
+
+
+def _aval(value: Any) -> str:
+    return f"{jnp.result_type(value)}{list(jnp.shape(value))}"

@@ -1,0 +1,377 @@
+"""Flax NNX as a host.
+
+The shim's ``nnx.Variable``s are views: their value is the guest's own array. Copies that NNX
+makes (``clone``, every transformation) own their values; NNX writes results back into the
+original Variables, and so into the guest.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.core import Tracer
+
+from interop.errors import ArgumentError, ConversionError, MissingKeyError
+
+from ...core import (
+    Call,
+    Cell,
+    LiveGuest,
+    Path,
+    Structure,
+    guest_of,
+    materialize,
+    path_text,
+)
+from ...forwarding import OfInstance, check_names, forwarded, signature_with, without_self
+from .views import check_link, owned, view_of
+
+__all__ = ["ToNNX"]
+
+
+class _Anchor:
+    """Holds the guest of a linked shim, or a detached one's structure.
+
+    To NNX it is an empty tree whose static part is the guest's structure *at the time of
+    looking*, so that a changed attribute of the guest is seen by compiled functions.
+
+    Attributes:
+        first: the structure that the shim was made with.
+        guest: the live guest, or None.
+        views: the Variables that show the live guest's arrays.
+    """
+
+    def __init__(self, first: Structure, guest: LiveGuest | None = None):
+        self.first, self.guest = first, guest
+        self.views: dict[Path, nnx.Variable] = {}
+
+    @property
+    def structure(self) -> Structure:
+        return self.first if self.guest is None else self.guest.structure()
+
+    def __repr__(self) -> str:
+        name = self.first.guest_type.__qualname__
+        return f"{name} ({'detached' if self.guest is None else 'linked'})"
+
+
+jax.tree_util.register_pytree_node(
+    _Anchor, lambda a: ((), a.structure), lambda structure, _: _Anchor(structure)
+)
+nnx.register_data_type(_Anchor)
+
+
+class _AnchorSlot:
+    """Keeps the guest in a linked shim when NNX writes its attributes back after a call."""
+
+    def __init__(self) -> None:
+        self._linked: weakref.WeakKeyDictionary[Any, _Anchor] = weakref.WeakKeyDictionary()
+
+    def link(self, shim: Any, anchor: _Anchor) -> None:
+        self._linked[shim] = anchor
+        shim._shim_anchor = anchor
+
+    def __get__(self, shim: Any, owner: type | None = None) -> Any:
+        return self if shim is None else vars(shim)["_shim_anchor"]
+
+    def __set__(self, shim: Any, anchor: _Anchor) -> None:
+        vars(shim)["_shim_anchor"] = self._linked.get(shim, anchor)
+
+
+_KEYWORDS = ("rngs", "deterministic")
+# What a guest must not call its own: the host would answer in its place.
+_METHODS = ("materialize", "unwrap", "set_view", "train", "eval")
+
+_DOC = """A live ``nnx.Module`` around a module of another framework.
+
+    The guest owns its arrays; the shim's Variables are views of them, under the guest's own
+    paths, and a change on either side shows on the other at once. Copies that NNX makes
+    (``nnx.clone``, ``copy.deepcopy``, every transformation) own their values. A guest that
+    cannot change in place (Linen variables, Equinox) leaves the current values to the shim.
+
+    Parameters are ``nnx.Param``, running statistics ``nnx.BatchStat``; recurrent state and
+    other buffers have Variable types of their own, so that no optimiser sees them.
+    ``model.train()`` and ``model.eval()`` reach the guest, as does a call's
+    ``deterministic=``. A guest that draws random numbers gets a fresh key from ``rngs`` at
+    each call. Values with physical units are seen by NNX without them.
+
+    A function that closes over a shim sees what one that closes over a native NNX module
+    sees: the values at trace time, as constants.
+
+    Args:
+        module: the guest, a module instance.
+        rngs: an ``nnx.Rngs`` or stream; its ``dropout`` stream is forked for the guest, as
+            ``nnx.Dropout`` does. Without, pass ``rngs=`` in calls that need randomness.
+        params: the variables of a Linen guest.
+        state: the ``eqx.nn.State`` of a stateful Equinox guest.
+        batch_axes: leading axes that an Equinox guest is mapped over, 1 by default.
+        axis_name: the name of the last of them, by default as the guest's own layers say.
+
+    Raises:
+        ArgumentError: ``module`` is a class, or not a module; a name of the guest collides
+            with one of the shim's; NNX is set to ``hijax`` or ``ref`` Variables.
+        MissingKeyError: (calls) the guest draws random numbers, and there is no ``rngs``.
+        ConversionError: (writes) a value of another shape or dtype.
+
+    Example:
+        >>> import brainstate, shims, jax.numpy as jnp
+        >>> layer = brainstate.nn.Linear(3, 4)
+        >>> shim = shims.ToNNX(layer)
+        >>> shim.weight["bias"][...] = jnp.ones(4)
+        >>> layer.weight.value["bias"].tolist()
+        [1.0, 1.0, 1.0, 1.0]
+    """
+
+
+class ToNNX(nnx.Module):
+    __doc__: Any = OfInstance(lambda shim: inspect.getdoc(shim._shim_first.forward), _DOC)
+    _shim_anchor: Any = _AnchorSlot()
+
+    def __init__(
+        self,
+        module: Any,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        *,
+        params: Any = None,
+        state: Any = None,
+        batch_axes: int | None = None,
+        axis_name: str | None = None,
+    ):
+        guest = guest_of(
+            module, params=params, state=state, batch_axes=batch_axes, axis_name=axis_name
+        )
+        check_link()
+        _check_defaults()
+        structure = guest.structure()
+        check_names(
+            structure, host=ToNNX, keywords=_KEYWORDS, methods=_METHODS, paths=structure.kinds
+        )
+        self.deterministic = False
+        self.rngs = nnx.data(None if rngs is None else _stream(rngs).fork())
+        if isinstance(guest, LiveGuest):
+            type(self)._shim_anchor.link(self, _Anchor(structure, guest))
+            self._shim_show(guest.cells())
+        else:
+            self._shim_anchor = _Anchor(structure)
+            values = guest.values()
+            self._shim_place({p: owned(kind, values[p]) for p, kind in structure.kinds.items()})
+
+    __signature__ = OfInstance(
+        lambda shim: signature_with(shim._shim_first, _KEYWORDS), without_self(__init__)
+    )
+
+    def __call__(
+        self, *args: Any, rngs: Any = None, deterministic: bool | None = None, **kwargs: Any
+    ) -> Any:
+        return self._shim_run("__call__", args, kwargs, rngs, deterministic)
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Set the mode, for ``nnx.view``.
+
+        Args:
+            deterministic: True for evaluation, False for training, None to leave it.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def unwrap(self) -> Any:
+        """The guest, with its current weights.
+
+        Returns:
+            The very module that was wrapped, where its arrays can change in place. Else, and
+            for a copy of the shim, which has no link to it, a new one that holds the shim's
+            values: ``(module, variables)`` for Linen, ``(module, state)`` for a stateful
+            Equinox module.
+        """
+        anchor = self._shim_anchor
+        if anchor.guest is not None:
+            return anchor.guest.native
+        return anchor.first.build(self._shim_values(anchor.first))
+
+    def materialize(self, *, copy: bool = False) -> nnx.Module:
+        """Turn the shim into a plain NNX module.
+
+        Args:
+            copy: give the result buffers of its own; otherwise arrays whose layout agrees
+                are the same objects, and donating one side deletes the other's.
+
+        Returns:
+            What ``interop.to_nnx`` makes of the guest as it is now, in the shim's mode and
+            with its random stream. An update of either is not seen by the other.
+
+        Raises:
+            UnmappedLayerError, UnsupportedLayerError, UnsupportedStructureError: a part of
+                the guest cannot be rebuilt; ``error.path`` names it. Nothing was changed.
+
+        Example:
+            >>> import brainstate, shims
+            >>> shims.ToNNX(brainstate.nn.Linear(3, 4)).materialize().kernel.shape
+            (3, 4)
+        """
+        model = materialize(self.unwrap(), self._shim_first, "nnx", {"rngs": self.rngs})
+        if copy:
+            definition, state = nnx.split(model)
+            model = nnx.merge(definition, jax.tree.map(jnp.copy, state))
+        if self.deterministic:
+            model.eval()
+        else:
+            model.train()
+        return model
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or "_shim_anchor" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return forwarded(self._shim_first.module(self.unwrap()), name, self._shim_run)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ArgumentError(
+            f"a live shim of {self._shim_first.guest_type.__qualname__} cannot be pickled",
+            remedy="Save its weights, nnx.state(shim), or shim.materialize()",
+        )
+
+    # -- private: every name has the prefix _shim_ --
+
+    @property
+    def _shim_first(self) -> Structure:
+        return self._shim_anchor.first
+
+    def _shim_run(
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        rngs: Any = None,
+        deterministic: bool | None = None,
+    ) -> Any:
+        training = not (self.deterministic if deterministic is None else deterministic)
+        key = _key_source(rngs if rngs is not None else self.rngs, training=training)
+        call = Call(method, args, kwargs, training=training, key=key)
+        anchor = self._shim_anchor
+        if anchor.guest is None:
+            return self._shim_run_copy(anchor.first, call)
+        self._shim_show(anchor.guest.cells())
+        try:
+            return anchor.guest.call(call)
+        finally:
+            self._shim_show(anchor.guest.cells())
+
+    def _shim_run_copy(self, structure: Structure, call: Call) -> Any:
+        values = self._shim_values(structure)
+        out, new, after = structure.run(values, call)
+        for path in values.keys() & new.keys():
+            if new[path] is not values[path]:
+                self._shim_variable(path).set_value(new[path])
+        # State that appears in a call is kept, unless it was traced: it is gone with the trace.
+        is_traced = any(isinstance(value, Tracer) for value in new.values())
+        if after != structure and not is_traced:
+            self._shim_place(
+                {
+                    path: self._shim_variable(path)
+                    if path in values
+                    else owned(after.kinds[path], value)
+                    for path, value in new.items()
+                }
+            )
+            self._shim_anchor = _Anchor(after)
+        return out
+
+    def _shim_values(self, structure: Structure) -> dict[Path, Any]:
+        return {path: self._shim_variable(path).get_value() for path in structure.kinds}
+
+    def _shim_variable(self, path: Path) -> Any:
+        found: Any = vars(self).get(str(path[0]))
+        for part in path[1:]:
+            found = found[part] if isinstance(found, Mapping) and part in found else None
+        if not isinstance(found, nnx.Variable):
+            raise ConversionError(
+                "a value of the guest is missing from the shim",
+                missing=[path_text(path)],
+                remedy="Write to the shim's Variables instead of deleting or replacing them",
+            )
+        return found
+
+    def _shim_show(self, cells: Sequence[Cell]) -> None:
+        """Show the guest's arrays as they are now; its states may have been replaced."""
+        shown = {cell.path: view_of(cell) for cell in cells}
+        known = self._shim_anchor.views
+        if shown.keys() != known.keys() or any(shown[p] is not known[p] for p in shown):
+            self._shim_place(shown)
+            self._shim_anchor.views = shown
+        elif foreign := [p for p in shown if self._shim_variable(p) is not shown[p]]:
+            raise ConversionError(
+                "a Variable of the shim was replaced, and the guest would not see it",
+                unexpected=[path_text(path) for path in foreign],
+                remedy="Write its value instead: variable.set_value(...)",
+            )
+
+    def _shim_place(self, variables: Mapping[Path, nnx.Variable]) -> None:
+        """Set the attributes that hold ``variables``, and delete those that hold none now."""
+        tree: dict[str, Any] = {}
+        for path, variable in variables.items():
+            branch: Any = tree
+            for part in (str(path[0]), *path[1:])[:-1]:
+                branch = branch.setdefault(part, {})
+            branch[path[-1] if len(path) > 1 else str(path[0])] = variable
+        own = {"deterministic", "rngs", "_shim_anchor"}
+        for name in list(vars(self)):
+            if name not in tree and name not in own and not name.startswith("_pytree__"):
+                delattr(self, name)
+        for name, value in tree.items():
+            setattr(self, name, nnx.data(value))
+
+
+def _stream(rngs: Any) -> Any:
+    """The stream that a native dropout layer would draw from."""
+    if isinstance(rngs, nnx.RngStream):
+        return rngs
+    if not isinstance(rngs, nnx.Rngs):
+        raise ArgumentError(
+            f"rngs must be an nnx.Rngs, got {type(rngs).__qualname__}",
+            remedy="Pass rngs=nnx.Rngs(seed)",
+        )
+    try:
+        return rngs["dropout"]
+    except (AttributeError, KeyError) as e:
+        raise MissingKeyError(
+            "rngs has neither a 'dropout' nor a default stream",
+            remedy="Pass rngs=nnx.Rngs(seed) or nnx.Rngs(dropout=seed)",
+        ) from e
+
+
+def _key_source(rngs: Any, *, training: bool) -> Callable[[], jax.Array]:
+    """Draws the key of one call.
+
+    In training it is drawn at once: the guest may first ask for it inside a trace of its own,
+    where a stream cannot advance. In evaluation few guests ask, and the stream stays put.
+    """
+    if rngs is None:
+        return _no_key
+    if isinstance(rngs, jax.Array):
+        return lambda: rngs
+    stream = _stream(rngs)
+    if not training:
+        return stream
+    key = stream()
+    return lambda: key
+
+
+def _no_key() -> jax.Array:
+    raise MissingKeyError(
+        "the wrapped layer draws random numbers, and the shim has no key for it",
+        remedy="Pass rngs=nnx.Rngs(seed) to ToNNX or to the call, or switch to .eval()",
+    )
+
+
+def _check_defaults() -> None:
+    defaults = nnx.var_defaults()
+    for mode in ("hijax", "ref"):
+        if getattr(defaults, mode):
+            raise ArgumentError(
+                f"nnx.var_defaults asks for {mode} Variables, which cannot be views",
+                remedy=f"Build the shim inside nnx.var_defaults({mode}=False)",
+            )

@@ -1,0 +1,121 @@
+"""Variables whose value is an array of a guest.
+
+Private API: ``Variable._raw_value``, which a view overrides. ``check_link`` tries at first use
+that it works both ways.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax
+import jax.numpy as jnp
+from flax import nnx
+
+from interop.errors import InteropError
+
+from ...core import Cell, Kind, Views
+
+__all__ = ["Buffer", "HiddenState", "check_link", "owned", "view_of"]
+
+
+class HiddenState(nnx.Variable):
+    """Recurrent state of a guest: never a parameter."""
+
+
+class Buffer(nnx.Variable):
+    """A value of a guest that is neither trained nor a running statistic."""
+
+
+def _view_type(base: type[nnx.Variable]) -> type[nnx.Variable]:
+    """A Variable class whose linked instances keep their value in a guest's cell."""
+
+    class View(base):
+        __slots__ = ("_shim_cell", "_shim_own", "__weakref__")
+
+        @property
+        def _raw_value(self):
+            cell = _cell(self)
+            return object.__getattribute__(self, "_shim_own") if cell is None else cell.get()
+
+        @_raw_value.setter
+        def _raw_value(self, value):
+            cell = _cell(self)
+            if cell is None:
+                object.__setattr__(self, "_shim_own", value)
+            else:
+                cell.set(value)
+
+    View.__name__ = View.__qualname__ = f"{base.__name__}View"
+    View.__doc__ = f"An ``nnx.{base.__name__}`` that can show an array of a wrapped layer."
+    return View
+
+
+def _cell(view: nnx.Variable) -> Cell | None:
+    try:
+        return object.__getattribute__(view, "_shim_cell")
+    except AttributeError:
+        return None
+
+
+_TYPES = {
+    Kind.PARAMETER: _view_type(nnx.Param),
+    Kind.STATISTIC: _view_type(nnx.BatchStat),
+    Kind.HIDDEN: _view_type(HiddenState),
+    Kind.BUFFER: _view_type(Buffer),
+}
+
+
+def owned(kind: Kind, value: Any) -> nnx.Variable:
+    """A Variable for a value of that kind, linked to nothing."""
+    return _TYPES[kind](value, hijax=False, ref=False, eager_sharding=False)
+
+
+def _linked(cell: Cell) -> nnx.Variable:
+    view = owned(cell.kind, cell.get())
+    object.__setattr__(view, "_shim_cell", cell)
+    object.__setattr__(view, "_shim_own", None)
+    return view
+
+
+_views: Views[nnx.Variable] = Views(_linked)
+
+
+def view_of(cell: Cell) -> nnx.Variable:
+    """The view of a cell."""
+    return _views.of(cell)
+
+
+@functools.cache
+def check_link() -> None:
+    """Try that a view works both ways with the installed version.
+
+    Raises:
+        InteropError: it does not; the message names the version.
+    """
+
+    class Probe:
+        kind = Kind.PARAMETER
+        value = jnp.zeros(2)
+
+        def get(self) -> Any:
+            return self.value
+
+        def set(self, value: Any) -> None:
+            self.value = value
+
+    probe, written = Probe(), jnp.ones(2)
+    view = _linked(probe)  # type: ignore[arg-type]
+    view.set_value(written)
+    copy = view.copy()
+    if (
+        probe.value is not written
+        or view.get_value() is not written
+        or _cell(copy) is not None
+        or copy.get_value() is not written
+    ):
+        raise InteropError(
+            f"views do not work with flax {flax.__version__}",
+            remedy="Install a version that this library supports, or convert with interop",
+        )

@@ -1,0 +1,420 @@
+"""Bad input: every error says where, what was found, and what to do; nothing is changed."""
+
+import functools
+
+import brainstate
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import interop
+
+from .cases import BIAS, WEIGHT, array
+from .conftest import Framework
+
+RNGS = nnx.Rngs(0)
+KEY = jax.random.key(0)
+to_brainstate = functools.partial(interop.convert, to="brainstate")
+
+
+def in_a_stack(layer):
+    """``layer`` at ``model[1][0]``."""
+    inner = brainstate.nn.Sequential(layer, brainstate.nn.ReLU())
+    return brainstate.nn.Sequential(brainstate.nn.Linear(3, 4), inner)
+
+
+def variables(**params):
+    return {"params": params}
+
+
+ARRAYS = {"kernel": WEIGHT, "bias": BIAS}
+MLP = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)])
+LINEAR = brainstate.nn.Linear(3, 4)
+STATEFUL = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, "batch", mode="batch")
+
+# name: (call, class of the error, builtin base, path, words in the message)
+BAD_ARGUMENTS = {
+    "a class": (
+        lambda: to_brainstate(nnx.Linear),
+        (interop.ArgumentError, TypeError, "model", ["Linear is a class", "Build it first"]),
+    ),
+    "a class to to_nnx": (
+        lambda: interop.to_nnx(brainstate.nn.Linear),
+        (interop.ArgumentError, TypeError, "model", ["Linear is a class"]),
+    ),
+    "a class to from_nnx": (
+        lambda: interop.from_nnx(nnx.Linear),
+        (interop.ArgumentError, TypeError, "model", ["Linear is a class"]),
+    ),
+    "an unknown framework": (
+        lambda: interop.convert(LINEAR, to="torch"),
+        (interop.ArgumentError, ValueError, None, ["'torch'", "'linen'", "'nnx'"]),
+    ),
+    "an unknown framework to supported_layers": (
+        lambda: interop.supported_layers("torch"),
+        (interop.ArgumentError, ValueError, None, ["'torch'"]),
+    ),
+    "no model": (
+        lambda: to_brainstate(3.0),
+        (interop.ArgumentError, TypeError, "model", ["builtins.float", "nnx"]),
+    ),
+    "another framework's model": (
+        lambda: interop.from_nnx(LINEAR),
+        (
+            interop.ArgumentError,
+            TypeError,
+            "model",
+            ["expected a nnx module", "interop.convert"],
+        ),
+    ),
+    "params for a model that holds its weights": (
+        lambda: interop.convert(LINEAR, to="nnx", params={}),
+        (interop.ArgumentError, TypeError, None, ["params=", "Leave"]),
+    ),
+    "state for a model that has none": (
+        lambda: to_brainstate(nnx.Linear(3, 4, rngs=RNGS), state=1),
+        (interop.ArgumentError, TypeError, None, ["state="]),
+    ),
+    "params for equinox": (
+        lambda: to_brainstate(eqx.nn.Linear(3, 4, key=KEY), params={}),
+        (interop.ArgumentError, TypeError, None, ["params="]),
+    ),
+    "state for linen": (
+        lambda: to_brainstate(nn.Dense(4), params={}, state=1),
+        (interop.ArgumentError, TypeError, None, ["state="]),
+    ),
+    "a state of another type": (
+        lambda: interop.from_equinox(eqx.nn.Linear(3, 4, key=KEY), state={}),
+        (interop.ArgumentError, TypeError, None, ["eqx.nn.State", "dict"]),
+    ),
+    "no state for a stateful model": (
+        lambda: interop.from_equinox(STATEFUL[0]),
+        (interop.ArgumentError, ValueError, "model", ["stateful", "state="]),
+    ),
+    "no params for linen": (
+        lambda: interop.from_linen(nn.Dense(4), None),
+        (interop.ArgumentError, TypeError, "model", ["NoneType", '{"params": ...}']),
+    ),
+    "a key for rngs": (
+        lambda: interop.to_nnx(LINEAR, rngs=KEY),
+        (interop.ArgumentError, TypeError, None, ["nnx.Rngs", "rngs=nnx.Rngs(seed)"]),
+    ),
+    "sample_input: text": (
+        lambda: interop.convert(LINEAR, to="nnx", sample_input="abc"),
+        (interop.ArgumentError, ValueError, None, ["sample_input", "'abc'"]),
+    ),
+    "sample_input: an empty axis": (
+        lambda: interop.convert(LINEAR, to="nnx", sample_input=(0, 3)),
+        (interop.ArgumentError, ValueError, None, ["(0, 3)"]),
+    ),
+    "sample_input: a number": (
+        lambda: interop.convert(LINEAR, to="nnx", sample_input=3),
+        (interop.ArgumentError, TypeError, None, ["batch axis"]),
+    ),
+}
+
+
+class Scaled(nnx.Linear):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Gated(nnx.Linear):
+    def __init__(self, *args, **keywords):
+        super().__init__(*args, **keywords)
+        self.gate = nnx.Param(jnp.ones(4))
+
+
+class Wide(nn.Dense):
+    """A subclass with parameters of its own, which its variables show."""
+
+    extra: int = 0
+
+
+class HalfStack(nnx.Sequential):
+    def __call__(self, x):
+        return x / 2
+
+
+def patched():
+    layer = brainstate.nn.Linear(3, 4)
+    layer.update = lambda x: x
+    return layer
+
+
+def emptied():
+    model = brainstate.nn.Sequential(brainstate.nn.ReLU())
+    model.layers.clear()
+    return model
+
+
+UNSUPPORTED = {
+    "an overridden forward": (
+        lambda: interop.from_nnx(nnx.Sequential(jnp.sin, Scaled(3, 4, rngs=RNGS))),
+        (
+            interop.UnsupportedLayerError,
+            NotImplementedError,
+            "model[1]",
+            ["Scaled", "__call__ of Linear", "shims.wrap(model[1], into=...)"],
+        ),
+    ),
+    "a stack with another forward": (
+        lambda: interop.from_nnx(HalfStack(jnp.sin)),
+        (interop.UnsupportedLayerError, NotImplementedError, "model", ["__call__"]),
+    ),
+    "added parameters": (
+        lambda: interop.from_nnx(Gated(3, 4, rngs=RNGS)),
+        (interop.UnsupportedLayerError, NotImplementedError, "model", ["holds gate"]),
+    ),
+    "an added field": (
+        lambda: interop.from_linen(nn.Sequential([Wide(4)]), variables(extra=ARRAYS)),
+        (interop.UnsupportedLayerError, NotImplementedError, "model[0]", ["holds extra"]),
+    ),
+    "a method patched on the instance": (
+        lambda: interop.to_nnx(in_a_stack(patched())),
+        (interop.UnsupportedLayerError, NotImplementedError, "model[1][0]", ["update"]),
+    ),
+    "a unit": (
+        lambda: interop.to_nnx(in_a_stack(with_unit())),
+        (
+            interop.UnsupportedLayerError,
+            NotImplementedError,
+            "model[1][0]",
+            ["weight['weight']", "mV", "shims.wrap"],
+        ),
+    ),
+    "a layer without a rule": (
+        lambda: interop.to_nnx(in_a_stack(brainstate.nn.GRUCell(4, 4))),
+        (
+            interop.UnmappedLayerError,
+            LookupError,
+            "model[1][0]",
+            ["GRUCell", "brainstate", "shims.wrap(model[1][0]"],
+        ),
+    ),
+    "a layer without a rule, linen": (
+        lambda: to_brainstate(nn.Sequential([nn.relu, nn.GRUCell(3)]), params={}),
+        (interop.UnmappedLayerError, LookupError, "model[1]", ["GRUCell"]),
+    ),
+    "a layer without a rule, equinox": (
+        lambda: interop.from_equinox(eqx.nn.GRUCell(3, 4, key=KEY)),
+        (interop.UnmappedLayerError, LookupError, "model", ["GRUCell"]),
+    ),
+    "a layer without a rule, nnx": (
+        lambda: interop.from_nnx(nnx.Sequential(nnx.Sequential(nnx.Embed(3, 4, rngs=RNGS)))),
+        (interop.UnmappedLayerError, LookupError, "model[0][0]", ["Embed"]),
+    ),
+    "an empty stack, brainstate": (
+        lambda: interop.to_nnx(emptied()),
+        (interop.UnsupportedStructureError, NotImplementedError, "model", ["empty Sequential"]),
+    ),
+    "an empty stack, nnx": (
+        lambda: interop.from_nnx(nnx.Sequential()),
+        (interop.UnsupportedStructureError, NotImplementedError, "model", ["empty Sequential"]),
+    ),
+    "an empty stack, linen": (
+        lambda: interop.from_linen(nn.Sequential([]), {}),
+        (interop.UnsupportedStructureError, NotImplementedError, "model", ["empty Sequential"]),
+    ),
+    "an empty stack, equinox": (
+        lambda: interop.from_equinox(eqx.nn.Sequential([])),
+        (interop.UnsupportedStructureError, NotImplementedError, "model", ["empty Sequential"]),
+    ),
+    "an option, named with its path and the layer": (
+        lambda: interop.to_equinox(in_a_stack(brainstate.nn.Dropout(0.5, broadcast_dims=(1,)))),
+        (
+            interop.UnsupportedLayerError,
+            NotImplementedError,
+            "model[1][0]",
+            ["Dropout to equinox", "broadcast_dims=(1,)"],
+        ),
+    ),
+}
+
+
+def with_unit():
+    import brainunit as u
+
+    return brainstate.nn.Linear(4, 4, w_init=array(4, 4) * u.mV, b_init=None)
+
+
+NORM_VARIABLES = {
+    "params": {"layers_1": {"scale": jnp.ones(3)}},
+    "batch_stats": {"layers_1": {"mean": jnp.ones(3), "var": jnp.ones(3)}},
+}
+VARIABLES = {
+    "missing": (
+        MLP,
+        variables(layers_0=ARRAYS),
+        ["missing params/layers_2/bias, params/layers_2/kernel"],
+    ),
+    "unexpected": (
+        nn.Dense(4),
+        variables(**ARRAYS, scale=BIAS),
+        ["unexpected params/scale"],
+    ),
+    "renamed, misshapen and extra at once": (
+        MLP,
+        variables(
+            layers_0={"kernel": WEIGHT, "biases": BIAS},
+            layers_2={"kernel": WEIGHT, "bias": BIAS},
+        ),
+        [
+            "missing params/layers_0/bias",
+            "unexpected params/layers_0/biases",
+            "params/layers_2/bias has shape (4,), wanted (2,)",
+            "params/layers_2/kernel has shape (3, 4), wanted (in, 2)",
+        ],
+    ),
+    "transposed": (
+        nn.Dense(4),
+        variables(kernel=WEIGHT.T, bias=BIAS),
+        ["params/kernel has shape (4, 3), wanted (in, 4)"],
+    ),
+    "swapped": (
+        nn.Sequential([nn.Dense(3), nn.Dense(2)]),
+        variables(
+            layers_0={"kernel": array(4, 3), "bias": array(2)},
+            layers_1={"kernel": array(3, 2), "bias": array(3)},
+        ),
+        ["params/layers_0/bias", "params/layers_1/bias"],
+    ),
+    "without the collection": (
+        nn.Dense(4),
+        ARRAYS,
+        ["missing params/bias, params/kernel", "unexpected bias, kernel", '{"params": ...}'],
+    ),
+    "empty": (nn.Dense(4), {}, ["missing", '{"params": ...}']),
+    "boxed": (
+        nn.Dense(4),
+        variables(kernel=nn.Partitioned(WEIGHT, ("a", "b")), bias=BIAS),
+        ["params/kernel is boxed in Partitioned", "nn.unbox"],
+    ),
+    "no arrays": (
+        nn.Dense(4),
+        variables(kernel="weights", bias=[1, 2, 3, 4]),
+        ["params/bias is a list", "params/kernel is a str"],
+    ),
+    "statistics of another size": (
+        nn.Sequential([nn.relu, nn.BatchNorm(use_running_average=True)]),
+        NORM_VARIABLES | {"params": {"layers_1": {"scale": jnp.ones(4), "bias": jnp.ones(3)}}},
+        ["params/layers_1/scale has shape (4,), wanted (3,)"],
+    ),
+    "statistics missing": (
+        nn.BatchNorm(use_running_average=True),
+        variables(scale=jnp.ones(3), bias=jnp.ones(3)),
+        ["missing batch_stats/mean, batch_stats/var"],
+    ),
+    "statistics of a layer that has none": (
+        nn.Dense(4),
+        variables(**ARRAYS) | {"batch_stats": {"mean": BIAS}},
+        ["unexpected batch_stats/mean"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS | UNSUPPORTED)
+def test_bad_input_is_refused_with_a_path_and_a_remedy(name):
+    call, (cls, builtin, path, words) = (BAD_ARGUMENTS | UNSUPPORTED)[name]
+    with pytest.raises(interop.InteropError) as e:
+        call()
+    assert type(e.value) is cls
+    assert isinstance(e.value, builtin)
+    assert e.value.path == path
+    message = str(e.value)
+    assert message.startswith(f"{path}: " if path else e.value.problem)
+    assert [word for word in words if word not in message] == []
+    assert e.value.remedy or "empty" in name
+    assert message.endswith((".", "?", "!"))
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_variables_that_do_not_fit_are_reported_together(name):
+    module, given, words = VARIABLES[name]
+    before = jax.tree.map(lambda x: x, given)
+    with pytest.raises(interop.ConversionError) as e:
+        interop.from_linen(module, given)
+    assert isinstance(e.value, ValueError)
+    assert [word for word in words if word not in str(e.value)] == []
+    assert jax.tree.structure(given) == jax.tree.structure(before)
+
+
+def test_the_facts_of_an_error_are_attributes():
+    with pytest.raises(interop.ConversionError) as e:
+        interop.from_linen(nn.Dense(4), variables(kernel=WEIGHT.T, weight=BIAS))
+    assert e.value.missing == ("params/bias",)
+    assert e.value.unexpected == ("params/weight",)
+    assert len(e.value.mismatched) == 1
+    with pytest.raises(interop.UnsupportedLayerError) as e:
+        interop.from_nnx(Scaled(3, 4, rngs=RNGS))
+    assert (e.value.found, e.value.option, e.value.target) == (Scaled, "__call__", None)
+    with pytest.raises(interop.UnmappedLayerError) as e:
+        interop.from_nnx(nnx.Embed(3, 4, rngs=RNGS))
+    assert (e.value.found, e.value.framework) == (nnx.Embed, "nnx")
+
+
+def test_a_subclass_with_another_forward_is_refused_by_name(source, target):
+    source.needs("subclass")
+    model, keywords = source.arguments(source.subclass(WEIGHT, BIAS))
+    with pytest.raises(
+        interop.UnsupportedLayerError, match=r"^model: cannot convert .*Doubled"
+    ) as e:
+        interop.convert(model, to=target.name, **keywords)
+    assert e.value.option in str(e.value)
+
+
+def test_a_model_with_forward_logic_of_its_own_is_refused(source, target):
+    source.needs("custom")
+    model, keywords = source.arguments(source.custom(WEIGHT, BIAS))
+    with pytest.raises(interop.UnsupportedStructureError, match=r"^model: .*Residual") as e:
+        interop.convert(model, to=target.name, **keywords)
+    assert "shims.wrap(model, into=...)" in str(e.value)
+
+
+def test_a_subclass_that_changes_nothing_converts(source, target):
+    source.needs("renamed")
+    model = source.renamed(WEIGHT, BIAS)
+    converted = target.convert_from(source, model)
+    x = array(5, 3)
+    np.testing.assert_allclose(
+        target.call(converted, x), source.call(model, x), rtol=2e-6, atol=2e-6
+    )
+
+
+def test_a_failed_conversion_leaves_the_source_unchanged(source, target):
+    source.needs("subclass")
+    good, bad = source.linear(WEIGHT, BIAS), source.subclass(array(4, 4), array(4))
+    model = source.sequential(good, bad)
+    before = [dict(arrays) for arrays in source.read(model)]
+    module, keywords = source.arguments(model)
+    with pytest.raises(interop.UnsupportedLayerError, match=r"^model\[1\]: "):
+        interop.convert(module, to=target.name, **keywords)
+    after = source.read(model)
+    for wanted, found in zip(before, after, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_an_initial_state_still_in_an_equinox_model_is_found():
+    model = eqx.nn.BatchNorm(3, "batch", mode="batch")
+    assert interop.from_equinox(model).in_size == (3,)
+
+
+def test_supported_layers_lists_what_each_framework_exchanges():
+    table = interop.supported_layers()
+    assert table.keys() >= {"nnx", "linen", "equinox"}
+    for layers in table.values():
+        assert {"Linear", "LayerNorm", "BatchNorm1d", "Dropout", "ReLU"} <= set(layers)
+        assert layers == sorted(layers)
+
+
+def test_the_named_functions_are_convert():
+    for name in ("nnx", "linen", "equinox"):
+        target = Framework(name)
+        to, back = getattr(interop, f"to_{name}"), getattr(interop, f"from_{name}")
+        model = target.receive(lambda to=to: to(brainstate.nn.Linear(3, 4)))
+        module, keywords = target.arguments(model)
+        assert back(module, **keywords).out_size == (4,)

@@ -1,0 +1,105 @@
+"""Every option of every supported layer is carried over, or refused by name."""
+
+import inspect
+
+import jax
+import numpy as np
+import pytest
+
+import interop
+from interop.registry import registry
+
+from .cases import array
+from .conftest import NAMES, Framework
+from .models import ALL, Option
+
+ROWS = [
+    pytest.param(name, cls, option, id=f"{name}-{cls.__name__}-{option}")
+    for name in NAMES
+    for cls, constructor in Framework(name).CONSTRUCTORS.items()
+    if not isinstance(constructor, str)
+    for option, mark in constructor.options.items()
+    if isinstance(mark, Option)
+]
+
+
+@pytest.mark.parametrize("framework", NAMES)
+def test_every_option_is_in_the_table(framework):
+    """A new release may bring a new option: carry it or refuse it, and say so in the table."""
+    table = Framework(framework).CONSTRUCTORS
+    assert table.keys() == registry.adapter(framework).readers.keys()
+    for cls, constructor in table.items():
+        if isinstance(constructor, str):
+            continue
+        parameters = set(inspect.signature(cls.__init__).parameters) - {"self"}
+        missing = parameters - constructor.options.keys() - set(constructor.base)
+        assert not missing, f"{cls.__name__} has options without a row: {missing}"
+
+
+def build(name, cls, option):
+    """The layer with the option off its default, its mark, and the shape of an input."""
+    source = Framework(name)
+    constructor = source.CONSTRUCTORS[cls]
+    mark = constructor.options[option]
+    value = mark.value if isinstance(mark.value, dict) else {option: mark.value}
+    x = mark.x or constructor.x
+    return source, mark, x, source.construct(cls, x, **(constructor.base | value))
+
+
+@pytest.mark.parametrize(("name", "cls", "option"), ROWS)
+def test_an_option_is_carried_over_or_refused_by_name(name, cls, option, target):
+    if target.name == name:
+        pytest.skip("nothing to convert")
+    target.needs("options")
+    source, mark, x, model = build(name, cls, option)
+    if mark.refused == ALL or target.name in mark.refused:
+        with pytest.raises(interop.UnsupportedLayerError) as e:
+            target.convert_from(source, model, sample_input=x[1:])
+        assert e.value.option == (mark.named or option)
+        assert cls.__name__ in str(e.value)
+        assert e.value.option in str(e.value)
+        return
+    converted = target.convert_from(source, model, sample_input=x[1:])
+    if mark.attribute:
+        assert attribute(converted, option) == attribute(model, option)
+    elif "Dropout" in cls.__name__:
+        np.testing.assert_allclose(
+            dropped(target, converted, x), dropped(source, model, x), atol=0.08
+        )
+    else:
+        runs = in_modes if mark.training else in_evaluation
+        runs = along_a_named_axis if option == "axis_name" else runs
+        for found, wanted in zip(
+            runs(target, converted, x), runs(source, model, x), strict=True
+        ):
+            assert found.dtype == wanted.dtype
+            np.testing.assert_allclose(
+                np.float64(found), np.float64(wanted), rtol=1e-5, atol=1e-5
+            )
+
+
+def attribute(model, option):
+    return getattr(model[0] if isinstance(model, tuple) else model, option)
+
+
+def in_evaluation(fw, model, x):
+    yield fw.call(model, array(*x))
+
+
+def in_modes(fw, model, x):
+    """In evaluation, in training, and in evaluation after that."""
+    yield fw.call(model, array(*x))
+    y, model = fw.run(model, array(*x), train=True)
+    yield y
+    yield fw.call(model, array(*x))
+
+
+def along_a_named_axis(fw, model, x):
+    yield jax.vmap(lambda x: fw.call(model, x), axis_name="batch")(array(2, *x))
+
+
+def dropped(fw, model, x):
+    """The fraction kept, the scale, and the axes along which all decisions are the same."""
+    y = fw.call(model, jax.numpy.ones(x), train=True, key=jax.random.key(0))
+    y = np.asarray(y)
+    return [(y != 0).mean(), y.max(), (y == y[:, :1]).all(), (y == y[:1]).all()]

@@ -1,0 +1,1 @@
+"""Toy as a guest and as a host."""
