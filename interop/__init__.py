@@ -145,6 +145,10 @@ def to_equinox(model: Any, *, key: Any = None) -> equinox.Module:
         ``eqx.nn.make_with_state(interop.to_equinox)(model)`` for the model and its state, and
         name the batch axis ``"batch"``: ``jax.vmap(..., axis_name="batch")``.
 
+        Two things are Equinox's own: its ``LayerNorm`` returns its input's dtype, where the
+        others promote with the weights, and variances are taken about the mean, also where
+        the source has ``use_fast_variance``, which loses digits at a large mean.
+
     Example:
         >>> import brainstate, interop
         >>> interop.to_equinox(brainstate.nn.Linear(3, 4)).weight.shape
@@ -164,7 +168,9 @@ def from_equinox(
         sample_input: one example without its batch axis, or its shape.
 
     Returns:
-        A BrainState module that takes batches.
+        A BrainState module that takes batches. Running statistics are the ones that inference
+        uses. A ``LayerNorm`` returns the common dtype of input and weights, where Equinox's
+        returns its input's.
 
     Example:
         >>> import equinox as eqx, interop, jax

@@ -24,7 +24,8 @@ def convert(
     """Convert a model to another framework, structurally and exactly.
 
     Args:
-        model: a layer, or nested ``Sequential`` stacks of layers. Not changed.
+        model: a layer, or nested ``Sequential`` stacks of layers and plain functions. Not
+            changed. A function must treat the examples of a batch independently.
         to: the target framework: ``"brainstate"``, ``"nnx"``, ``"linen"`` or ``"equinox"``.
         params: the variables of a Linen model, ``{"params": …, "batch_stats": …}``.
         state: the ``eqx.nn.State`` of a stateful Equinox model.

@@ -53,6 +53,10 @@ class Spec:
         """Shape of one output example for one input example; None where it is not known."""
         return shape
 
+    def mismatches(self) -> list[str]:
+        """One line for each array that is none, or does not fit the others."""
+        return []
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Linear(Spec):
@@ -82,6 +86,10 @@ class Linear(Spec):
 
     def output_shape(self, shape: Shape | None) -> Shape | None:
         return (*(shape[:-1] if shape else self.leading_shape), self.weight.shape[1])
+
+    def mismatches(self) -> list[str]:
+        out = self.weight.shape[1:]
+        return _mismatches(weight=(self.weight, None), bias=(self.bias, out))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -117,6 +125,10 @@ class LayerNorm(Spec):
     @property
     def holds_state(self) -> bool:
         return self.scale is not None or self.bias is not None
+
+    def mismatches(self) -> list[str]:
+        shape = self.feature_shape
+        return _mismatches(scale=(self.scale, shape), bias=(self.bias, shape))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -158,6 +170,10 @@ class BatchNorm(Spec):
     @property
     def holds_state(self) -> bool:
         return True
+
+    def mismatches(self) -> list[str]:
+        names = ("mean", "var", "scale", "bias")
+        return _mismatches(**{n: (getattr(self, n), self.mean.shape) for n in names})
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -260,6 +276,17 @@ def promoted_dtype(statistics: Array, *parameters: Array | None) -> DType | None
     given = [array for array in parameters if array is not None]
     widest = common_dtype(statistics, *given)
     return None if given and common_dtype(*given) == widest else widest
+
+
+def _mismatches(**arrays: tuple[Array | None, Shape | None]) -> list[str]:
+    """Compare arrays with the shapes they must have; None where any will do."""
+    lines: list[str] = []
+    for name, (array, shape) in arrays.items():
+        if array is not None and not hasattr(array, "__array__"):
+            lines.append(f"{name} is a {type(array).__qualname__}, not an array")
+        elif array is not None and shape not in (None, array.shape):
+            lines.append(f"{name} has shape {array.shape}, wanted {shape}")
+    return lines
 
 
 def _shape_of(fn: Callable[..., Any], example: Shape) -> Shape | None:

@@ -14,7 +14,12 @@ from typing import Any, NoReturn, cast
 import numpy as np
 
 from . import formulas, specs
-from .errors import MissingShapeError, UnsupportedLayerError, UnsupportedStructureError
+from .errors import (
+    ConversionError,
+    MissingShapeError,
+    UnsupportedLayerError,
+    UnsupportedStructureError,
+)
 from .registry import Adapter, BuildRule, ReadRule, Registry
 
 __all__ = ["Building", "Reading"]
@@ -53,6 +58,13 @@ class Reading:
             self._check_fixed(module, rule)
             self._check_owners(node, path)
             spec = self._remember(rule.read(node, self), path, type(module))
+            if mismatched := spec.mismatches():
+                raise ConversionError(
+                    f"the arrays of {type(module).__qualname__} do not fit",
+                    path=path,
+                    mismatched=mismatched,
+                    remedy="Check what was assigned to it after it was built",
+                )
         finally:
             self.path, self._found = outer
         if self.adapter.has_identity:
@@ -64,7 +76,9 @@ class Reading:
         layers = tuple(self.read(node, f"{self.path}[{i}]") for i, node in enumerate(nodes))
         if not layers:
             raise UnsupportedStructureError(
-                f"an empty {self._found.__qualname__} has nothing to convert", path=self.path
+                f"an empty {self._found.__qualname__} has nothing to convert",
+                path=self.path,
+                remedy="Leave it out",
             )
         return layers
 
@@ -89,7 +103,9 @@ class Reading:
                 )
         if not callable(fn):
             raise UnsupportedStructureError(
-                f"{type(fn).__qualname__} is neither a module nor callable", path=path
+                f"{type(fn).__qualname__} is neither a module nor callable",
+                path=path,
+                remedy="Leave it out",
             )
         return specs.Function(fn=fn, per_example=per_example)
 
@@ -140,7 +156,6 @@ class Building:
         options: what the caller passed for the target framework, by name.
         path: where the layer being built was in the source.
         found: its class there.
-        shape: shape of one example at this layer's input, or None where it is not known.
     """
 
     def __init__(
@@ -150,10 +165,11 @@ class Building:
         shape: specs.Shape | None,
         options: Mapping[str, Any],
     ):
-        self.adapter, self.options, self.shape = adapter, options, shape
+        self.adapter, self.options = adapter, options
         self.path = "model"
         self.found: type = object
         self._origins = origins
+        self._shape, self._passed = shape, list[specs.Spec]()
         self._built: dict[int, Any] = {}
 
     def build(self, spec: specs.Spec) -> Any:
@@ -162,7 +178,6 @@ class Building:
         Raises:
             UnsupportedStructureError: the framework would make two layers of one.
         """
-        shape_before = self.shape
         if id(spec) in self._built and spec.holds_state and not self.adapter.has_identity:
             first, found = self._origins[id(spec)]
             raise UnsupportedStructureError(
@@ -180,8 +195,29 @@ class Building:
                 self._built[id(spec)] = rule.build(spec, self)
             finally:
                 self.path, self.found = outer
-        self.shape = spec.output_shape(shape_before)
+            if isinstance(spec, specs.Sequential):
+                return self._built[id(spec)]  # its layers have been passed one by one
+        self._passed.append(spec)
         return self._built[id(spec)]
+
+    @property
+    def shape(self) -> specs.Shape | None:
+        """Shape of one example at this layer's input, or None where it is not known.
+
+        Raises:
+            ConversionError: a function before this layer fails on its input's shape.
+        """
+        while self._passed:
+            spec = self._passed.pop(0)
+            try:
+                self._shape = spec.output_shape(self._shape)
+            except Exception as e:
+                raise ConversionError(
+                    f"the function fails on an example of shape {self._shape} ({e})",
+                    path=self._origins[id(spec)][0],
+                    remedy="Pass sample_input=, one example without its batch axis",
+                ) from e
+        return self._shape
 
     def refuse(
         self, option: str, value: Any, reason: str, remedy: str | None = None

@@ -13,7 +13,7 @@ from interop import formulas
 
 from . import truth
 from .cases import array
-from .conftest import Framework
+from .conftest import NAMES, Framework
 
 nn = brainstate.nn
 
@@ -60,6 +60,12 @@ KINKS = jnp.array(
     [[-6.0, -3, -1, -0.5, -0.1, -0.0], [0, 0.1, 0.5, 1, 3, 6], [-7, -2, 2, 4, 7, 9]]
 )
 
+
+@pytest.fixture(params=[name for name in NAMES if name != "brainstate"])
+def other(request):
+    return Framework(request.param)
+
+
 each_layer = pytest.mark.parametrize("name", LAYERS)
 
 
@@ -89,45 +95,39 @@ def test_the_function_is_the_formula_and_brainstates_layer(name):
 
 
 @each_layer
-def test_brainstates_layer_converts_exactly(target, name):
-    if target.name == "brainstate":
-        pytest.skip("nothing to convert")
-    target.needs("activations")
+def test_brainstates_layer_converts_exactly(other, name):
+    other.needs("activations")
     cls, options, _ = LAYERS[name]
     layer = cls(**options)
-    model = target.receive(lambda: interop.convert(layer, to=target.name))
+    model = other.receive(lambda: interop.convert(layer, to=other.name))
     same(
-        value_and_gradient(lambda x: target.call(model, x), KINKS),
+        value_and_gradient(lambda x: other.call(model, x), KINKS),
         value_and_gradient(layer, KINKS),
     )
 
 
 @each_layer
-def test_a_function_becomes_brainstates_layer(source, name):
-    if source.name == "brainstate":
-        pytest.skip("nothing to convert")
-    source.needs("activations")
+def test_a_function_becomes_brainstates_layer(other, name):
+    other.needs("activations")
     cls, options, in_jax = LAYERS[name]
     fn = formulas.ACTIVATIONS[name]
-    if "axis" in in_jax and source.name == "equinox":
+    if "axis" in in_jax and other.name == "equinox":
         in_jax = {"axis": in_jax["axis"] - 1}  # counted in one example
-    native = source.activation(functools.partial(fn, **in_jax) if in_jax else fn)
-    model = source.sequential(source.linear(jnp.eye(6)), native)
+    native = other.activation(functools.partial(fn, **in_jax) if in_jax else fn)
+    model = other.sequential(other.linear(jnp.eye(6)), native)
     target = Framework("brainstate")
-    converted = target.convert_from(source, model)
+    converted = target.convert_from(other, model)
     assert type(converted.layers[1]) is cls
     for option, value in options.items():
         assert getattr(converted.layers[1], option) == value
-    same([target.call(converted, KINKS)], [source.call(model, KINKS)])
+    same([target.call(converted, KINKS)], [other.call(model, KINKS)])
 
 
-def test_softmax_over_channels_first_images_keeps_its_axis(target):
-    if target.name == "brainstate":
-        pytest.skip("nothing to convert")
-    target.needs("activations")
+def test_softmax_over_channels_first_images_keeps_its_axis(other):
+    other.needs("activations")
     layer, x = nn.Softmax2d(), array(2, 3, 4, 5)
-    model = target.receive(lambda: interop.convert(layer, to=target.name))
-    same([target.call(model, x)], [layer(x)])
+    model = other.receive(lambda: interop.convert(layer, to=other.name))
+    same([other.call(model, x)], [layer(x)])
 
 
 def test_a_softmax_over_the_batch_is_refused_by_equinox():
@@ -148,14 +148,12 @@ def test_a_softmax_over_the_batch_is_refused_by_equinox():
         ((-2, -1), None),
     ],
 )
-def test_flatten_merges_the_same_axes(target, axes, in_size):
-    if target.name == "brainstate":
-        pytest.skip("nothing to convert")
-    target.needs("flatten")
+def test_flatten_merges_the_same_axes(other, axes, in_size):
+    other.needs("flatten")
     layer, x = nn.Flatten(*axes, in_size=in_size), array(5, 2, 3, 4)
-    model = target.receive(lambda: interop.convert(layer, to=target.name))
-    np.testing.assert_array_equal(target.call(model, x), layer(x))
-    back = Framework("brainstate").convert_from(target, model)
+    model = other.receive(lambda: interop.convert(layer, to=other.name))
+    np.testing.assert_array_equal(other.call(model, x), layer(x))
+    back = Framework("brainstate").convert_from(other, model)
     assert isinstance(back, nn.Flatten | nn.Sequential)
     np.testing.assert_array_equal(back(x), layer(x))
 

@@ -129,6 +129,16 @@ class Gated(nnx.Linear):
         self.gate = nnx.Param(jnp.ones(4))
 
 
+def with_bias(size):
+    layer = nnx.Linear(3, 4, rngs=RNGS)
+    layer.bias.set_value(jnp.ones(size))
+    return layer
+
+
+def reshaped(x):
+    return x.reshape(x.shape[0], 2, 9)
+
+
 class Wide(nn.Dense):
     """A subclass with parameters of its own, which its variables show."""
 
@@ -223,6 +233,36 @@ UNSUPPORTED = {
     "an empty stack, equinox": (
         lambda: interop.from_equinox(eqx.nn.Sequential([])),
         (interop.UnsupportedStructureError, NotImplementedError, "model", ["empty Sequential"]),
+    ),
+    "arrays that do not fit": (
+        lambda: interop.from_nnx(nnx.Sequential(jnp.sin, with_bias(7))),
+        (
+            interop.ConversionError,
+            ValueError,
+            "model[1]",
+            ["Linear", "bias has shape (7,), wanted (4,)"],
+        ),
+    ),
+    "shapes for arrays": (
+        lambda: interop.from_nnx(nnx.eval_shape(lambda: nnx.Linear(3, 4, rngs=nnx.Rngs(0)))),
+        (interop.ConversionError, ValueError, "model", ["weight is a ShapeDtypeStruct"]),
+    ),
+    "a partitioned model": (
+        lambda: interop.from_equinox(
+            eqx.partition(eqx.nn.Linear(3, 4, key=KEY), eqx.is_array)[1]
+        ),
+        (
+            interop.UnsupportedLayerError,
+            NotImplementedError,
+            "model",
+            ["weight=None", "eqx.combine"],
+        ),
+    ),
+    "a function that does not take the shape": (
+        lambda: to_brainstate(
+            nnx.Sequential(nnx.Linear(3, 4, rngs=RNGS), reshaped, nnx.BatchNorm(9, rngs=RNGS))
+        ),
+        (interop.ConversionError, ValueError, "model[1]", ["shape (4,)", "sample_input="]),
     ),
     "an option, named with its path and the layer": (
         lambda: interop.to_equinox(in_a_stack(brainstate.nn.Dropout(0.5, broadcast_dims=(1,)))),
@@ -328,7 +368,7 @@ def test_bad_input_is_refused_with_a_path_and_a_remedy(name):
     message = str(e.value)
     assert message.startswith(f"{path}: " if path else e.value.problem)
     assert [word for word in words if word not in message] == []
-    assert e.value.remedy or "empty" in name
+    assert e.value.remedy
     assert message.endswith((".", "?", "!"))
 
 
@@ -401,6 +441,15 @@ def test_a_failed_conversion_leaves_the_source_unchanged(source, target):
 def test_an_initial_state_still_in_an_equinox_model_is_found():
     model = eqx.nn.BatchNorm(3, "batch", mode="batch")
     assert interop.from_equinox(model).in_size == (3,)
+
+
+def test_converting_within_one_framework_gives_an_equal_model(source):
+    model = source.sequential(source.linear(WEIGHT, BIAS), source.activation(jnp.tanh))
+    copy = source.convert_from(source, model)
+    assert source.options(copy) == source.options(model)
+    np.testing.assert_array_equal(
+        source.call(copy, array(5, 3)), source.call(model, array(5, 3))
+    )
 
 
 def test_supported_layers_lists_what_each_framework_exchanges():

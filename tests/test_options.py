@@ -1,6 +1,7 @@
 """Every option of every supported layer is carried over, or refused by name."""
 
 import inspect
+import itertools
 
 import jax
 import numpy as np
@@ -14,8 +15,8 @@ from .conftest import NAMES, Framework
 from .models import ALL, Option
 
 ROWS = [
-    pytest.param(name, cls, option, id=f"{name}-{cls.__name__}-{option}")
-    for name in NAMES
+    pytest.param(name, goal, cls, option, id=f"{name}-{goal}-{cls.__name__}-{option}")
+    for name, goal in itertools.permutations(NAMES, 2)
     for cls, constructor in Framework(name).CONSTRUCTORS.items()
     if not isinstance(constructor, str)
     for option, mark in constructor.options.items()
@@ -46,10 +47,9 @@ def build(name, cls, option):
     return source, mark, x, source.construct(cls, x, **(constructor.base | value))
 
 
-@pytest.mark.parametrize(("name", "cls", "option"), ROWS)
-def test_an_option_is_carried_over_or_refused_by_name(name, cls, option, target):
-    if target.name == name:
-        pytest.skip("nothing to convert")
+@pytest.mark.parametrize(("name", "goal", "cls", "option"), ROWS)
+def test_an_option_is_carried_over_or_refused_by_name(name, goal, cls, option):
+    target = Framework(goal)
     target.needs("options")
     source, mark, x, model = build(name, cls, option)
     if mark.refused == ALL or target.name in mark.refused:

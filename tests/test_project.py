@@ -161,6 +161,6 @@ def test_a_fifth_framework_joins_by_its_files_alone(tmp_path):
     for pair in ("toy-nnx", "brainstate-toy", "linen-toy", "toy-equinox"):
         assert f"test_the_converted_model_compiles[{pair}-small stack] PASSED" in output
     assert (
-        "test_an_option_is_carried_over_or_refused_by_name[nnx-toy-Linear-bias] PASSED"
+        "test_an_option_is_carried_over_or_refused_by_name[toy-nnx-Linear-bias] PASSED"
         in output
     )

@@ -121,6 +121,10 @@ def read_linear(node, ctx):
     for option in ("in_features", "out_features"):
         if getattr(m, option) == "scalar":
             ctx.refuse(option, "scalar", "other frameworks have no axis-less input or output")
+    if m.weight is None:
+        return ctx.refuse(
+            "weight", None, "the array is missing", "Put partitions together with eqx.combine"
+        )
     _check_one_dtype(m.weight, m.bias, ctx)
     return specs.Linear(weight=m.weight.T, bias=m.bias)
 

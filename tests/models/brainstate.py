@@ -2,15 +2,20 @@
 
 import brainstate
 import jax
+import jax.numpy as jnp
 from brainstate import nn
 
+import shims
 from interop.composites.brainstate import Lambda
 
+from .. import live
 from ..cases import array
 from . import ALL, INITIAL, NAME, SHAPE, Constructor, Option
 
 LACKS = {}
 OWN_LAYOUT = set()
+OWN_STREAMS = None
+ALWAYS_KEYED = "brainstate.random always has a key"
 RATE = 0.1
 
 
@@ -338,3 +343,102 @@ CONSTRUCTORS = {
         Constructor((6, 4), {}, {"name": NAME}),
     ),
 }
+
+
+# -- live --
+
+
+class Block(nn.Module):
+    """What :func:`tests.live.truth` computes."""
+
+    def __init__(self, rate):
+        super().__init__()
+        p, s = live.PARAMS, live.STATS
+        self.inp = linear(p["w1"], p["b1"])
+        stats = s["mean"], s["var"], live.EPSILON, live.MOMENTUM
+        self.norm = batch_norm(p["scale"], p["shift"], *stats)
+        self.drop = dropout(rate)
+        self.out = linear(p["w2"], p["b2"])
+
+    def update(self, x):
+        h = self.inp(x)
+        return self.out(self.drop(jnp.tanh(self.norm(h)))) + h.sum(-1, keepdims=True)
+
+
+def block(rate=0.0):
+    return Block(rate)
+
+
+def block_output(model, x):
+    with brainstate.environ.context(fit=False):
+        return model(x)
+
+
+def block_arrays(model):
+    inp, out, norm = model.inp.weight.value, model.out.weight.value, model.norm.weight.value
+    arrays = inp["weight"], inp["bias"], norm["scale"], norm["bias"], out["weight"], out["bias"]
+    arrays += model.norm.running_mean.value, model.norm.running_var.value
+    return dict(zip(_BLOCK, arrays, strict=True))
+
+
+_BLOCK = ("w1", "b1", "scale", "shift", "w2", "b2", "mean", "var")
+
+
+class Host:
+    """A shim whose host is this framework."""
+
+    def __init__(self, module, keyed=True, **keywords):
+        brainstate.random.seed(0)
+        self.shim = shims.wrap(module, into="brainstate", **keywords)
+        self._params = self.shim.states(brainstate.ParamState)
+        self._compiled = brainstate.transform.jit(self._step)
+        self._jit = {
+            train: brainstate.transform.jit(lambda x, train=train: self.call(x, train))
+            for train in (True, False)
+        }
+
+    def call(self, x, train=False):
+        with brainstate.environ.context(fit=train):
+            return self.shim(x)
+
+    def jit(self, x, train=False):
+        return self._jit[train](x)
+
+    def parameters(self):
+        return [state.value for state in self._params.values()]
+
+    def _loss(self, x, call):
+        return brainstate.transform.grad(
+            lambda: (call(x) ** 2).mean(), self._params, return_value=True
+        )()
+
+    def gradients(self, x):
+        return list(self._loss(x, lambda x: self.call(x, True))[0].values())
+
+    def _step(self, x):
+        grads, loss = self._loss(x, lambda x: self.call(x, True))
+        for path, state in self._params.items():
+            state.value = state.value - live.STEP * grads[path]
+        return loss
+
+    def step(self, x, compiled=True):
+        return (self._compiled if compiled else self._step)(x)
+
+    def vmap(self, xs):
+        return brainstate.transform.vmap(lambda x: self.call(x))(xs)
+
+    def scan(self, xs):
+        return brainstate.transform.for_loop(lambda x: self.call(x, True), xs)
+
+    def remat_gradients(self, x):
+        call = brainstate.transform.checkpoint(lambda x: self.call(x, True))
+        return list(self._loss(x, call)[0].values())
+
+    def shape(self, x):
+        return brainstate.transform.eval_shape(lambda x: self.call(x), x).shape
+
+    def unwrap(self):
+        return self.shim.unwrap()
+
+    def materialize(self):
+        return self.shim.materialize()

@@ -4,6 +4,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+import shims
+
+from .. import live
 from ..cases import array
 from . import ALL, MODE, SHAPE, Constructor, Option
 
@@ -12,6 +15,8 @@ LACKS = {
     "fast variance": "Equinox computes centred variances only",
 }
 OWN_LAYOUT = {"weight", "mean", "var"}
+OWN_STREAMS = None
+ALWAYS_KEYED = None
 RATE = 0.1
 
 
@@ -243,3 +248,136 @@ CONSTRUCTORS = {
     eqx.nn.Identity: Constructor((6, 4), {}, {"args": "ignored", "kwargs": "ignored"}),
     eqx.nn.Lambda: Constructor((6, 4), {"fn": jnp.sin}, {"fn": Option(jnp.cos)}),
 }
+
+
+# -- live --
+
+
+class Block(eqx.Module):
+    """What :func:`tests.live.truth` computes, of one example."""
+
+    inp: eqx.nn.Linear
+    norm: eqx.nn.BatchNorm
+    drop: eqx.nn.Dropout
+    out: eqx.nn.Linear
+
+    def __call__(self, x, state, key=None):
+        h = self.inp(x)
+        y, state = self.norm(h, state)
+        return self.out(self.drop(jnp.tanh(y), key=key)) + h.sum(keepdims=True), state
+
+
+def block(rate=0.0):
+    p, s = live.PARAMS, live.STATS
+    stats = s["mean"], s["var"], live.EPSILON, live.MOMENTUM
+    norm, state = batch_norm(p["scale"], p["shift"], *stats)
+    state = state.set(norm.batch_counter, jnp.asarray(10**6))  # the start-up bias has died away
+    state = state.set(norm.batch_state_index, stats[:2])
+    layers = linear(p["w1"], p["b1"]), norm, eqx.nn.Dropout(rate), linear(p["w2"], p["b2"])
+    return Block(*layers), state
+
+
+def block_output(model, x):
+    module, state = model
+    module = eqx.nn.inference_mode(module)
+    return jax.vmap(lambda x: module(x, state)[0], axis_name="batch")(x)
+
+
+def block_arrays(model):
+    module, state = model
+    mean, var = state.get(module.norm.batch_state_index)
+    arrays = {"w1": module.inp.weight.T, "b1": module.inp.bias, "w2": module.out.weight.T}
+    arrays |= {"b2": module.out.bias, "scale": module.norm.weight, "shift": module.norm.bias}
+    return arrays | {"mean": mean, "var": var}
+
+
+class Host:
+    """A shim whose host is this framework, called with batches, and its current state."""
+
+    def __init__(self, module, keyed=True, **keywords):
+        make = eqx.nn.make_with_state(shims.ToEquinox)
+        self.shim, self.state = make(module, batched=True, **keywords)
+        self._keys = iter(range(1000)) if keyed else None
+
+    def _key(self):
+        return None if self._keys is None else jax.random.key(next(self._keys))
+
+    def _copy(self):
+        return jax.tree.unflatten(*reversed(jax.tree.flatten(self.state)))
+
+    def _mode(self, train):
+        return eqx.nn.inference_mode(self.shim, value=not train)
+
+    def call(self, x, train=False):
+        out, self.state = self._mode(train)(x, state=self.state, key=self._key())
+        return out
+
+    def jit(self, x, train=False):
+        out, self.state = _apply(self._mode(train), x, self.state, self._key())
+        return out
+
+    def parameters(self):
+        return jax.tree.leaves(eqx.filter(self.shim, eqx.is_inexact_array))
+
+    def gradients(self, x):
+        return jax.tree.leaves(_loss(self._mode(True), self._copy(), x, self._key())[1])
+
+    def step(self, x, compiled=True):
+        step = _compiled_step if compiled else _step
+        loss, self.shim, self.state = step(self._mode(True), self.state, x, self._key())
+        return loss
+
+    def vmap(self, xs):
+        shim, state = self._mode(False), self.state
+        return jax.vmap(lambda x: shim(x, state=state)[0])(xs)
+
+    def scan(self, xs):
+        shim = self._mode(True)
+
+        def body(state, x):
+            out, state = shim(x, state=state, key=self._key())
+            return state, out
+
+        self.state, outs = jax.lax.scan(body, self.state, xs)
+        return outs
+
+    def remat_gradients(self, x):
+        call = eqx.filter_checkpoint(_block_call)
+        return jax.tree.leaves(_loss(self._mode(True), self._copy(), x, self._key(), call)[1])
+
+    def shape(self, x):
+        shim = self._mode(False)
+        return eqx.filter_eval_shape(
+            lambda s, x, st: s(x, state=st)[0], shim, x, self._copy()
+        ).shape
+
+    def unwrap(self):
+        return self.shim.unwrap(self._copy())
+
+    def materialize(self):
+        return self.shim.materialize(self._copy())
+
+
+@eqx.filter_jit
+def _apply(shim, x, state, key):
+    return shim(x, state=state, key=key)
+
+
+def _block_call(shim, x, state, key):
+    return shim(x, state=state, key=key)
+
+
+def _loss(shim, state, x, key, call=_block_call):
+    def loss(shim):
+        out, after = call(shim, x, state, key)
+        return (out**2).mean(), after
+
+    return eqx.filter_value_and_grad(loss, has_aux=True)(shim)
+
+
+def _step(shim, state, x, key):
+    (loss, state), grads = _loss(shim, state, x, key)
+    return loss, eqx.apply_updates(shim, jax.tree.map(lambda g: -live.STEP * g, grads)), state
+
+
+_compiled_step = eqx.filter_jit(_step)

@@ -6,11 +6,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+import shims
+
+from .. import live
 from ..cases import array
 from . import ALL, INITIAL, MODE, NAME, SHAPE, Constructor, Option
 
 LACKS = {}
 OWN_LAYOUT = set()
+OWN_STREAMS = None
+ALWAYS_KEYED = None
 RATE = 0.1
 
 
@@ -274,3 +279,130 @@ CONSTRUCTORS = {
         },
     ),
 }
+
+
+# -- live --
+
+
+class Block(nn.Module):
+    """What :func:`tests.live.truth` computes."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        h = nn.Dense(4, name="inp")(x)
+        norm = nn.BatchNorm(
+            not train,
+            epsilon=live.EPSILON,
+            momentum=live.MOMENTUM,
+            use_fast_variance=False,
+            name="norm",
+        )
+        y = nn.Dropout(self.rate, deterministic=not train)(jnp.tanh(norm(h)))
+        return nn.Dense(2, name="out")(y) + h.sum(-1, keepdims=True)
+
+
+def block(rate=0.0):
+    p = live.PARAMS
+    params = {
+        "inp": {"kernel": p["w1"], "bias": p["b1"]},
+        "norm": {"scale": p["scale"], "bias": p["shift"]},
+        "out": {"kernel": p["w2"], "bias": p["b2"]},
+    }
+    return Block(rate), {"params": params, "batch_stats": {"norm": dict(live.STATS)}}
+
+
+def block_output(model, x):
+    module, variables = model
+    return module.apply(variables, x)
+
+
+def block_arrays(model):
+    p, stats = model[1]["params"], model[1]["batch_stats"]["norm"]
+    arrays = {"w1": p["inp"]["kernel"], "b1": p["inp"]["bias"], "scale": p["norm"]["scale"]}
+    arrays |= {"shift": p["norm"]["bias"], "w2": p["out"]["kernel"], "b2": p["out"]["bias"]}
+    return arrays | {"mean": stats["mean"], "var": stats["var"]}
+
+
+class Host:
+    """A shim whose host is this framework, with its current variables."""
+
+    def __init__(self, module, keyed=True, **keywords):
+        self.shim = shims.wrap(module, into="linen", **keywords)
+        self.variables = self.shim.init(jax.random.key(0), live.X, deterministic=True)
+        self._mutable = [name for name in self.variables if name != "params"]
+        self._keys = iter(range(1000)) if keyed else None
+        self._jit = {
+            train: jax.jit(functools.partial(self._apply, train=train))
+            for train in (True, False)
+        }
+        self._compiled = jax.jit(self._step)
+
+    def _rngs(self):
+        return {} if self._keys is None else {"dropout": jax.random.key(next(self._keys))}
+
+    def _apply(self, variables, rngs, x, train):
+        mutable = self._mutable if train else False
+        out = self.shim.apply(variables, x, deterministic=not train, rngs=rngs, mutable=mutable)
+        return (out[0], {**variables, **out[1]}) if train else (out, variables)
+
+    def call(self, x, train=False):
+        out, self.variables = self._apply(self.variables, self._rngs(), x, train)
+        return out
+
+    def jit(self, x, train=False):
+        out, self.variables = self._jit[train](self.variables, self._rngs(), x)
+        return out
+
+    def parameters(self):
+        return jax.tree.leaves(self.variables["params"])
+
+    def _loss(self, variables, rngs, x, apply):
+        def loss(params):
+            out, after = apply({**variables, "params": params}, rngs, x)
+            return (out**2).mean(), after
+
+        return jax.value_and_grad(loss, has_aux=True)(variables["params"])
+
+    def _train(self, variables, rngs, x):
+        return self._apply(variables, rngs, x, True)
+
+    def gradients(self, x):
+        return jax.tree.leaves(self._loss(self.variables, self._rngs(), x, self._train)[1])
+
+    def _step(self, variables, rngs, x):
+        (loss, after), grads = self._loss(variables, rngs, x, self._train)
+        params = jax.tree.map(lambda p, g: p - live.STEP * g, variables["params"], grads)
+        return loss, {**after, "params": params}
+
+    def step(self, x, compiled=True):
+        step = self._compiled if compiled else self._step
+        loss, self.variables = step(self.variables, self._rngs(), x)
+        return loss
+
+    def vmap(self, xs):
+        return jax.vmap(lambda x: self._apply(self.variables, {}, x, False)[0])(xs)
+
+    def scan(self, xs):
+        def body(variables, x):
+            out, variables = self._apply(variables, self._rngs(), x, True)
+            return variables, out
+
+        self.variables, outs = jax.lax.scan(body, self.variables, xs)
+        return outs
+
+    def remat_gradients(self, x):
+        apply = jax.checkpoint(self._train)
+        return jax.tree.leaves(self._loss(self.variables, self._rngs(), x, apply)[1])
+
+    def shape(self, x):
+        return jax.eval_shape(
+            lambda v, x: self._apply(v, {}, x, False)[0], self.variables, x
+        ).shape
+
+    def unwrap(self):
+        return self.shim.unwrap(self.variables)
+
+    def materialize(self):
+        return self.shim.materialize(self.variables)

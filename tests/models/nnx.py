@@ -4,11 +4,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import shims
+
+from .. import live
 from ..cases import array
 from . import ALL, INITIAL, MODE, SHAPE, Constructor, Option
 
 LACKS = {}
 OWN_LAYOUT = set()
+OWN_STREAMS = "an NNX module holds its own random streams"
+ALWAYS_KEYED = None
 RATE = 0.1
 
 
@@ -299,3 +304,103 @@ CONSTRUCTORS = {
         },
     ),
 }
+
+
+# -- live --
+
+
+class Block(nnx.Module):
+    """What :func:`tests.live.truth` computes."""
+
+    def __init__(self, rate):
+        p, s = live.PARAMS, live.STATS
+        self.inp = linear(p["w1"], p["b1"])
+        stats = s["mean"], s["var"], live.EPSILON, live.MOMENTUM
+        self.norm = batch_norm(p["scale"], p["shift"], *stats)
+        self.drop = nnx.Dropout(rate, rngs=nnx.Rngs(7))
+        self.out = linear(p["w2"], p["b2"])
+
+    def __call__(self, x):
+        h = self.inp(x)
+        return self.out(self.drop(jnp.tanh(self.norm(h)))) + h.sum(-1, keepdims=True)
+
+
+def block(rate=0.0):
+    return Block(rate)
+
+
+def block_output(model, x):
+    model = nnx.clone(model)
+    model.eval()
+    return model(x)
+
+
+def block_arrays(model):
+    layers = model.inp.kernel, model.inp.bias, model.norm.scale, model.norm.bias
+    layers += model.out.kernel, model.out.bias, model.norm.mean, model.norm.var
+    return dict(zip(_BLOCK, [v.get_value() for v in layers], strict=True))
+
+
+_BLOCK = ("w1", "b1", "scale", "shift", "w2", "b2", "mean", "var")
+
+
+class Host:
+    """A shim whose host is this framework."""
+
+    def __init__(self, module, keyed=True, **keywords):
+        self.shim = shims.wrap(module, into="nnx", **keywords)
+        if keyed:
+            self.shim.rngs = nnx.RngStream(0, tag="dropout")
+
+    def call(self, x, train=False):
+        _switch(self.shim, train)
+        return self.shim(x)
+
+    def jit(self, x, train=False):
+        _switch(self.shim, train)
+        return _jit(self.shim, x)
+
+    def parameters(self):
+        return jax.tree.leaves(nnx.state(self.shim, nnx.Param))
+
+    def gradients(self, x):
+        _switch(self.shim, True)
+        return jax.tree.leaves(nnx.grad(lambda m: (m(x) ** 2).mean())(self.shim))
+
+    def step(self, x, compiled=True):
+        _switch(self.shim, True)
+        return (_compiled_step if compiled else _step)(self.shim, x)
+
+    def vmap(self, xs):
+        _switch(self.shim, False)
+        return nnx.vmap(lambda m, x: m(x), in_axes=(None, 0))(self.shim, xs)
+
+    def scan(self, xs):
+        _switch(self.shim, True)
+        scan = nnx.scan(lambda m, x: (m, m(x)), in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+        return scan(self.shim, xs)[1]
+
+    def remat_gradients(self, x):
+        _switch(self.shim, True)
+        grads = nnx.grad(lambda m: (nnx.remat(lambda m, x: m(x))(m, x) ** 2).mean())(self.shim)
+        return jax.tree.leaves(grads)
+
+    def shape(self, x):
+        _switch(self.shim, False)
+        return nnx.eval_shape(lambda m, x: m(x), self.shim, x).shape
+
+    def unwrap(self):
+        return self.shim.unwrap()
+
+    def materialize(self):
+        return self.shim.materialize()
+
+
+def _step(shim, x):
+    loss, grads = nnx.value_and_grad(lambda m: (m(x) ** 2).mean())(shim)
+    params = nnx.state(shim, nnx.Param)
+    nnx.update(shim, jax.tree.map(lambda p, g: p - live.STEP * g, params, grads))
+    return loss
+
+
+_compiled_step = nnx.jit(_step)

@@ -117,6 +117,7 @@ class ToLinen(nn.Module):
             self._shim_store(structure, values, new)
         return out
 
+    @nn.nowrap
     def unwrap(self, variables: Mapping[str, Any] | None = None) -> Any:
         """The guest; with ``variables``, a new one that holds them.
 
@@ -128,6 +129,7 @@ class ToLinen(nn.Module):
         structure = self._shim_structure
         return structure.build(_values(structure, variables, self._shim_guest.values()))
 
+    @nn.nowrap
     def materialize(self, variables: Mapping[str, Any] | None = None) -> Any:
         """Turn the shim into a plain Linen module.
 
@@ -147,6 +149,7 @@ class ToLinen(nn.Module):
         train = self.deterministic is False
         return materialize(native, self._shim_structure, "linen", {"train": train})
 
+    @nn.nowrap
     def write_back(self, variables: Mapping[str, Any]) -> None:
         """Commit trained values to the guest, all or none.
 

@@ -1,0 +1,177 @@
+"""Every ordered pair of frameworks: one guest with forward logic of its own, batch
+normalisation and dropout, inside every other framework, against plain JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+import interop
+import shims
+
+from . import live
+from .live import X
+
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}  # float32 sums in another order
+XS = jnp.stack([X, X + 1, 2 * X])
+
+
+@pytest.fixture
+def hosted(source, target):
+    """Make a shim of ``source``'s block inside ``target``."""
+
+    def make(rate=0.0, **options):
+        model = source.block(rate)
+        module, keywords = source.arguments(model)
+        return model, target.Host(module, **keywords, **options)
+
+    return make
+
+
+def assert_same_arrays(arrays, expected):
+    """Equal up to order and transposition: hosts list arrays by their own paths."""
+    assert len(arrays) == len(expected)
+    rest = [np.asarray(a) for a in expected]
+    for array in map(np.asarray, arrays):
+        found = [
+            i
+            for i, other in enumerate(rest)
+            for view in (other, other.T)
+            if view.shape == array.shape and np.allclose(view, array, **TOLERANCE)
+        ]
+        assert found, array
+        rest.pop(found[0])
+
+
+def assert_no_tracers(tree):
+    assert not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("how", ["call", "jit"])
+def test_evaluation_computes_what_the_guest_does(hosted, how):
+    _, host = hosted()
+    expected, _ = live.truth(live.PARAMS, live.STATS, X, False)
+    for _ in range(2):
+        assert_allclose(getattr(host, how)(X), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("how", ["call", "jit"])
+def test_training_normalises_by_the_batch_and_moves_the_statistics(source, hosted, how):
+    _, host = hosted()
+    stats = live.STATS
+    for x in XS:
+        expected, stats = live.truth(live.PARAMS, stats, x, True)
+        assert_allclose(getattr(host, how)(x, train=True), expected, **TOLERANCE)
+    arrays = source.block_arrays(host.unwrap())
+    assert_allclose(arrays["mean"], stats["mean"], **TOLERANCE)
+    assert_allclose(arrays["var"], stats["var"], **TOLERANCE)
+    expected, _ = live.truth(live.PARAMS, stats, X, False)
+    assert_allclose(host.call(X), expected, **TOLERANCE)
+
+
+def test_the_hosts_optimiser_sees_each_trainable_array_once(hosted):
+    _, host = hosted()
+    assert_same_arrays(host.parameters(), live.PARAMS.values())
+
+
+def test_gradients_are_those_of_the_formula(hosted):
+    _, host = hosted()
+    *_, grads = live.trained(1)
+    assert_same_arrays(host.gradients(X), grads.values())
+
+
+def test_gradients_through_checkpointing_are_the_same(hosted):
+    _, host = hosted()
+    *_, grads = live.trained(1)
+    assert_same_arrays(host.remat_gradients(X), grads.values())
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_training_in_the_host_is_training_of_the_guest(source, hosted, compiled):
+    _, host = hosted()
+    losses, params, stats, _ = live.trained(3)
+    assert_allclose([float(host.step(X, compiled)) for _ in range(3)], losses, **TOLERANCE)
+    trained = host.unwrap()
+    for name, array in source.block_arrays(trained).items():
+        assert_allclose(array, (params | stats)[name], **TOLERANCE)
+    expected, _ = live.truth(params, stats, X, False)
+    assert_allclose(source.block_output(trained, X), expected, **TOLERANCE)
+    assert_allclose(host.call(X), expected, **TOLERANCE)
+
+
+def test_vmap_over_data(hosted):
+    _, host = hosted()
+    expected = [live.truth(live.PARAMS, live.STATS, x, False)[0] for x in XS]
+    assert_allclose(host.vmap(XS), jnp.stack(expected), **TOLERANCE)
+
+
+def test_scan_over_time_carries_the_statistics(source, hosted):
+    _, host = hosted()
+    stats, expected = live.STATS, []
+    for x in XS:
+        out, stats = live.truth(live.PARAMS, stats, x, True)
+        expected.append(out)
+    assert_allclose(host.scan(XS), jnp.stack(expected), **TOLERANCE)
+    assert_allclose(source.block_arrays(host.unwrap())["var"], stats["var"], **TOLERANCE)
+
+
+def test_shapes_can_be_computed_without_values(hosted):
+    _, host = hosted()
+    assert host.shape(X) == (6, 2)
+
+
+@pytest.mark.parametrize("how", ["call", "jit"])
+def test_each_training_call_draws_a_new_mask_and_evaluation_none(hosted, how):
+    _, host = hosted(rate=0.5)
+    x = jnp.tile(X, (20, 1))
+    first, second = (np.asarray(getattr(host, how)(x, train=True)) for _ in range(2))
+    assert not np.allclose(first, second)
+    third, fourth = (np.asarray(getattr(host, how)(X)) for _ in range(2))
+    assert_array_equal(third, fourth)
+
+
+def test_a_training_call_without_a_key_is_an_error(source, target, hosted):
+    if source.OWN_STREAMS:
+        pytest.skip(f"{source.name}: {source.OWN_STREAMS}")
+    if target.ALWAYS_KEYED:
+        pytest.skip(f"{target.name}: {target.ALWAYS_KEYED}")
+    _, host = hosted(rate=0.5, keyed=False)
+    with pytest.raises(Exception, match=r"key|rng|PRNG|random"):
+        host.call(X, train=True)
+    host.call(X)
+
+
+def test_nothing_leaks_into_the_guest(source, hosted):
+    model, host = hosted(rate=0.5)
+    with jax.checking_leaks():
+        host.step(X)
+        host.jit(X)
+    assert_no_tracers(source.block_arrays(model))
+    source.block_output(model, X)
+    with pytest.raises(Exception, match=r"."):
+        host.step(X[:, :2])
+    assert_no_tracers(source.block_arrays(model))
+    expected, _ = live.truth(live.PARAMS, live.STATS, X, False)
+    assert source.block_output(model, X).shape == expected.shape
+
+
+def test_wrapping_in_its_own_framework_returns_the_module(source):
+    module, _ = source.arguments(source.block())
+    assert shims.wrap(module, into=source.name) is module
+
+
+def test_materialize_gives_the_hosts_own_layer(source, target):
+    model = source.sequential(source.linear(live.PARAMS["w1"], live.PARAMS["b1"]))
+    module, keywords = source.arguments(model)
+    shim = shims.wrap(module, into=target.name, **keywords)
+    result = target.receive(shim.materialize)
+    expected = X @ live.PARAMS["w1"] + live.PARAMS["b1"]
+    assert_allclose(target.call(result, X), expected, **TOLERANCE)
+    assert not any("shims" in type(part).__module__ for part in jax.tree.leaves(result))
+
+
+def test_materialize_of_own_forward_logic_is_refused(hosted):
+    _, host = hosted()
+    with pytest.raises(interop.UnsupportedStructureError, match="Block"):
+        host.materialize()
