@@ -22,6 +22,7 @@ def hosted(source, target):
     """Make a shim of ``source``'s block inside ``target``."""
 
     def make(rate=0.0, **options):
+        target.needs("training")
         model = source.block(rate)
         module, keywords = source.arguments(model)
         return model, target.Host(module, **keywords, **options)
@@ -156,8 +157,18 @@ def test_nothing_leaks_into_the_guest(source, hosted):
     assert source.block_output(model, X).shape == expected.shape
 
 
+def test_a_stack_of_layers_is_live_in_every_host(source, target):
+    p = live.PARAMS
+    inp, out = source.linear(p["w1"], p["b1"]), source.linear(p["w2"], p["b2"])
+    model = source.sequential(inp, source.activation(jax.nn.relu), out)
+    module, keywords = source.arguments(model)
+    host = target.Host(module, **keywords)
+    expected = np.maximum(X @ p["w1"] + p["b1"], 0) @ p["w2"] + p["b2"]
+    assert_allclose(host.call(X), expected, **TOLERANCE)
+
+
 def test_wrapping_in_its_own_framework_returns_the_module(source):
-    module, _ = source.arguments(source.block())
+    module, _ = source.arguments(source.linear(live.PARAMS["w1"]))
     assert shims.wrap(module, into=source.name) is module
 
 

@@ -309,7 +309,10 @@ class Host:
         return eqx.nn.inference_mode(self.shim, value=not train)
 
     def call(self, x, train=False):
-        out, self.state = self._mode(train)(x, state=self.state, key=self._key())
+        result = self._mode(train)(x, state=self.state, key=self._key())
+        if not self.shim.is_stateful():
+            return result
+        out, self.state = result
         return out
 
     def jit(self, x, train=False):

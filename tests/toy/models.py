@@ -3,6 +3,8 @@
 import jax
 import toy
 
+import shims
+
 from ..cases import array
 from . import SHAPE, Constructor, Option
 
@@ -13,10 +15,13 @@ LACKS = dict.fromkeys(
 ) | {
     "dtypes": "toy has none of the checks of dtypes",
     "flatten": _SMALL,
+    "block": _SMALL,
+    "training": "toy has neither an optimiser nor a mode",
     "fast variance": _SMALL,
     "options": "the tables say what the first four refuse",
 }
 OWN_LAYOUT = set()
+OWN_STREAMS = ALWAYS_KEYED = None
 RATE = 0.1
 
 
@@ -140,3 +145,13 @@ CONSTRUCTORS = {
         {"weight": SHAPE, "bias": Option(None)},
     ),
 }
+
+
+class Host:
+    """A shim whose host is toy."""
+
+    def __init__(self, module, keyed=True, **keywords):
+        self.shim = shims.wrap(module, into="toy", **keywords)
+
+    def call(self, x, train=False):
+        return self.shim(x)
