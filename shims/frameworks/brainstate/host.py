@@ -154,7 +154,18 @@ def _check_link() -> None:
 
 _METHODS = ("materialize", "unwrap")
 
-_DOC = """A live ``brainstate.nn.Module`` around a module of another framework.
+
+def _documented(doc: str) -> Any:
+    """A class's documentation, and for its instances the guest's."""
+    return OfInstance(lambda shim: inspect.getdoc(shim._shim_structure.forward), doc)
+
+
+_guests: weakref.WeakKeyDictionary[Any, LiveGuest] = weakref.WeakKeyDictionary()
+
+
+class Wrapped(brainstate.nn.Module):
+    __doc__: Any = _documented(
+        """A live ``brainstate.nn.Module`` around a module of another framework.
 
     Of a guest that can change in place (NNX), the shim's States are views: one array, seen by
     both sides at once. Of one that cannot (Linen variables, Equinox), the States hold the
@@ -170,13 +181,7 @@ _DOC = """A live ``brainstate.nn.Module`` around a module of another framework.
             with one of the shim's; weights or state are missing.
         ConversionError: (writes) a value of another shape or dtype.
     """
-
-
-_guests: weakref.WeakKeyDictionary[Any, LiveGuest] = weakref.WeakKeyDictionary()
-
-
-class Wrapped(brainstate.nn.Module):
-    __doc__: Any = OfInstance(lambda shim: inspect.getdoc(shim._shim_structure.forward), _DOC)
+    )
 
     def __init__(
         self,
@@ -243,7 +248,9 @@ class Wrapped(brainstate.nn.Module):
         return materialize(self.unwrap(), self._shim_structure, "brainstate", {})
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or "_shim_structure" not in vars(self):
+        structure = vars(self).get("_shim_structure")
+        own = () if structure is None else {path[0] for path in structure.kinds}
+        if name.startswith("_") or structure is None or name in own:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return forwarded(self._shim_structure.module(self.unwrap()), name, self._shim_run)
 
@@ -318,7 +325,8 @@ def _checked(framework: str, module: Any) -> Any:
 
 
 class FromNNX(Wrapped):
-    """A Flax NNX module as a ``brainstate.nn.Module`` that shares its arrays.
+    __doc__: Any = _documented(
+        """A Flax NNX module as a ``brainstate.nn.Module`` that shares its arrays.
 
     Args:
         module: an ``nnx.Module`` instance.
@@ -334,13 +342,15 @@ class FromNNX(Wrapped):
         >>> layer.bias[...].tolist()
         [1.0, 1.0, 1.0, 1.0]
     """
+    )
 
     def __init__(self, module: Any):
         super().__init__(_checked("nnx", module))
 
 
 class FromLinen(Wrapped):
-    """A Flax Linen module as a ``brainstate.nn.Module`` that holds its variables.
+    __doc__: Any = _documented(
+        """A Flax Linen module as a ``brainstate.nn.Module`` that holds its variables.
 
     Args:
         module: a ``flax.linen.Module`` instance.
@@ -355,13 +365,15 @@ class FromLinen(Wrapped):
         >>> shim(jnp.ones((2, 3))).shape
         (2, 4)
     """
+    )
 
     def __init__(self, module: Any, params: Any):
         super().__init__(_checked("linen", module), params=params)
 
 
 class FromEquinox(Wrapped):
-    """An Equinox module as a ``brainstate.nn.Module`` that takes batches.
+    __doc__: Any = _documented(
+        """An Equinox module as a ``brainstate.nn.Module`` that takes batches.
 
     Args:
         module: an ``eqx.Module`` instance.
@@ -378,6 +390,7 @@ class FromEquinox(Wrapped):
         >>> shim(jnp.ones((2, 3))).shape
         (2, 4)
     """
+    )
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ guest with the variables it is given, and ``write_back`` commits them to the gue
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,6 +29,13 @@ _COLLECTIONS = {
 }
 _KEYWORDS = ("deterministic",)
 _METHODS = ("materialize", "unwrap", "write_back", "init", "apply")
+
+
+def _signature_of_class() -> inspect.Signature:
+    optional = ("deterministic", "params", "state", "batch_axes", "axis_name", "parent", "name")
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind, default=None) for name in optional]
+    return inspect.Signature([inspect.Parameter("module", kind), *parameters])
 
 
 class _Held:
@@ -103,7 +111,9 @@ class ToLinen(nn.Module):
                 object.__setattr__(self, name, None)
         super().__post_init__()
 
-    __signature__ = OfInstance(lambda shim: signature_with(shim._shim_structure, _KEYWORDS))
+    __signature__ = OfInstance(
+        lambda shim: signature_with(shim._shim_structure, _KEYWORDS), _signature_of_class()
+    )
 
     @nn.compact
     def __call__(self, *args: Any, deterministic: bool | None = None, **kwargs: Any) -> Any:

@@ -1,0 +1,229 @@
+"""``shims.FromNNX``, ``FromLinen`` and ``FromEquinox``: foreign modules in BrainState."""
+
+import copy
+import inspect
+
+import brainstate
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from numpy.testing import assert_allclose, assert_array_equal
+
+import interop
+import shims
+
+from .cases import array
+
+X = array(5, 3, seed=31)
+W, B = array(3, 4, seed=32), array(4, seed=33)
+
+
+def nnx_linear():
+    layer = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    layer.kernel.set_value(W)
+    layer.bias.set_value(B)
+    return layer
+
+
+class Several(nnx.Module):
+    """Several inputs and outputs, nested containers, a method of its own."""
+
+    def __init__(self):
+        self.parts = nnx.List([nnx_linear(), nnx.Dict(scale=nnx.Param(jnp.full(4, 2.0)))])
+        self.gain = 3.0
+
+    def __call__(self, x, y, *, shift=0.0):
+        """Return a pair."""
+        out = self.parts[0](x) * self.parts[1]["scale"][...] + shift
+        return {"sum": out + y}, out
+
+    def encode(self, x):
+        return self.parts[0](x)
+
+
+# -- one storage cell --
+
+
+def test_a_write_on_either_side_shows_on_the_other_at_once():
+    layer = nnx_linear()
+    shim = shims.FromNNX(layer)
+    assert shim.kernel.value is layer.kernel.get_value()
+    shim.bias.value = jnp.ones(4)
+    assert_array_equal(layer.bias[...], np.ones(4))
+    layer.kernel[...] = jnp.zeros((3, 4))
+    assert_array_equal(shim.kernel.value, np.zeros((3, 4)))
+    assert_array_equal(shim(X), np.ones((5, 4)))
+
+
+def test_two_shims_of_one_layer_have_one_state():
+    layer = nnx_linear()
+    assert shims.FromNNX(layer).kernel is shims.FromNNX(layer).kernel
+
+
+def test_a_layer_used_twice_is_one_parameter():
+    layer = nnx_linear()
+    shim = shims.FromNNX(nnx.Sequential(layer, lambda x: x[:, :3], layer))
+    assert len(shim.states(brainstate.ParamState)) == 2
+
+
+@pytest.mark.parametrize(
+    "value", [jnp.zeros((4, 3)), jnp.zeros((3, 4), jnp.float16), "weights"], ids=str
+)
+def test_a_write_that_does_not_fit_is_refused_and_changes_nothing(value):
+    layer = nnx_linear()
+    shim = shims.FromNNX(layer)
+    with pytest.raises((interop.ConversionError, ValueError)):
+        shim.kernel.value = value
+    assert_array_equal(layer.kernel[...], W)
+
+
+def test_tracers_stay_in_the_state():
+    layer = nnx_linear()
+    shim = shims.FromNNX(layer)
+    seen = []
+
+    @brainstate.transform.jit
+    def double(x):
+        shim.kernel.value = shim.kernel.value * 2
+        seen.append(layer.kernel.get_value())
+        return shim(x)
+
+    assert_allclose(double(X), X @ (2 * W) + B, rtol=1e-5)
+    assert_array_equal(seen[0], W)
+    assert_array_equal(layer.kernel[...], 2 * W)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "clone": brainstate.graph.clone}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_owns_its_values(how):
+    layer = nnx_linear()
+    other = COPIES[how](shims.FromNNX(layer))
+    other.kernel.value = jnp.zeros((3, 4))
+    assert_array_equal(layer.kernel[...], W)
+    assert_array_equal(other(X), np.broadcast_to(B, (5, 4)))
+    assert other.unwrap() is not layer
+    assert_array_equal(other.unwrap().kernel[...], np.zeros((3, 4)))
+
+
+@pytest.mark.parametrize("method", ["copy", "replace"])
+def test_a_copied_state_owns_its_value(method):
+    layer = nnx_linear()
+    state = getattr(shims.FromNNX(layer).kernel, method)()
+    state.value = jnp.zeros((3, 4))
+    assert_array_equal(layer.kernel[...], W)
+
+
+# -- mode and randomness --
+
+
+def test_fit_reaches_the_guest_and_its_own_flags_hold_without_it():
+    drop = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    shim = shims.FromNNX(nnx.Sequential(drop))
+    ones = jnp.ones((20, 20))
+    with brainstate.environ.context(fit=False):
+        assert_array_equal(shim(ones), ones)
+    assert (np.asarray(shim(ones)) == 0).any()
+    drop.deterministic = True
+    assert_array_equal(shim(ones), ones)
+    with brainstate.environ.context(fit=True):
+        assert (np.asarray(shim(ones)) == 0).any()
+    assert drop.deterministic is True
+
+
+def test_the_guests_own_stream_advances():
+    drop = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    shim = shims.FromNNX(drop)
+    call = brainstate.transform.jit(lambda x: shim(x))
+    with brainstate.environ.context(fit=True):
+        first, second = call(jnp.ones((20, 20))), call(jnp.ones((20, 20)))
+    assert not np.array_equal(first, second)
+    assert int(drop.rngs.count[...]) == 2
+
+
+# -- transparency --
+
+
+def test_any_signature_and_methods_and_attributes_are_forwarded():
+    guest = Several()
+    shim = shims.FromNNX(guest)
+    (total, out), (wanted, out_wanted) = shim(X, 1.0, shift=2.0), guest(X, 1.0, shift=2.0)
+    assert_allclose(total["sum"], wanted["sum"], rtol=1e-6)
+    assert_allclose(out, out_wanted, rtol=1e-6)
+    assert_allclose(shim.encode(X), X @ W + B, rtol=1e-5)
+    assert shim.gain == 3.0
+    assert list(inspect.signature(shim).parameters) == ["x", "y", "shift"]
+    assert shim.__doc__ == "Return a pair."
+    assert {path for path in shim.states()} == {
+        ("parts", 0, "kernel"),
+        ("parts", 0, "bias"),
+        ("parts", 1, "scale"),
+    }
+
+
+def test_a_module_of_another_framework_is_refused_by_name():
+    with pytest.raises(interop.ArgumentError, match="of nnx, got one of linen"):
+        shims.FromNNX(nn.Dense(3))
+    with pytest.raises(interop.ArgumentError, match="class, not an instance"):
+        shims.FromEquinox(eqx.nn.Linear)
+    with pytest.raises(interop.ArgumentError, match="params="):
+        shims.FromLinen(nn.Dense(3), None)
+    with pytest.raises(interop.ArgumentError, match="state="):
+        shims.FromEquinox(eqx.nn.BatchNorm(3, "batch", mode="batch"))
+
+
+# -- equinox guests --
+
+
+def test_an_equinox_guest_is_mapped_over_the_batch_axes():
+    layer = eqx.nn.Linear(3, 4, key=jax.random.key(0))
+    expected = X @ layer.weight.T + layer.bias
+    assert_allclose(shims.FromEquinox(layer)(X), expected, rtol=1e-5)
+    twice = shims.FromEquinox(layer, batch_axes=2)(jnp.stack([X, X]))
+    assert_allclose(twice, np.stack([expected, expected]), rtol=1e-5)
+    assert_allclose(shims.FromEquinox(layer, batch_axes=0)(X[0]), expected[0], rtol=1e-5)
+
+
+def test_an_input_with_too_few_axes_is_an_error():
+    layer = eqx.nn.Dropout(0.5)
+    with (
+        pytest.raises(interop.ArgumentError, match="batch"),
+        brainstate.environ.context(fit=True),
+    ):
+        shims.FromEquinox(layer, batch_axes=2)(X[0])
+
+
+def test_each_example_gets_a_key_of_its_own():
+    shim = shims.FromEquinox(eqx.nn.Dropout(0.5))
+    with brainstate.environ.context(fit=True):
+        out = np.asarray(shim(jnp.ones((2, 100))))
+    assert not np.array_equal(out[0], out[1])
+
+
+# -- materialize --
+
+
+def test_materialize_and_unwrap():
+    shim = shims.FromNNX(nnx.Sequential(nnx_linear(), nnx.relu))
+    layer = shim.materialize()
+    assert type(layer) is brainstate.nn.Sequential
+    assert_allclose(layer(X), np.maximum(X @ W + B, 0), rtol=1e-5)
+    module = nn.Dense(4)
+    params = {"params": {"kernel": W, "bias": B}}
+    linen = shims.FromLinen(module, params)
+    linen.params["bias"].value = jnp.zeros(4)
+    back, variables = linen.unwrap()
+    assert back == module
+    assert_array_equal(variables["params"]["bias"], np.zeros(4))
+    assert_array_equal(params["params"]["bias"], B)
+    assert_allclose(linen.materialize()(X), X @ W, rtol=1e-5)
+
+
+def test_the_private_name_that_views_stand_on_is_there():
+    """Fails loudly when brainstate changes: see shims/frameworks/brainstate/host.py."""
+    assert "_value" in vars(brainstate.ParamState(jnp.zeros(2)))

@@ -1,0 +1,184 @@
+"""``shims.ToEquinox``: foreign modules as ``eqx.Module``s."""
+
+import brainstate
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from numpy.testing import assert_allclose, assert_array_equal
+
+import interop
+import shims
+
+from .cases import array
+
+X = array(5, 3, seed=51)
+W, B = array(3, 4, seed=52), array(4, seed=53)
+KEY = jax.random.key(0)
+
+
+def linear():
+    return brainstate.nn.Linear(3, 4, w_init=W, b_init=B)
+
+
+def stateful(module, **options):
+    return eqx.nn.make_with_state(shims.ToEquinox)(module, **options)
+
+
+def each_array(change, tree):
+    return jax.tree.map(lambda a: change(a) if eqx.is_inexact_array(a) else a, tree)
+
+
+def inexact(tree):
+    return jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
+
+
+def test_the_inexact_leaves_are_the_guests_own_trainable_arrays():
+    layer = linear()
+    shim = shims.ToEquinox(layer)
+    assert {id(leaf) for leaf in inexact(shim)} == {id(a) for a in layer.weight.value.values()}
+    norm, _ = stateful(brainstate.nn.BatchNorm0d((4,)), batched=True)
+    assert len(inexact(norm)) == 2
+
+
+def test_one_example_or_a_batch():
+    expected = X @ W + B
+    shim = shims.ToEquinox(linear())
+    assert not shim.is_stateful()
+    assert_allclose(shim(X[0]), expected[0], rtol=1e-5)
+    assert_allclose(jax.vmap(shim)(X), expected, rtol=1e-5)
+    assert_allclose(shims.ToEquinox(linear(), batched=True)(X), expected, rtol=1e-5)
+
+
+def test_in_a_sequential_with_native_layers():
+    norm, state = eqx.nn.make_with_state(
+        lambda: eqx.nn.Sequential(
+            [
+                shims.ToEquinox(linear()),
+                eqx.nn.Lambda(jax.nn.relu),
+                shims.ToEquinox(brainstate.nn.BatchNorm0d((4,), axis_name="batch")),
+                shims.ToEquinox(brainstate.nn.Dropout(0.5)),
+            ]
+        )
+    )()
+    assert norm.is_stateful()
+    call = jax.vmap(
+        lambda x, state, key: norm(x, state, key=key),
+        axis_name="batch",
+        in_axes=(0, None, 0),
+        out_axes=(0, None),
+    )
+    keys = jax.random.split(KEY, 5)
+    out, after = call(X, state, keys)
+    hidden = np.maximum(X @ W + B, 0)
+    wanted = (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5)
+    kept = np.asarray(out) != 0
+    assert kept.any()
+    assert not kept.all()
+    assert_allclose(np.asarray(out)[kept], 2 * wanted[kept], rtol=1e-3, atol=1e-3)
+    frozen = eqx.nn.inference_mode(norm)
+    out, _ = jax.vmap(lambda x: frozen(x, after), axis_name="batch", out_axes=(0, None))(X)
+    assert_allclose(
+        out, (hidden - 0.01 * hidden.mean(0)) / np.sqrt(0.99 + 0.01 * hidden.var(0)), rtol=1e-3
+    )
+
+
+def test_batch_statistics_over_no_batch_are_refused():
+    shim, state = stateful(brainstate.nn.BatchNorm0d((3,)))
+    with pytest.raises(interop.ArgumentError, match="batched=True"):
+        shim(X[0], state=state)
+    with pytest.raises(interop.ArgumentError, match="batched=True"):
+        jax.vmap(lambda x: shim(x, state=state)[0])(X)
+    frozen = eqx.nn.inference_mode(shim)
+    assert frozen(X[0], state=state)[0].shape == (3,)
+
+
+def test_hidden_state_needs_batches():
+    cell = brainstate.nn.LSTMCell(3, 4)
+    cell.init_state(5)
+    with pytest.raises(interop.ArgumentError, match="batched=True"):
+        shims.ToEquinox(cell)
+    reference = brainstate.graph.clone(cell)
+    shim, state = stateful(cell, batched=True)
+    for _ in range(3):
+        out, state = eqx.filter_jit(shim)(X, state=state)
+        assert_allclose(out, reference(X), rtol=1e-5, atol=1e-6)
+
+
+def test_a_call_without_its_state_or_key_is_an_error():
+    shim, state = stateful(brainstate.nn.BatchNorm0d((3,)), batched=True)
+    with pytest.raises(interop.ArgumentError, match="make_with_state"):
+        shim(X)
+    assert shim(X, state)[0].shape == X.shape
+    drop = shims.ToEquinox(brainstate.nn.Dropout(0.5))
+    with pytest.raises(interop.MissingKeyError, match="key="):
+        drop(X[0])
+    assert_array_equal(eqx.nn.inference_mode(drop)(X[0]), X[0])
+
+
+def test_write_back_commits_trained_values_all_or_none():
+    guest = brainstate.nn.Sequential(linear(), brainstate.nn.BatchNorm0d((4,)))
+    shim, state = stateful(guest, batched=True)
+    _, state = shim(X, state=state)
+    shim = each_array(lambda a: a + 1, shim)
+    assert_array_equal(guest.layers[0].weight.value["weight"], W)
+    shim.write_back(state)
+    assert_array_equal(guest.layers[0].weight.value["weight"], W + 1)
+    assert np.abs(guest.layers[1].running_mean.value).max() > 0
+    half = jax.tree.map(lambda a: a.astype(jnp.float16) if eqx.is_inexact_array(a) else a, shim)
+    with pytest.raises(interop.ConversionError, match="float16"):
+        half.write_back(state)
+    assert_array_equal(guest.layers[0].weight.value["weight"], W + 1)
+
+
+def test_unwrap_returns_the_guest_or_one_with_the_shims_values():
+    layer = linear()
+    shim = shims.ToEquinox(layer)
+    assert shim.unwrap() is layer
+    trained = each_array(lambda a: a * 2, shim)
+    assert trained.unwrap() is not layer
+    assert_allclose(trained.unwrap()(X), 2 * (X @ W + B), rtol=1e-5)
+    assert_allclose(jax.vmap(trained.materialize())(X), 2 * (X @ W + B), rtol=1e-5)
+
+
+def test_ensembles_of_weights():
+    shim = shims.ToEquinox(linear(), batched=True)
+    pair = each_array(lambda a: jnp.stack([a, 2 * a]), shim)
+    out = eqx.filter_vmap(lambda m, x: m(x), in_axes=(eqx.if_array(0), None))(pair, X)
+    assert_allclose(out[1], 2 * (X @ W + B), rtol=1e-5)
+
+
+def test_no_new_trace_after_a_step_or_for_the_shim_built_again():
+    traces = []
+
+    @eqx.filter_jit
+    def call(shim, x):
+        traces.append(1)
+        return shim(x)
+
+    layer = linear()
+    call(shims.ToEquinox(layer), X[0])
+    call(each_array(lambda a: a + 1, shims.ToEquinox(layer)), X[0])
+    assert len(traces) == 1
+    call(shims.ToEquinox(linear()), X[0])  # another guest: a shim must not take its place
+    assert len(traces) == 2
+
+
+def test_an_nnx_guest_shares_its_arrays_and_is_written_back():
+    layer = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    shim = shims.ToEquinox(layer)
+    assert shim.params["kernel"] is layer.kernel.get_value()
+    each_array(lambda a: a * 0, shim).write_back()
+    assert_array_equal(layer.kernel[...], np.zeros((3, 4)))
+
+
+def test_names_that_collide_and_classes_are_refused():
+    class TakesKey(brainstate.nn.Module):
+        def update(self, x, key): ...
+
+    with pytest.raises(interop.ArgumentError, match="key"):
+        shims.ToEquinox(TakesKey())
+    with pytest.raises(interop.ArgumentError, match="class, not an instance"):
+        shims.ToEquinox(brainstate.nn.Linear)
