@@ -154,7 +154,7 @@ def to_equinox(model: Any, *, key: Any = None) -> equinox.Module:
         >>> interop.to_equinox(brainstate.nn.Linear(3, 4)).weight.shape
         (4, 3)
     """
-    return _api.convert_with(model, "equinox", options={})
+    return _api.convert_with(model, "equinox", options={"key": key})
 
 
 def from_equinox(

@@ -162,7 +162,7 @@ def supported_layers(framework: str | None = None) -> dict[str, list[str]]:
         other.name: sorted(
             rule.layer_type.__name__
             for rule in hub.readers.values()
-            if rule.spec_type in other.builders
+            if rule.spec_type in other.builders or rule.layer_type in other.from_hub
         )
         for other in others
     }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -40,14 +41,15 @@ class ReadRule:
         layer_type: the native class.
         spec_type: the spec that ``read`` returns.
         read: ``(layer, ctx) -> spec``.
-        state: names of the attributes that hold the layer's arrays or submodules.
+        state: names of the attributes that hold the layer's arrays or submodules; None where
+            the rule knows the exact class, whatever its instances hold.
         fixed: options that must keep this value: ``read`` does not carry any other.
     """
 
     layer_type: type
     spec_type: type[Spec]
     read: Callable[[Any, Reading], Spec]
-    state: frozenset[str]
+    state: frozenset[str] | None
     fixed: Mapping[str, Any]
 
 
@@ -86,6 +88,8 @@ class Adapter:
     def __init__(self) -> None:
         self.readers: dict[type, ReadRule] = {}
         self.builders: dict[type[Spec], BuildRule] = {}
+        self.from_hub: dict[type, Callable[[Any, Building], Any]] = {}
+        """Builders of users' pairs of rules, by the hub's class of layer."""
 
     # -- what a framework's file answers ------------------------------------------------
 
@@ -109,6 +113,14 @@ class Adapter:
     def containers(self, node: Any) -> Iterable[tuple[str, object]]:
         """The mutable containers that the module itself holds its arrays in, by name."""
         return ()
+
+    def for_callback(self, node: Any) -> Any:
+        """What a user's ``to_bst`` callback gets for a node."""
+        return self.module(node)
+
+    def from_callback(self, built: Any) -> Any:
+        """The node for what a user's ``to_foreign`` callback returned."""
+        return built
 
     def added_state(self, module: Any, rule: ReadRule) -> set[str]:
         """Names of attributes that hold state, and that the rule does not know of."""
@@ -184,7 +196,15 @@ class Adapter:
                 remedy=f"Register a reader for {cls.__qualname__}, or wrap it live: "
                 + _live(path),
             )
-        if added := sorted(self.added_state(module, rule)):
+        if rule.state is None and cls is not base:
+            raise UnsupportedLayerError(
+                cls,
+                f"the rule of {base.__qualname__} is for that class alone",
+                path=path,
+                remedy=f"Register a reader for {cls.__qualname__}, or wrap it live: "
+                + _live(path),
+            )
+        if rule.state is not None and (added := sorted(self.added_state(module, rule))):
             raise UnsupportedLayerError(
                 cls,
                 f"it holds {', '.join(added)}, which {base.__qualname__} does not have",
@@ -274,6 +294,7 @@ class Registry:
     def __init__(self, package: ModuleType):
         self._package = package
         self._adapters: dict[str, Adapter] = {}
+        self._replaced: list[tuple[dict[Any, Any], Any, Any]] = []
         self._names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
 
     def names(self) -> list[str]:
@@ -330,11 +351,33 @@ class Registry:
         A framework's file is named after a component of the module path of its base class,
         so that nothing is imported to find it.
         """
-        parts = {part for cls in type(obj).__mro__ for part in cls.__module__.split(".")}
+        return self.framework_of_class(type(obj))
+
+    def framework_of_class(self, cls: type) -> str | None:
+        """The framework that instances of ``cls`` are modules of, or None."""
+        parts = {part for base in cls.__mro__ for part in base.__module__.split(".")}
         for name in self.names():
-            if name in parts and isinstance(obj, self.adapter(name).module_type):
+            if name in parts and issubclass(cls, self.adapter(name).module_type):
                 return name
         return None
+
+    def replace(self, rules: dict[Any, Any], key: Any, rule: Any) -> None:
+        """Set ``rules[key]`` of an adapter in a way that :meth:`undoing` takes back."""
+        self._replaced.append((rules, key, rules.get(key)))
+        rules[key] = rule
+
+    @contextlib.contextmanager
+    def undoing(self) -> Iterator[None]:
+        """Take back what is replaced inside, latest first."""
+        before = len(self._replaced)
+        try:
+            yield
+        finally:
+            while len(self._replaced) > before:
+                rules, key, rule = self._replaced.pop()
+                rules.pop(key)
+                if rule is not None:
+                    rules[key] = rule
 
 
 def _versions(error: BaseException) -> dict[str, str]:

@@ -14,19 +14,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
+if TYPE_CHECKING:
+    from .walk import Building
+
 __all__ = [
     "Activation",
     "BatchNorm",
+    "Deferred",
     "Dropout",
+    "Embedding",
     "Flatten",
     "Function",
+    "GroupNorm",
     "LayerNorm",
     "Linear",
+    "RMSNorm",
     "Sequential",
     "Spec",
     "common_dtype",
@@ -93,7 +100,54 @@ class Linear(Spec):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class LayerNorm(Spec):
+class Embedding(Spec):
+    """``y = weight[x]``, for integers ``x`` in ``[0, number)``.
+
+    Shapes:
+        x       (*batch,)
+        weight  (number, features)
+
+    ``dtype`` is what the result is cast to; None means the weight's.
+    """
+
+    weight: Array
+    dtype: DType | None = None
+
+    @property
+    def holds_state(self) -> bool:
+        return True
+
+    def output_shape(self, shape: Shape | None) -> Shape | None:
+        return None if shape is None else (*shape, self.weight.shape[-1])
+
+    def mismatches(self) -> list[str]:
+        return _mismatches(weight=(self.weight, None))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Norm(Spec):
+    """What all normalisations have.
+
+    Dtypes: ``x``, scale and bias are first cast to ``compute_dtype``, the result to
+    ``output_dtype``; None means the common dtype of the three. Statistics are float32 or wider.
+    """
+
+    scale: Array | None
+    bias: Array | None
+    epsilon: float
+    use_fast_variance: bool
+    axis_name: Any = None
+    axis_index_groups: Any = None
+    compute_dtype: DType | None = None
+    output_dtype: DType | None = None
+
+    @property
+    def holds_state(self) -> bool:
+        return self.scale is not None or self.bias is not None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LayerNorm(Norm):
     """``y = (x - mean) * rsqrt(var + epsilon) * scale + bias`` over ``reduction_axes``.
 
     Shapes:
@@ -104,27 +158,12 @@ class LayerNorm(Spec):
     ``feature_shape`` holds those sizes where they are known without the arrays, and
     ``leading_shape`` the sizes of the axes of one example before them, where the source fixes
     them. Axes are negative: they count from the end, so that batch axes do not move them.
-
-    Dtypes: ``x``, scale and bias are first cast to ``compute_dtype``, the result to
-    ``output_dtype``; None means the common dtype of the three. Statistics are float32 or wider.
     """
 
-    scale: Array | None
-    bias: Array | None
-    epsilon: float
-    use_fast_variance: bool
     feature_shape: Shape | None
     leading_shape: Shape = ()
     reduction_axes: tuple[int, ...] = (-1,)
     feature_axes: tuple[int, ...] = (-1,)
-    axis_name: Any = None
-    axis_index_groups: Any = None
-    compute_dtype: DType | None = None
-    output_dtype: DType | None = None
-
-    @property
-    def holds_state(self) -> bool:
-        return self.scale is not None or self.bias is not None
 
     def mismatches(self) -> list[str]:
         shape = self.feature_shape
@@ -132,7 +171,37 @@ class LayerNorm(Spec):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class BatchNorm(Spec):
+class RMSNorm(LayerNorm):
+    """``y = x * rsqrt(mean(x ** 2) + epsilon) * scale`` over ``reduction_axes``.
+
+    As :class:`LayerNorm`, with neither mean nor bias; ``use_fast_variance`` has no effect.
+    """
+
+    bias: None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GroupNorm(Norm):
+    """:class:`LayerNorm` of each of ``num_groups`` groups of features, over all of ``space``.
+
+    Shapes:
+        x       (batch, *space, features)
+        scale   (features,) or None
+        bias    (features,) or None
+
+    ``features`` is that number where it is known without the arrays.
+    """
+
+    num_groups: int
+    features: int | None
+
+    def mismatches(self) -> list[str]:
+        shape = None if self.features is None else (self.features,)
+        return _mismatches(scale=(self.scale, shape), bias=(self.bias, shape))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BatchNorm(Norm):
     """``y = (x - mean) * rsqrt(var + epsilon) * scale + bias`` over all axes but ``axis``.
 
     Training normalises by the batch's statistics and moves the running ones:
@@ -144,23 +213,15 @@ class BatchNorm(Spec):
         mean, var               (features,)
 
     ``spatial_dims`` is the number of axes of ``space``, or None where the source leaves it to
-    the input. Dtypes as in :class:`LayerNorm`. ``statistics_dtype`` is that of ``mean`` and
-    ``var`` where it is narrower than float32, which every framework rounds elsewhere.
+    the input. ``statistics_dtype`` is that of ``mean`` and ``var`` where it is narrower than
+    float32, which every framework rounds elsewhere.
     """
 
-    scale: Array | None
-    bias: Array | None
     mean: Array
     var: Array
     momentum: float
-    epsilon: float
-    use_fast_variance: bool
     spatial_dims: int | None
     axis: int = -1
-    axis_name: Any = None
-    axis_index_groups: Any = None
-    compute_dtype: DType | None = None
-    output_dtype: DType | None = None
     statistics_dtype: DType | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -234,6 +295,22 @@ class Function(Spec):
         if shape is None:
             return None
         return _shape_of(jax.vmap(self.fn) if self.per_example else self.fn, shape)
+
+
+class Deferred(Spec):
+    """A layer that only its own rule knows how to build, once the target is known."""
+
+    @property
+    def holds_state(self) -> bool:
+        return True
+
+    def build(self, ctx: Building) -> Any:
+        """The layer in the framework of ``ctx``; tells ``ctx.passed`` what it did itself."""
+        raise NotImplementedError
+
+    def parameters(self) -> Mapping[str, Array]:
+        """Its trainable arrays by name, named alike whatever framework it came from."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -55,20 +55,25 @@ class Reading:
         outer = self.path, self._found
         self.path, self._found = path, type(module)
         try:
-            self._check_fixed(module, rule)
             self._check_owners(node, path)
-            spec = self._remember(rule.read(node, self), path, type(module))
-            if mismatched := spec.mismatches():
-                raise ConversionError(
-                    f"the arrays of {type(module).__qualname__} do not fit",
-                    path=path,
-                    mismatched=mismatched,
-                    remedy="Check what was assigned to it after it was built",
-                )
+            spec = self.read_by(rule, node)
         finally:
             self.path, self._found = outer
         if self.adapter.has_identity:
             self._specs[id(module)] = spec
+        return spec
+
+    def read_by(self, rule: ReadRule, node: Any) -> specs.Spec:
+        """The spec that ``rule`` makes of the layer being read."""
+        self._check_fixed(self.adapter.module(node), rule)
+        spec = self._remember(rule.read(node, self), self.path, self._found)
+        if mismatched := spec.mismatches():
+            raise ConversionError(
+                f"the arrays of {self._found.__qualname__} do not fit",
+                path=self.path,
+                mismatched=mismatched,
+                remedy="Check what was assigned to it after it was built",
+            )
         return spec
 
     def read_all(self, nodes: Any) -> tuple[specs.Spec, ...]:
@@ -154,6 +159,7 @@ class Building:
 
     Attributes:
         options: what the caller passed for the target framework, by name.
+        sample: shape of one example at the model's input, or None.
         path: where the layer being built was in the source.
         found: its class there.
     """
@@ -165,10 +171,10 @@ class Building:
         shape: specs.Shape | None,
         options: Mapping[str, Any],
     ):
-        self.adapter, self.options = adapter, options
+        self.adapter, self.options, self.sample = adapter, options, shape
         self.path = "model"
         self.found: type = object
-        self._origins = origins
+        self._origins = dict(origins)
         self._shape, self._passed = shape, list[specs.Spec]()
         self._built: dict[int, Any] = {}
 
@@ -190,15 +196,28 @@ class Building:
             outer = self.path, self.found
             self.path, self.found = self._origins.get(id(spec), (self.path, type(spec)))
             try:
-                rule = self.adapter.builder(spec, self.found, self.path)
-                self._check_options(spec, rule)
-                self._built[id(spec)] = rule.build(spec, self)
+                self._built[id(spec)] = self._build(spec)
             finally:
                 self.path, self.found = outer
-            if isinstance(spec, specs.Sequential):
-                return self._built[id(spec)]  # its layers have been passed one by one
-        self._passed.append(spec)
+            if isinstance(spec, specs.Sequential | specs.Deferred):
+                return self._built[id(spec)]  # it has told by itself what was passed
+        self.passed(spec)
         return self._built[id(spec)]
+
+    def _build(self, spec: specs.Spec) -> Any:
+        if isinstance(spec, specs.Deferred):
+            return spec.build(self)
+        rule = self.adapter.builder(spec, self.found, self.path)
+        self._check_options(spec, rule)
+        return rule.build(spec, self)
+
+    def adopt(self, reading: Reading) -> None:
+        """Take over where the specs of a further ``reading`` came from."""
+        self._origins |= reading.origins
+
+    def passed(self, spec: specs.Spec) -> None:
+        """Take it that ``spec`` was applied: ``shape`` is that of its output from now on."""
+        self._passed.append(spec)
 
     @property
     def shape(self) -> specs.Shape | None:

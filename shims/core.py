@@ -34,9 +34,11 @@ __all__ = [
     "Path",
     "Structure",
     "Views",
+    "at",
     "guest_of",
     "leaves",
     "materialize",
+    "nest",
     "path_of",
     "path_text",
     "side_of",
@@ -155,16 +157,29 @@ def path_of(keys: Any) -> Path:
 
 def leaves(path: Path, value: Any) -> list[tuple[Path, Any]]:
     """The arrays of a container's value, a tree, with their paths."""
-    flat: Any = jax.tree_util.tree_leaves_with_path(value)
+    tree_util: Any = jax.tree_util
+    flat = tree_util.tree_leaves_with_path(value)
     return [((*path, *path_of(keys)), leaf) for keys, leaf in flat]
 
 
-def _part(key: Any) -> str | int:
-    for name in ("key", "idx", "name"):
-        if hasattr(key, name):
-            part: Any = getattr(key, name)
-            return part if isinstance(part, (str, int)) else str(part)
-    return str(key)
+def nest(values: Mapping[tuple[Any, ...], Any]) -> dict[Any, Any]:
+    """Values by path as nested dicts."""
+    tree: dict[Any, Any] = {}
+    for path, value in values.items():
+        branch = tree
+        for part in path[:-1]:
+            branch = branch.setdefault(part, {})
+        branch[path[-1]] = value
+    return tree
+
+
+def at(tree: Any, path: tuple[Any, ...]) -> Any:
+    """What stands at a path of nested dicts; None where nothing does."""
+    found: Any = tree
+    for part in path:
+        branch: dict[Any, Any] = found if isinstance(found, dict) else {}
+        found = branch.get(part)
+    return found
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,12 @@ class Linen(Adapter):
     def module(self, node):
         return node.module if isinstance(node, Node) else node
 
+    def for_callback(self, node):
+        return node
+
+    def from_callback(self, built):
+        return Node(*built) if isinstance(built, tuple) else built
+
     def added_state(self, module, rule):
         return _fields(type(module)) - _fields(rule.layer_type)
 

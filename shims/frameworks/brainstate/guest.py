@@ -124,8 +124,9 @@ class BrainStateStructure(Structure):
             for path, state in states.items()
             for leaf_path, leaf in leaves(path, state.value)
         }
+        nodes: Any = module.nodes()
         self.reduces_over_names = any(
-            getattr(node, "axis_name", None) is not None for node in module.nodes().values()
+            getattr(node, "axis_name", None) is not None for node in nodes.values()
         )
         trees = tuple(
             (path, type(s), jax.tree.structure(s.value)) for path, s in states.items()

@@ -12,7 +12,8 @@ import functools
 import inspect
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 import brainstate
 import jax
@@ -30,8 +31,10 @@ from ...core import (
     Path,
     Structure,
     Views,
+    at,
     guest_of,
     materialize,
+    nest,
     path_text,
 )
 from ...forwarding import OfInstance, check_names, forwarded, signature_with
@@ -41,8 +44,11 @@ __all__ = ["FromEquinox", "FromLinen", "FromNNX", "Wrapped"]
 
 # -- views --
 
+# The mixin's methods call those of the State class that it is mixed into.
+_Base: Any = brainstate.State if TYPE_CHECKING else object
 
-class _View:
+
+class _View(_Base):
     """A State that can keep its value in a guest's cell.
 
     While a transformation traces, the tracer stays in the State: the guest never sees one.
@@ -55,7 +61,7 @@ class _View:
 
     @_value.setter
     def _value(self, value):
-        own = vars(self)
+        own: Any = vars(self)
         cell = own.get("_shim_cell")
         if cell is None or _is_traced(value):
             own["_shim_own"] = value
@@ -90,7 +96,7 @@ def _is_traced(value: Any) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
 
 
-def _detached(copy: brainstate.State, value: Any) -> brainstate.State:
+def _detached(copy: Any, value: Any) -> Any:
     """Make a copy of a view own its value."""
     vars(copy).pop("_shim_cell", None)
     vars(copy).pop("_value", None)
@@ -111,9 +117,11 @@ _VIEWS = {
 
 
 def _linked(cell: Cell) -> brainstate.State:
-    view = _VIEWS[cell.kind](cell.get())
-    vars(view).pop("_value")  # the constructor stores it beside the property
-    vars(view)["_shim_cell"] = cell
+    make: Any = _VIEWS[cell.kind]
+    view = make(cell.get())
+    own = vars(view)
+    own.pop("_value")  # the constructor stores it beside the property
+    own["_shim_cell"] = cell
     return view
 
 
@@ -145,7 +153,7 @@ def _check_link() -> None:
     copy.value = jnp.zeros(2)
     if probe.value is not written or view.value is not written or copy.value is written:
         raise InteropError(
-            f"views do not work with brainstate {brainstate.__version__}",
+            f"views do not work with brainstate {version('brainstate')}",
             remedy="Install a version that this library supports, or convert with interop",
         )
 
@@ -278,16 +286,14 @@ class Wrapped(brainstate.nn.Module):
     def _shim_states(self) -> dict[Path, brainstate.State]:
         found: dict[Path, brainstate.State] = {}
         for path in self._shim_structure.kinds:
-            at: Any = vars(self).get(str(path[0]))
-            for part in path[1:]:
-                at = at[part] if isinstance(at, Mapping) and part in at else None
-            if not isinstance(at, brainstate.State):
+            state = at(vars(self), _place(path))
+            if not isinstance(state, brainstate.State):
                 raise ConversionError(
                     "a value of the guest is missing from the shim",
                     missing=[path_text(path)],
                     remedy="Write to the shim's States instead of deleting or replacing them",
                 )
-            found[path] = at
+            found[path] = state
         return found
 
     def _shim_show(self, guest: LiveGuest) -> None:
@@ -305,12 +311,14 @@ class Wrapped(brainstate.nn.Module):
     ) -> None:
         for path in vars(self).get("_shim_structure", structure).kinds:
             vars(self).pop(str(path[0]), None)
-        for path, state in states.items():
-            branch: Any = vars(self)
-            for part in (str(path[0]), *path[1:])[:-1]:
-                branch = branch.setdefault(part, {})
-            branch[path[-1] if len(path) > 1 else str(path[0])] = state
+        placed = nest({_place(path): state for path, state in states.items()})
+        vars(self).update(placed)
         self._shim_structure = structure
+
+
+def _place(path: Path) -> tuple[Any, ...]:
+    """Where a value stands in the shim: the first part is an attribute."""
+    return (str(path[0]), *path[1:])
 
 
 def _checked(framework: str, module: Any) -> Any:

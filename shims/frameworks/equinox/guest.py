@@ -163,22 +163,20 @@ class EquinoxStructure(Structure):
         key = _key(call) if "key" in parameters else None
         mapped = self._mapped(one_example, call.args, key)
         out, state = mapped(call.args, dict(call.kwargs), self._split(key, call.args), state)
-        if state is None:
-            return out, values, self
-        return (
-            out,
-            values | dict(zip(self._state_paths, jax.tree.leaves(state), strict=True)),
-            self,
-        )
+        new = dict(values)
+        if state is not None:
+            new |= zip(self._state_paths, jax.tree.leaves(state), strict=True)
+        return out, new, self
 
     def _mapped(self, function: Callable[..., Any], args: Any, key: Any) -> Callable[..., Any]:
-        each = eqx.if_array(0)
+        each: Any = eqx.if_array(0)
+        name: Any = self._axis_name
         for axis in reversed(range(self._batch_axes)):
             function = eqx.filter_vmap(
                 function,
                 in_axes=(each, each, each, None),
                 out_axes=(each, None),
-                **({"axis_name": self._axis_name} if axis == 0 and self._axis_name else {}),
+                **({"axis_name": name} if axis == 0 and name else {}),
             )
         return function
 

@@ -15,7 +15,18 @@ import jax
 
 from interop.errors import ArgumentError, ConversionError, MissingKeyError
 
-from ...core import Call, Guest, Kind, LiveGuest, Path, Structure, guest_of, materialize
+from ...core import (
+    Call,
+    Guest,
+    Kind,
+    LiveGuest,
+    Path,
+    Structure,
+    at,
+    guest_of,
+    materialize,
+    nest,
+)
 from ...forwarding import check_names
 
 __all__ = ["ToEquinox"]
@@ -102,7 +113,8 @@ class ToEquinox(eqx.nn.StatefulLayer):
                 f"whole batch",
                 remedy="Pass batched=True, and call it with batches",
             )
-        self.params = _tree({p: values[p] for p in _paths(structure, trainable=True)})
+        trainable = _paths(structure, trainable=True)
+        self.params = nest({_place(path): values[path] for path in trainable})
         others = tuple(values[path] for path in _paths(structure, trainable=False))
         self.buffers = eqx.nn.StateIndex(others) if others else None
         self.inference = inference
@@ -133,7 +145,7 @@ class ToEquinox(eqx.nn.StatefulLayer):
         structure = self._shim_structure
         call = Call("__call__", args, kwargs, training=not self.inference, key=draw)
         out, new, _ = structure.run(values, call)
-        if self.buffers is None:
+        if self.buffers is None or state is None:
             return out
         others = _paths(structure, trainable=False)
         after = tuple(new.get(path, values[path]) for path in others)
@@ -208,7 +220,7 @@ class ToEquinox(eqx.nn.StatefulLayer):
     def _shim_values(self, state: Any) -> dict[Path, Any]:
         structure = self._shim_structure
         trainable = _paths(structure, trainable=True)
-        values = {path: _at(self.params, path) for path in trainable}
+        values = {path: at(self.params, _place(path)) for path in trainable}
         if self.buffers is not None:
             others = _paths(structure, trainable=False)
             values |= zip(others, state.get(self.buffers), strict=True)
@@ -221,7 +233,7 @@ class ToEquinox(eqx.nn.StatefulLayer):
             raise ArgumentError("the shim is stateful, and its state was not given")
         own = self._shim_link.guest.values()
         trainable = _paths(self._shim_structure, trainable=True)
-        return own | {path: _at(self.params, path) for path in trainable}
+        return own | {path: at(self.params, _place(path)) for path in trainable}
 
     def _shim_check_state(self, state: Any) -> None:
         if (state is None) == (self.buffers is None):
@@ -254,17 +266,6 @@ def _paths(structure: Structure, *, trainable: bool) -> list[Path]:
     return [p for p, kind in structure.kinds.items() if (kind is Kind.PARAMETER) is trainable]
 
 
-def _tree(values: Mapping[Path, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in values.items():
-        branch = tree
-        for part in path[:-1]:
-            branch = branch.setdefault(str(part), {})
-        branch[str(path[-1])] = value
-    return tree
-
-
-def _at(tree: Any, path: Path) -> Any:
-    for part in path:
-        tree = tree[str(part)]
-    return tree
+def _place(path: Path) -> tuple[str, ...]:
+    """Where a value stands in ``params``: one level may not mix names and numbers."""
+    return tuple(map(str, path))

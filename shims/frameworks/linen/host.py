@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from interop.errors import ArgumentError, ConversionError, MissingKeyError
 
-from ...core import Call, Guest, Kind, LiveGuest, Path, Structure, guest_of, materialize
+from ...core import Call, Guest, Kind, LiveGuest, Path, Structure, guest_of, materialize, nest
 from ...forwarding import OfInstance, check_names, signature_with
 
 __all__ = ["ToLinen"]
@@ -231,14 +231,7 @@ def _place(structure: Structure, path: Path) -> tuple[str, ...]:
 
 
 def _tree(structure: Structure, values: Mapping[Path, Any]) -> dict[str, dict[str, Any]]:
-    variables: dict[str, Any] = {}
-    for path, value in values.items():
-        *parents, last = _place(structure, path)
-        branch = variables
-        for part in parents:
-            branch = branch.setdefault(part, {})
-        branch[last] = value
-    return variables
+    return nest({_place(structure, path): value for path, value in values.items()})
 
 
 def _flatten(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:

@@ -29,7 +29,7 @@ def _kind(variable: nnx.Variable, leaf: Any) -> Kind:
 
 
 def _variables(module: nnx.Module) -> list[tuple[Path, nnx.Variable]]:
-    flat = nnx.to_flat_state(nnx.state(module))
+    flat: Any = nnx.to_flat_state(nnx.state(module))
     return [(path, v) for path, v in flat if not isinstance(v, _RESULTS)]
 
 
@@ -91,11 +91,8 @@ class NnxStructure(Structure):
         self.guest_type = type(module)
         self.forward = type(module).__call__
         self._definition, state = nnx.split(module)
-        flat = [
-            (path, variable)
-            for path, variable in nnx.to_flat_state(state)
-            if not isinstance(variable, _RESULTS)
-        ]
+        every: Any = nnx.to_flat_state(state)
+        flat = [(path, v) for path, v in every if not isinstance(v, _RESULTS)]
         self._makers = {
             path: (type(v), v.get_metadata(), jax.tree.structure(v.get_raw_value()))
             for path, v in flat

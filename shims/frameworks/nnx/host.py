@@ -25,8 +25,10 @@ from ...core import (
     LiveGuest,
     Path,
     Structure,
+    at,
     guest_of,
     materialize,
+    nest,
     path_text,
 )
 from ...forwarding import OfInstance, check_names, forwarded, signature_with, without_self
@@ -284,9 +286,7 @@ class ToNNX(nnx.Module):
         return {path: self._shim_variable(path).get_value() for path in structure.kinds}
 
     def _shim_variable(self, path: Path) -> Any:
-        found: Any = vars(self).get(str(path[0]))
-        for part in path[1:]:
-            found = found[part] if isinstance(found, Mapping) and part in found else None
+        found = at(vars(self), _place(path))
         if not isinstance(found, nnx.Variable):
             raise ConversionError(
                 "a value of the guest is missing from the shim",
@@ -311,18 +311,18 @@ class ToNNX(nnx.Module):
 
     def _shim_place(self, variables: Mapping[Path, nnx.Variable]) -> None:
         """Set the attributes that hold ``variables``, and delete those that hold none now."""
-        tree: dict[str, Any] = {}
-        for path, variable in variables.items():
-            branch: Any = tree
-            for part in (str(path[0]), *path[1:])[:-1]:
-                branch = branch.setdefault(part, {})
-            branch[path[-1] if len(path) > 1 else str(path[0])] = variable
+        tree = nest({_place(path): variable for path, variable in variables.items()})
         own = {"deterministic", "rngs", "_shim_anchor"}
         for name in list(vars(self)):
             if name not in tree and name not in own and not name.startswith("_pytree__"):
                 delattr(self, name)
         for name, value in tree.items():
             setattr(self, name, nnx.data(value))
+
+
+def _place(path: Path) -> tuple[Any, ...]:
+    """Where a value stands in the shim: the first part is an attribute."""
+    return (str(path[0]), *path[1:])
 
 
 def _stream(rngs: Any) -> Any:
