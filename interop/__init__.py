@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import api as _api
+from . import specs
 from .api import convert, supported_layers
 from .errors import (
     ArgumentError,
@@ -22,6 +23,14 @@ from .errors import (
     UnsupportedLayerError,
     UnsupportedStructureError,
 )
+from .registration import (
+    LayerContext,
+    LayerMapping,
+    register_builder,
+    register_layer_mapping,
+    register_reader,
+    registered,
+)
 
 if TYPE_CHECKING:
     import brainstate
@@ -34,6 +43,8 @@ __all__ = [
     "BrokenDependencyError",
     "ConversionError",
     "InteropError",
+    "LayerContext",
+    "LayerMapping",
     "MissingDependencyError",
     "MissingKeyError",
     "MissingShapeError",
@@ -44,6 +55,11 @@ __all__ = [
     "from_equinox",
     "from_linen",
     "from_nnx",
+    "register_builder",
+    "register_layer_mapping",
+    "register_reader",
+    "registered",
+    "specs",
     "supported_layers",
     "to_equinox",
     "to_linen",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
 from . import specs
@@ -298,70 +298,73 @@ def _call(callback: Any, name: str, layer: Any, ctx: Building, adapter: Adapter)
     return node
 
 
-def _size(layer: Any) -> specs.Shape | None:
-    size = getattr(layer, "out_size", None)
-    return None if size is None else tuple(size)
-
-
+@dataclass(frozen=True, eq=False, kw_only=True)
 class HubLayer(specs.Deferred):
-    """A layer of the hub for which users registered pairs.
+    """A layer of the hub, of a class that users' pairs are registered for.
 
-    ``plain`` is its spec by the rule that it had before, the error of that rule, or None.
+    ``plain`` is its spec by the rule that its class had before, or why there is none.
     """
 
-    def __init__(self, hub: Adapter, node: Any, found: type, plain: specs.Spec | Exception):
-        for name, value in {"hub": hub, "node": node, "found": found, "plain": plain}.items():
-            object.__setattr__(self, name, value)
-
     hub: Adapter
-    node: Any
-    found: type
-    plain: specs.Spec | Exception
+    layer: Any
+    layer_type: type
+    plain: specs.Spec | InteropError
 
     def output_shape(self, shape: specs.Shape | None) -> specs.Shape | None:
-        known = isinstance(self.plain, specs.Spec) and self.plain.output_shape(shape)
-        return known or _size(self.node)
+        size = getattr(self.layer, "out_size", None)
+        if size is not None:
+            return tuple(size)
+        return self.plain.output_shape(shape) if isinstance(self.plain, specs.Spec) else None
 
     def build(self, ctx: Building) -> Any:
-        if self.found not in ctx.adapter.from_hub:
-            if isinstance(self.plain, Exception):
-                raise self.plain
-            return ctx.build(self.plain)
-        built = ctx.adapter.from_hub[self.found](self.node, ctx)
-        ctx.passed(self)
-        return built
+        if self.layer_type in ctx.adapter.from_hub:
+            built = ctx.adapter.from_hub[self.layer_type](self.layer, ctx)
+            ctx.passed(self)
+            return built
+        if isinstance(self.plain, InteropError):
+            raise self.plain
+        return ctx.build(self.plain)
 
     def parameters(self) -> Mapping[str, specs.Array]:
-        return self.hub.parameter_arrays(self.node)
+        return self.hub.parameter_arrays(self.layer)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ForeignLayer(specs.Deferred):
     """A layer of another framework that a user's ``to_bst`` turns into one of the hub."""
 
-    def __init__(self, hub: Adapter, node: Any, layer: Any, to_hub: Callable[[Any, Any], Any]):
-        for name, value in {"hub": hub, "node": node, "layer": layer, "to_hub": to_hub}.items():
-            object.__setattr__(self, name, value)
-
     hub: Adapter
-    node: Any
     layer: Any
     to_hub: Callable[[Any, Any], Any]
+    made: list[HubLayer] = field(default_factory=list[HubLayer])
 
-    def _made(self, ctx: Building) -> Any:
-        return _call(self.to_hub, "to_bst", self.layer, ctx, self.hub)
+    def output_shape(self, shape: specs.Shape | None) -> specs.Shape | None:
+        return self.made[0].output_shape(shape) if self.made else None
 
     def build(self, ctx: Building) -> Any:
-        made = self._made(ctx)
-        if ctx.adapter is self.hub:
-            ctx.passed(HubLayer(self.hub, made, type(made), specs.Function(fn=made, per_example=False)))
-            return made
+        layer = _call(self.to_hub, "to_bst", self.layer, ctx, self.hub)
         reading = Reading(self.hub, registry)
-        spec = reading.read(self.hub.open(made, None, None), ctx.path)
+        spec: specs.Spec | InteropError
+        try:
+            spec = reading.read(layer, ctx.path)
+        except InteropError as e:
+            spec = e
+        self.made[:] = [
+            HubLayer(hub=self.hub, layer=layer, layer_type=type(layer), plain=spec)
+        ]
+        if ctx.adapter is self.hub:
+            ctx.passed(self)
+            return layer
+        if isinstance(spec, InteropError):
+            raise spec
         ctx.adopt(reading)
         return ctx.build(spec)
 
     def parameters(self) -> Mapping[str, specs.Array]:
-        return self.hub.parameter_arrays(self._made(Building(self.hub, {}, None, {})))
+        ctx = Building(self.hub, {}, None, {})
+        return self.hub.parameter_arrays(
+            _call(self.to_hub, "to_bst", self.layer, ctx, self.hub)
+        )
 
 
 def _register_foreign_reader(hub: Adapter, other: Adapter, mapping: LayerMapping) -> None:
@@ -369,7 +372,7 @@ def _register_foreign_reader(hub: Adapter, other: Adapter, mapping: LayerMapping
     state = None if old is None else old.state
 
     def read(node: Any, ctx: Reading) -> specs.Spec:
-        return ForeignLayer(hub, node, other.for_callback(node), mapping.to_bst)
+        return ForeignLayer(hub=hub, layer=other.for_callback(node), to_hub=mapping.to_bst)
 
     rule = ReadRule(mapping.foreign_type, ForeignLayer, read, state, {})
     registry.replace(other.readers, mapping.foreign_type, rule)
@@ -381,7 +384,8 @@ def _register_hub_reader(hub: Adapter, layer_type: type) -> None:
         return
 
     def read(node: Any, ctx: Reading) -> specs.Spec:
-        return HubLayer(hub, node, layer_type, _plain(old, layer_type, node, ctx))
+        plain = _plain(old, layer_type, node, ctx)
+        return HubLayer(hub=hub, layer=node, layer_type=layer_type, plain=plain)
 
     read.is_for_pairs = True  # pyright: ignore[reportFunctionMemberAccess]
     spec_type = HubLayer if old is None else old.spec_type
@@ -391,7 +395,7 @@ def _register_hub_reader(hub: Adapter, layer_type: type) -> None:
 
 def _plain(
     old: ReadRule | None, layer_type: type, node: Any, ctx: Reading
-) -> specs.Spec | Exception:
+) -> specs.Spec | InteropError:
     """What the rule says that a pair stands beside: needed where no pair is registered."""
     if old is None:
         return UnmappedLayerError(

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import jax
+
 from . import frameworks as _framework_files
 from .errors import (
     ArgumentError,
@@ -129,6 +131,19 @@ class Adapter:
     def has_children(self, module: Any) -> bool:
         """Whether ``module`` holds other modules."""
         raise NotImplementedError
+
+    def parameters(self, node: Any) -> Any:
+        """The trainable arrays, in the container that the framework's optimisers take."""
+        raise NotImplementedError
+
+    def with_parameters(self, node: Any, parameters: Any) -> Any:
+        """A copy of ``node`` that holds ``parameters``, such a container, and shares the rest."""
+        raise NotImplementedError
+
+    def parameter_arrays(self, node: Any) -> dict[str, Any]:
+        """The leaves of :meth:`parameters` by their path."""
+        leaves = jax.tree_util.tree_leaves_with_path(self.parameters(node))
+        return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
     # -- rules --------------------------------------------------------------------------
 

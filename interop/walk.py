@@ -233,7 +233,7 @@ class Building:
             except Exception as e:
                 raise ConversionError(
                     f"the function fails on an example of shape {self._shape} ({e})",
-                    path=self._origins[id(spec)][0],
+                    path=self._origins.get(id(spec), (self.path, object))[0],
                     remedy="Pass sample_input=, one example without its batch axis",
                 ) from e
         return self._shape

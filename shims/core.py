@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from importlib import import_module
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import jax
 import numpy as np
@@ -177,9 +177,19 @@ def at(tree: Any, path: tuple[Any, ...]) -> Any:
     """What stands at a path of nested dicts; None where nothing does."""
     found: Any = tree
     for part in path:
-        branch: dict[Any, Any] = found if isinstance(found, dict) else {}
+        if not isinstance(found, dict):
+            return None
+        branch = cast(dict[Any, Any], found)
         found = branch.get(part)
     return found
+
+
+def _part(key: Any) -> str | int:
+    for name in ("key", "idx", "name"):
+        if hasattr(key, name):
+            part: Any = getattr(key, name)
+            return part if isinstance(part, (str, int)) else str(part)
+    return str(key)
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,9 @@ class BrainState(Adapter):
 adapter = BrainState()
 
 
-def _arrays(layer, ctx, **shapes: tuple[int, ...]) -> dict[str, Any]:
-    """The arrays that the layer's ``weight`` packs, by name, with their canonical shapes."""
-    name, state = "weight", layer.weight
+def _arrays(layer, ctx, name: str = "weight", **shapes: tuple[int, ...]) -> dict[str, Any]:
+    """The arrays that a state of the layer packs, by name, with their canonical shapes."""
+    state = getattr(layer, name)
     if state is None:
         return {}
     if type(state) not in _PARAM_TYPES:
@@ -55,7 +55,8 @@ def _arrays(layer, ctx, **shapes: tuple[int, ...]) -> dict[str, Any]:
             type(state).__qualname__,
             "it may be trained in its own way, or not at all",
         )
-    for key, value in state.value.items():
+    arrays = state.value if isinstance(state.value, dict) else {name: state.value}
+    for key, value in arrays.items():
         if isinstance(value, brainunit.Quantity) and not value.is_unitless:
             ctx.refuse(
                 f"{name}[{key!r}]",
@@ -70,7 +71,7 @@ def _arrays(layer, ctx, **shapes: tuple[int, ...]) -> dict[str, Any]:
                 f"one value is used for several of {shapes[key]}",
                 "Initialise the layer with an array of the full shape",
             )
-    return {k: _reshape(brainunit.get_magnitude(v), shapes[k]) for k, v in state.value.items()}
+    return {k: _reshape(brainunit.get_magnitude(v), shapes[k]) for k, v in arrays.items()}
 
 
 def _real(value: Any) -> float:
@@ -123,9 +124,27 @@ def build_linear(spec, ctx):
     return nn.Linear(in_size, out_size, w_init=weight, b_init=bias, w_mask=spec.mask)
 
 
+@adapter.reads(
+    nn.Embedding,
+    specs.Embedding,
+    state=("weight",),
+    fixed={"padding_idx": None, "max_norm": None, "scale_grad_by_freq": False, "freeze": False},
+)
+def read_embedding(m, ctx):
+    if len(m.embedding_size) != 1:
+        ctx.refuse("embedding_size", m.embedding_size, "only vectors convert")
+    return specs.Embedding(**_arrays(m, ctx, weight=(m.num_embeddings, *m.embedding_size)))
+
+
+@adapter.builds(specs.Embedding)
+def build_embedding(spec, ctx):
+    return nn.Embedding(*spec.weight.shape, embedding_init=spec.weight)
+
+
 @adapter.reads(nn.LayerNorm, specs.LayerNorm, state=("weight",))
+@adapter.reads(nn.RMSNorm, specs.RMSNorm, state=("scale",))
 def read_layer_norm(m, ctx):
-    ndim = len(m.in_size)
+    ndim, is_rms = len(m.in_size), isinstance(m, nn.RMSNorm)
     reduction_axes = tuple(m.reduction_axes)
     if any(axis >= 0 for axis in reduction_axes):
         ctx.refuse(
@@ -135,20 +154,46 @@ def read_layer_norm(m, ctx):
             "Count the axes from the end",
         )
     feature_shape = tuple(m.in_size[axis] for axis in m.feature_axes)
-    arrays = _arrays(m, ctx, scale=feature_shape, bias=feature_shape)
-    return specs.LayerNorm(
-        scale=arrays.get("scale"),
-        bias=arrays.get("bias"),
-        epsilon=m.epsilon,
-        use_fast_variance=m.use_fast_variance,
+    state = "scale" if is_rms else "weight"
+    arrays = _arrays(m, ctx, state, scale=feature_shape, bias=feature_shape)
+    return (specs.RMSNorm if is_rms else specs.LayerNorm)(
+        **_norm_fields(m, arrays),
         feature_shape=feature_shape,
         leading_shape=tuple(m.in_size[: min(m.feature_axes)]),
         reduction_axes=reduction_axes,
         feature_axes=tuple(axis - ndim for axis in m.feature_axes),
-        axis_name=m.axis_name,
-        axis_index_groups=m.axis_index_groups,
-        output_dtype=specs.dtype(m.dtype),
     )
+
+
+def _norm_fields(m, arrays) -> dict[str, Any]:
+    """What every normalisation layer holds."""
+    return {
+        "scale": arrays.get("scale"),
+        "bias": arrays.get("bias"),
+        "epsilon": _real(m.epsilon),
+        "use_fast_variance": m.use_fast_variance,
+        "axis_name": m.axis_name,
+        "axis_index_groups": m.axis_index_groups,
+        "output_dtype": specs.dtype(m.dtype),
+    }
+
+
+def _norm_options(spec) -> dict[str, Any]:
+    return {
+        "epsilon": spec.epsilon,
+        "axis_name": spec.axis_name,
+        "axis_index_groups": spec.axis_index_groups,
+        "use_fast_variance": spec.use_fast_variance,
+    }
+
+
+def _affine_options(spec) -> dict[str, Any]:
+    return {
+        "use_scale": spec.scale is not None,
+        "use_bias": spec.bias is not None,
+        "scale_init": spec.scale,
+        "bias_init": spec.bias,
+    }
 
 
 def _check_output_dtype(spec, ctx):
@@ -161,37 +206,50 @@ def _check_output_dtype(spec, ctx):
         )
 
 
-@adapter.builds(
-    specs.LayerNorm,
-    carries=(
-        "leading_shape",
-        "reduction_axes",
-        "feature_axes",
-        "axis_name",
-        "axis_index_groups",
-        "output_dtype",
-    ),
-)
+_AXES = ("leading_shape", "reduction_axes", "feature_axes")
+_NORM = ("axis_name", "axis_index_groups", "output_dtype")
+
+
+@adapter.builds(specs.LayerNorm, carries=(*_AXES, *_NORM))
+@adapter.builds(specs.RMSNorm, carries=(*_AXES, *_NORM))
 def build_layer_norm(spec, ctx):
     if spec.feature_axes != tuple(range(-len(spec.feature_axes), 0)):
         ctx.refuse("feature_axes", spec.feature_axes, "only trailing axes convert")
     _check_output_dtype(spec, ctx)
     features = spec.feature_shape or ctx.require_shape()[-len(spec.feature_axes) :]
-    layer = nn.LayerNorm(
+    affine = _affine_options(spec)
+    if isinstance(spec, specs.RMSNorm):
+        affine = {"use_scale": affine["use_scale"], "scale_init": spec.scale}
+    layer = (nn.RMSNorm if isinstance(spec, specs.RMSNorm) else nn.LayerNorm)(
         (*spec.leading_shape, *features),
         reduction_axes=spec.reduction_axes,
         feature_axes=spec.feature_axes,
-        epsilon=spec.epsilon,
-        use_scale=spec.scale is not None,
-        use_bias=spec.bias is not None,
-        scale_init=spec.scale,
-        bias_init=spec.bias,
-        axis_name=spec.axis_name,
-        axis_index_groups=spec.axis_index_groups,
-        use_fast_variance=spec.use_fast_variance,
+        **affine,
+        **_norm_options(spec),
     )
     layer.dtype = spec.output_dtype  # the constructor takes None for the default dtype
     return layer
+
+
+@adapter.reads(nn.GroupNorm, specs.GroupNorm, state=("weight",), fixed={"reduction_axes": None})
+def read_group_norm(m, ctx):
+    features = m.num_groups * m.group_size
+    arrays = _arrays(m, ctx, scale=(features,), bias=(features,))
+    return specs.GroupNorm(
+        **_norm_fields(m, arrays), num_groups=m.num_groups, features=features
+    )
+
+
+@adapter.builds(specs.GroupNorm, carries=_NORM)
+def build_group_norm(spec, ctx):
+    _check_output_dtype(spec, ctx)
+    return nn.GroupNorm(
+        (spec.features or ctx.require_shape()[-1],),
+        num_groups=spec.num_groups,
+        dtype=spec.output_dtype,
+        **_affine_options(spec),
+        **_norm_options(spec),
+    )
 
 
 @adapter.reads(nn.BatchNorm0d, specs.BatchNorm, state=("weight", "running_mean", "running_var"))
@@ -212,18 +270,12 @@ def read_batch_norm(m, ctx):
     features = (m.in_size[axis],)
     arrays = _arrays(m, ctx, scale=features, bias=features)
     return specs.BatchNorm(
-        scale=arrays.get("scale"),
-        bias=arrays.get("bias"),
+        **_norm_fields(m, arrays),
         mean=_reshape(m.running_mean.value, features),
         var=_reshape(m.running_var.value, features),
         momentum=_real(m.momentum),
-        epsilon=_real(m.epsilon),
-        use_fast_variance=m.use_fast_variance,
         spatial_dims=m.num_spatial_dims,
         axis=axis - len(m.in_size),
-        axis_name=m.axis_name,
-        axis_index_groups=m.axis_index_groups,
-        output_dtype=specs.dtype(m.dtype),
     )
 
 
@@ -231,7 +283,7 @@ _BATCH_NORMS = (nn.BatchNorm0d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 # Not axis: with any but the last, training gives BrainState's statistics a wrong shape.
-@adapter.builds(specs.BatchNorm, carries=("axis_name", "axis_index_groups", "output_dtype"))
+@adapter.builds(specs.BatchNorm, carries=_NORM)
 def build_batch_norm(spec, ctx):
     (features,) = spec.mean.shape
     if (spec.scale is None) != (spec.bias is None):
@@ -246,14 +298,11 @@ def build_batch_norm(spec, ctx):
     state_shape = (*[1] * (len(shape) - 1), features)
     layer = _BATCH_NORMS[len(shape) - 1](
         shape,
-        epsilon=spec.epsilon,
+        **_norm_options(spec),
         momentum=spec.momentum,
         affine=spec.scale is not None,
         scale_initializer=_reshape(spec.scale, state_shape),
         bias_initializer=_reshape(spec.bias, state_shape),
-        axis_name=spec.axis_name,
-        axis_index_groups=spec.axis_index_groups,
-        use_fast_variance=spec.use_fast_variance,
         dtype=np.float32,  # in which momentum and epsilon are kept
     )
     layer.dtype = spec.output_dtype

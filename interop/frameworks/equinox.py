@@ -145,11 +145,28 @@ def build_linear(spec, ctx):
     )
 
 
+@adapter.reads(eqx.nn.Embedding, specs.Embedding)
+def read_embedding(node, ctx):
+    return specs.Embedding(weight=node.module.weight)
+
+
+@adapter.builds(specs.Embedding)
+def build_embedding(spec, ctx):
+    if ctx.shape:
+        ctx.refuse("sample_input", ctx.shape, "Equinox's Embedding takes one index at a time")
+    return eqx.nn.Embedding(weight=spec.weight)
+
+
 @adapter.reads(eqx.nn.LayerNorm, specs.LayerNorm)
+@adapter.reads(eqx.nn.RMSNorm, specs.RMSNorm)
 def read_layer_norm(node, ctx):
-    m = node.module
+    m, is_rms = node.module, isinstance(node.module, eqx.nn.RMSNorm)
+    if is_rms and m.bias is not None:
+        ctx.refuse(
+            "use_bias", True, "no other RMSNorm has a bias", "Build it with use_bias=False"
+        )
     axes = tuple(range(-len(m.shape), 0))
-    return specs.LayerNorm(
+    return (specs.RMSNorm if is_rms else specs.LayerNorm)(
         scale=m.weight,
         bias=m.bias,
         epsilon=m.eps,
@@ -165,7 +182,11 @@ def _check_output_dtype(spec, ctx):
         ctx.refuse("output_dtype", spec.output_dtype, "Equinox returns the input's dtype")
 
 
-@adapter.builds(specs.LayerNorm, carries=("reduction_axes", "feature_axes", "output_dtype"))
+_NORM = ("reduction_axes", "feature_axes", "output_dtype")
+
+
+@adapter.builds(specs.LayerNorm, carries=_NORM)
+@adapter.builds(specs.RMSNorm, carries=_NORM)
 def build_layer_norm(spec, ctx):
     _check_output_dtype(spec, ctx)
     trailing = tuple(range(-len(spec.feature_axes), 0))
@@ -180,11 +201,44 @@ def build_layer_norm(spec, ctx):
     if ctx.shape is not None and len(ctx.shape) != len(shape):
         ctx.refuse("in_size", ctx.shape, f"Equinox normalises whole examples of shape {shape}")
     return _make(
-        eqx.nn.LayerNorm,
+        eqx.nn.RMSNorm if isinstance(spec, specs.RMSNorm) else eqx.nn.LayerNorm,
         shape=tuple(shape),
         eps=spec.epsilon,
         use_weight=spec.scale is not None,
         use_bias=spec.bias is not None,
+        weight=spec.scale,
+        bias=spec.bias,
+    )
+
+
+@adapter.reads(eqx.nn.GroupNorm, specs.GroupNorm)
+def read_group_norm(node, ctx):
+    m = node.module
+    return specs.GroupNorm(
+        scale=m.weight,
+        bias=m.bias,
+        epsilon=m.eps,
+        use_fast_variance=False,
+        num_groups=m.groups,
+        features=m.channels,
+    )
+
+
+def _check_affine(spec, ctx):
+    if (spec.scale is None) != (spec.bias is None):
+        ctx.refuse("scale, bias", "one of two", "Equinox has both or neither")
+
+
+@adapter.builds(specs.GroupNorm, carries=("output_dtype",))
+def build_group_norm(spec, ctx):
+    _check_output_dtype(spec, ctx)
+    _check_affine(spec, ctx)
+    return _make(
+        eqx.nn.GroupNorm,
+        groups=spec.num_groups,
+        channels=spec.features,
+        eps=spec.epsilon,
+        channelwise_affine=spec.scale is not None,
         weight=spec.scale,
         bias=spec.bias,
     )
@@ -223,8 +277,7 @@ _SETTLED = 2**30
 @adapter.builds(specs.BatchNorm, carries=("output_dtype",))
 def build_batch_norm(spec, ctx):
     _check_output_dtype(spec, ctx)
-    if (spec.scale is None) != (spec.bias is None):
-        ctx.refuse("scale, bias", "one of two", "Equinox has both or neither")
+    _check_affine(spec, ctx)
     promoted = specs.promoted_dtype(spec.mean, spec.scale, spec.bias)
     if spec.output_dtype is None and promoted is not None:
         ctx.refuse("dtype", None, f"Equinox returns {promoted} for a half-precision input")

@@ -89,9 +89,15 @@ _VARIABLES: dict[type, Any] = {
         ("params", "kernel"): ("in", m.features),
         ("params", "bias"): (m.features,) if m.use_bias else None,
     },
+    nn.Embed: lambda m: {("params", "embedding"): (m.num_embeddings, m.features)},
     nn.LayerNorm: lambda m: {
         ("params", "scale"): _feature_names(m) if m.use_scale else None,
         ("params", "bias"): _feature_names(m) if m.use_bias else None,
+    },
+    nn.RMSNorm: lambda m: {("params", "scale"): _feature_names(m) if m.use_scale else None},
+    nn.GroupNorm: lambda m: {
+        ("params", "scale"): ("features",) if m.use_scale else None,
+        ("params", "bias"): ("features",) if m.use_bias else None,
     },
     nn.BatchNorm: lambda m: {
         ("params", "scale"): ("features",) if m.use_scale else None,
@@ -103,7 +109,7 @@ _VARIABLES: dict[type, Any] = {
 }
 
 
-def _feature_names(m: nn.LayerNorm) -> tuple[str, ...]:
+def _feature_names(m: nn.LayerNorm | nn.RMSNorm) -> tuple[str, ...]:
     return tuple(f"axis {axis}" for axis in _axes(m.feature_axes))
 
 
@@ -280,6 +286,46 @@ def build_dense(spec, ctx):
     return _node(module, {"kernel": spec.weight, "bias": spec.bias})
 
 
+@adapter.reads(nn.Embed, specs.Embedding, fixed={"promote_dtype": nn.Embed.promote_dtype})
+def read_embed(node, ctx):
+    weight, dtype = node.array("embedding"), specs.dtype(node.module.dtype)
+    return specs.Embedding(weight=weight, dtype=None if dtype == weight.dtype else dtype)
+
+
+@adapter.builds(specs.Embedding, carries=("dtype",))
+def build_embed(spec, ctx):
+    module = nn.Embed(*spec.weight.shape, dtype=spec.dtype, param_dtype=spec.weight.dtype)
+    return _node(module, {"embedding": spec.weight})
+
+
+def _norm_fields(node) -> dict[str, Any]:
+    """What every normalisation layer holds."""
+    m = node.module
+    return {
+        "scale": node.array("scale"),
+        "bias": node.array("bias"),
+        "epsilon": m.epsilon,
+        "use_fast_variance": m.use_fast_variance,
+        "axis_name": m.axis_name,
+        "axis_index_groups": m.axis_index_groups,
+        "output_dtype": specs.dtype(m.dtype),
+    }
+
+
+def _norm_options(spec) -> dict[str, Any]:
+    options = {
+        "epsilon": spec.epsilon,
+        "dtype": spec.output_dtype,
+        "param_dtype": specs.common_dtype(spec.scale, spec.bias),
+        "use_scale": spec.scale is not None,
+        "axis_name": spec.axis_name,
+        "axis_index_groups": spec.axis_index_groups,
+        "use_fast_variance": spec.use_fast_variance,
+    }
+    has_bias = {} if isinstance(spec, specs.RMSNorm) else {"use_bias": spec.bias is not None}
+    return options | has_bias
+
+
 def _from_the_end(axes: Any, option: str, ctx) -> tuple[int, ...]:
     if any(axis >= 0 for axis in _axes(axes)):
         ctx.refuse(
@@ -292,21 +338,21 @@ def _from_the_end(axes: Any, option: str, ctx) -> tuple[int, ...]:
 
 
 @adapter.reads(nn.LayerNorm, specs.LayerNorm, fixed={"force_float32_reductions": True})
+@adapter.reads(nn.RMSNorm, specs.RMSNorm, fixed={"force_float32_reductions": True})
 def read_layer_norm(node, ctx):
-    m, scale, bias = node.module, node.array("scale"), node.array("bias")
-    shape = next((a.shape for a in (scale, bias) if a is not None), None)
-    return specs.LayerNorm(
-        scale=scale,
-        bias=bias,
-        epsilon=m.epsilon,
-        use_fast_variance=m.use_fast_variance,
-        feature_shape=shape,
+    m = node.module
+    return (specs.RMSNorm if isinstance(m, nn.RMSNorm) else specs.LayerNorm)(
+        **_norm_fields(node),
+        feature_shape=_shape(node),
         reduction_axes=_from_the_end(m.reduction_axes, "reduction_axes", ctx),
         feature_axes=_from_the_end(m.feature_axes, "feature_axes", ctx),
-        axis_name=m.axis_name,
-        axis_index_groups=m.axis_index_groups,
-        output_dtype=specs.dtype(m.dtype),
     )
+
+
+def _shape(node) -> tuple[int, ...] | None:
+    """The shape of scale and bias, or None where there is neither."""
+    arrays = (node.array("scale"), node.array("bias"))
+    return next((array.shape for array in arrays if array is not None), None)
 
 
 def _unpack(axes: tuple[int, ...]) -> int | tuple[int, ...]:
@@ -314,30 +360,44 @@ def _unpack(axes: tuple[int, ...]) -> int | tuple[int, ...]:
     return axes[0] if len(axes) == 1 else axes
 
 
-@adapter.builds(
-    specs.LayerNorm,
-    carries=(
-        "leading_shape",
-        "reduction_axes",
-        "feature_axes",
-        "axis_name",
-        "axis_index_groups",
-        "output_dtype",
-    ),
-)
+_AXES = ("leading_shape", "reduction_axes", "feature_axes")
+_NORM = ("axis_name", "axis_index_groups", "output_dtype")
+
+
+@adapter.builds(specs.LayerNorm, carries=(*_AXES, *_NORM))
+@adapter.builds(specs.RMSNorm, carries=(*_AXES, *_NORM))
 def build_layer_norm(spec, ctx):
-    module = nn.LayerNorm(
-        epsilon=spec.epsilon,
-        dtype=spec.output_dtype,
-        param_dtype=specs.common_dtype(spec.scale, spec.bias),
-        use_bias=spec.bias is not None,
-        use_scale=spec.scale is not None,
+    module = (nn.RMSNorm if isinstance(spec, specs.RMSNorm) else nn.LayerNorm)(
         reduction_axes=_unpack(spec.reduction_axes),
         feature_axes=_unpack(spec.feature_axes),
-        axis_name=spec.axis_name,
-        axis_index_groups=spec.axis_index_groups,
-        use_fast_variance=spec.use_fast_variance,
+        **_norm_options(spec),
     )
+    return _node(module, {"scale": spec.scale, "bias": spec.bias})
+
+
+@adapter.reads(
+    nn.GroupNorm,
+    specs.GroupNorm,
+    fixed={"force_float32_reductions": True, "reduction_axes": None},
+)
+def read_group_norm(node, ctx):
+    m, (features,) = node.module, _shape(node) or (None,)
+    num_groups = m.num_groups
+    if num_groups is None:
+        if features is None:
+            ctx.refuse(
+                "group_size",
+                m.group_size,
+                "without arrays the number of features is not known",
+                "Give num_groups instead",
+            )
+        num_groups = features // m.group_size
+    return specs.GroupNorm(**_norm_fields(node), num_groups=num_groups, features=features)
+
+
+@adapter.builds(specs.GroupNorm, carries=_NORM)
+def build_group_norm(spec, ctx):
+    module = nn.GroupNorm(spec.num_groups, **_norm_options(spec))
     return _node(module, {"scale": spec.scale, "bias": spec.bias})
 
 
@@ -346,37 +406,22 @@ def read_batch_norm(node, ctx):
     m = node.module
     (axis,) = _from_the_end(m.axis, "axis", ctx)
     return specs.BatchNorm(
-        scale=node.array("scale"),
-        bias=node.array("bias"),
+        **_norm_fields(node),
         mean=node.array("mean", "batch_stats"),
         var=node.array("var", "batch_stats"),
         momentum=m.momentum,
-        epsilon=m.epsilon,
-        use_fast_variance=m.use_fast_variance,
         spatial_dims=None,
         axis=axis,
-        axis_name=m.axis_name,
-        axis_index_groups=m.axis_index_groups,
-        output_dtype=specs.dtype(m.dtype),
     )
 
 
-@adapter.builds(
-    specs.BatchNorm, carries=("axis", "axis_name", "axis_index_groups", "output_dtype")
-)
+@adapter.builds(specs.BatchNorm, carries=("axis", *_NORM))
 def build_batch_norm(spec, ctx):
     module = nn.BatchNorm(
         use_running_average=not ctx.options.get("train", False),
         axis=spec.axis,
         momentum=spec.momentum,
-        epsilon=spec.epsilon,
-        dtype=spec.output_dtype,
-        param_dtype=specs.common_dtype(spec.scale, spec.bias),
-        use_bias=spec.bias is not None,
-        use_scale=spec.scale is not None,
-        axis_name=spec.axis_name,
-        axis_index_groups=spec.axis_index_groups,
-        use_fast_variance=spec.use_fast_variance,
+        **_norm_options(spec),
     )
     return _node(
         module,

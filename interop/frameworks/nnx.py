@@ -122,6 +122,60 @@ def build_linear(spec, ctx):
     )
 
 
+@adapter.reads(
+    nnx.Embed,
+    specs.Embedding,
+    state=("embedding",),
+    fixed={"promote_dtype": dtypes.promote_dtype},
+)
+def read_embed(m, ctx):
+    weight, dtype = _array(m, ctx, "embedding"), specs.dtype(m.dtype)
+    return specs.Embedding(weight=weight, dtype=None if dtype == weight.dtype else dtype)
+
+
+@adapter.builds(specs.Embedding, carries=("dtype",))
+def build_embed(spec, ctx):
+    return nnx.Embed(
+        *spec.weight.shape,
+        dtype=spec.dtype,
+        param_dtype=spec.weight.dtype,
+        embedding_init=_given(spec.weight),
+        rngs=_NO_RNGS,
+    )
+
+
+def _norm_fields(m, ctx) -> dict[str, Any]:
+    """What every normalisation layer holds."""
+    dtype = specs.dtype(m.dtype)
+    return {
+        "scale": _array(m, ctx, "scale"),
+        "bias": _array(m, ctx, "bias") if hasattr(m, "bias") else None,
+        "epsilon": m.epsilon,
+        "use_fast_variance": m.use_fast_variance,
+        "axis_name": m.axis_name,
+        "axis_index_groups": m.axis_index_groups,
+        "compute_dtype": None if dtype is None or specs.is_wide(dtype) else dtype,
+        "output_dtype": dtype,
+    }
+
+
+def _norm_options(spec, ctx) -> dict[str, Any]:
+    options = {
+        "epsilon": spec.epsilon,
+        "dtype": _norm_dtype(spec, ctx),
+        "param_dtype": specs.common_dtype(spec.scale, spec.bias),
+        "use_scale": spec.scale is not None,
+        "scale_init": _given(_flat(spec.scale)),
+        "axis_name": spec.axis_name,
+        "axis_index_groups": spec.axis_index_groups,
+        "use_fast_variance": spec.use_fast_variance,
+        "rngs": _NO_RNGS,
+    }
+    if not isinstance(spec, specs.RMSNorm):
+        options |= {"use_bias": spec.bias is not None, "bias_init": _given(_flat(spec.bias))}
+    return options
+
+
 def _norm_dtype(spec, ctx):
     """The one dtype that this framework has for the operands and for the result."""
     if spec.compute_dtype == spec.output_dtype or specs.is_wide(spec.output_dtype):
@@ -139,6 +193,12 @@ def _norm_dtype(spec, ctx):
     state=("scale", "bias"),
     fixed={"promote_dtype": dtypes.promote_dtype},
 )
+@adapter.reads(
+    nnx.RMSNorm,
+    specs.RMSNorm,
+    state=("scale",),
+    fixed={"promote_dtype": dtypes.promote_dtype},
+)
 def read_layer_norm(m, ctx):
     reduction_axes = _axes(m.reduction_axes, "reduction_axes", ctx)
     feature_axes = _axes(m.feature_axes, "feature_axes", ctx)
@@ -146,19 +206,11 @@ def read_layer_norm(m, ctx):
         ctx.refuse(
             "feature_axes", feature_axes, "nnx keeps the product of their sizes, not the sizes"
         )
-    dtype = specs.dtype(m.dtype)
-    return specs.LayerNorm(
-        scale=_array(m, ctx, "scale"),
-        bias=_array(m, ctx, "bias"),
-        epsilon=m.epsilon,
-        use_fast_variance=m.use_fast_variance,
+    return (specs.RMSNorm if isinstance(m, nnx.RMSNorm) else specs.LayerNorm)(
+        **_norm_fields(m, ctx),
         feature_shape=(m.num_features,),
         reduction_axes=reduction_axes,
         feature_axes=feature_axes,
-        axis_name=m.axis_name,
-        axis_index_groups=m.axis_index_groups,
-        compute_dtype=None if specs.is_wide(dtype) else dtype,
-        output_dtype=dtype,
     )
 
 
@@ -174,44 +226,48 @@ def _axes(axes: Any, option: str, ctx) -> tuple[int, ...]:
     return axes
 
 
-@adapter.builds(
-    specs.LayerNorm,
-    carries=(
-        "leading_shape",
-        "reduction_axes",
-        "feature_axes",
-        "axis_name",
-        "axis_index_groups",
-        "compute_dtype",
-        "output_dtype",
-    ),
-)
+_AXES = ("leading_shape", "reduction_axes", "feature_axes")
+_NORM = ("axis_name", "axis_index_groups", "compute_dtype", "output_dtype")
+
+
+@adapter.builds(specs.LayerNorm, carries=(*_AXES, *_NORM))
+@adapter.builds(specs.RMSNorm, carries=(*_AXES, *_NORM))
 def build_layer_norm(spec, ctx):
     shape = spec.feature_shape
     if shape is None:
         example = ctx.require_shape()
         shape = tuple(example[axis] for axis in spec.feature_axes)
     features = functools.reduce(lambda a, b: a * b, shape)
-    return nnx.LayerNorm(
+    return (nnx.RMSNorm if isinstance(spec, specs.RMSNorm) else nnx.LayerNorm)(
         features,
-        epsilon=spec.epsilon,
-        dtype=_norm_dtype(spec, ctx),
-        param_dtype=specs.common_dtype(spec.scale, spec.bias),
-        use_bias=spec.bias is not None,
-        use_scale=spec.scale is not None,
-        bias_init=_given(_flat(spec.bias)),
-        scale_init=_given(_flat(spec.scale)),
         reduction_axes=spec.reduction_axes,
         feature_axes=spec.feature_axes,
-        axis_name=spec.axis_name,
-        axis_index_groups=spec.axis_index_groups,
-        use_fast_variance=spec.use_fast_variance,
-        rngs=_NO_RNGS,
+        **_norm_options(spec, ctx),
     )
 
 
 def _flat(array: Any) -> Any:
     return array if array is None or array.ndim == 1 else array.reshape(-1)
+
+
+@adapter.reads(
+    nnx.GroupNorm,
+    specs.GroupNorm,
+    state=("scale", "bias"),
+    fixed={"promote_dtype": dtypes.promote_dtype, "reduction_axes": None},
+)
+def read_group_norm(m, ctx):
+    return specs.GroupNorm(
+        **_norm_fields(m, ctx),
+        num_groups=m.num_groups,
+        features=m.num_groups * m.group_size,
+    )
+
+
+@adapter.builds(specs.GroupNorm, carries=_NORM)
+def build_group_norm(spec, ctx):
+    features = spec.features or ctx.require_shape()[-1]
+    return nnx.GroupNorm(features, spec.num_groups, **_norm_options(spec, ctx))
 
 
 @adapter.reads(
@@ -222,30 +278,20 @@ def _flat(array: Any) -> Any:
 )
 def read_batch_norm(m, ctx):
     (axis,) = _axes(m.axis, "axis", ctx)
-    scale, bias = _array(m, ctx, "scale"), _array(m, ctx, "bias")
-    dtype = specs.dtype(m.dtype)
-    mean = _array(m, ctx, "mean", nnx.BatchStat)
+    fields, mean = _norm_fields(m, ctx), _array(m, ctx, "mean", nnx.BatchStat)
+    if m.dtype is None:
+        fields["output_dtype"] = specs.promoted_dtype(mean, fields["scale"], fields["bias"])
     return specs.BatchNorm(
-        scale=scale,
-        bias=bias,
+        **fields,
         mean=mean,
         var=_array(m, ctx, "var", nnx.BatchStat),
         momentum=m.momentum,
-        epsilon=m.epsilon,
-        use_fast_variance=m.use_fast_variance,
         spatial_dims=None,
         axis=axis,
-        axis_name=m.axis_name,
-        axis_index_groups=m.axis_index_groups,
-        compute_dtype=None if dtype is None or specs.is_wide(dtype) else dtype,
-        output_dtype=dtype or specs.promoted_dtype(mean, scale, bias),
     )
 
 
-@adapter.builds(
-    specs.BatchNorm,
-    carries=("axis", "axis_name", "axis_index_groups", "compute_dtype", "output_dtype"),
-)
+@adapter.builds(specs.BatchNorm, carries=("axis", *_NORM))
 def build_batch_norm(spec, ctx):
     promoted = specs.promoted_dtype(spec.mean, spec.scale, spec.bias)
     if spec.output_dtype is None and promoted is not None:
@@ -255,17 +301,7 @@ def build_batch_norm(spec, ctx):
         use_running_average=True,
         axis=spec.axis,
         momentum=spec.momentum,
-        epsilon=spec.epsilon,
-        dtype=_norm_dtype(spec, ctx),
-        param_dtype=specs.common_dtype(spec.scale, spec.bias),
-        use_bias=spec.bias is not None,
-        use_scale=spec.scale is not None,
-        bias_init=_given(spec.bias),
-        scale_init=_given(spec.scale),
-        axis_name=spec.axis_name,
-        axis_index_groups=spec.axis_index_groups,
-        use_fast_variance=spec.use_fast_variance,
-        rngs=_NO_RNGS,
+        **_norm_options(spec, ctx),
     )
     layer.mean.set_value(spec.mean)
     layer.var.set_value(spec.var)
