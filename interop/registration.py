@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
 from . import specs
 from .errors import ArgumentError, ConversionError, InteropError, UnmappedLayerError
+from .parameters import leaves_by_name
 from .registry import Adapter, BuildRule, ReadRule, registry
 from .walk import Building, Reading
 
@@ -239,7 +240,7 @@ def register_builder(
 
 
 @contextlib.contextmanager
-def registered(*mappings: LayerMapping) -> Iterator[None]:
+def registered(*mappings: LayerMapping) -> Generator[None]:
     """Take back on leaving every registration made inside, and the ``mappings`` given.
 
     Args:
@@ -326,7 +327,7 @@ class HubLayer(specs.Deferred):
         return ctx.build(self.plain)
 
     def parameters(self) -> Mapping[str, specs.Array]:
-        return self.hub.parameter_arrays(self.layer)
+        return leaves_by_name(self.hub.parameters(self.layer))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -343,15 +344,15 @@ class ForeignLayer(specs.Deferred):
 
     def build(self, ctx: Building) -> Any:
         layer = _call(self.to_hub, "to_bst", self.layer, ctx, self.hub)
+        layer_type: type = type(layer)
         reading = Reading(self.hub, registry)
         spec: specs.Spec | InteropError
         try:
             spec = reading.read(layer, ctx.path)
         except InteropError as e:
             spec = e
-        self.made[:] = [
-            HubLayer(hub=self.hub, layer=layer, layer_type=type(layer), plain=spec)
-        ]
+        made = HubLayer(hub=self.hub, layer=layer, layer_type=layer_type, plain=spec)
+        self.made[:] = [made]
         if ctx.adapter is self.hub:
             ctx.passed(self)
             return layer
@@ -362,9 +363,8 @@ class ForeignLayer(specs.Deferred):
 
     def parameters(self) -> Mapping[str, specs.Array]:
         ctx = Building(self.hub, {}, None, {})
-        return self.hub.parameter_arrays(
-            _call(self.to_hub, "to_bst", self.layer, ctx, self.hub)
-        )
+        made = _call(self.to_hub, "to_bst", self.layer, ctx, self.hub)
+        return leaves_by_name(self.hub.parameters(made))
 
 
 def _register_foreign_reader(hub: Adapter, other: Adapter, mapping: LayerMapping) -> None:

@@ -9,12 +9,10 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
-
-import jax
 
 from . import frameworks as _framework_files
 from .errors import (
@@ -84,6 +82,8 @@ class Adapter:
     """Whether modules see one example, and the caller maps over the batch."""
     has_identity: ClassVar[bool] = True
     """Whether a module that stands at two places stays one module."""
+    companion: ClassVar[str | None] = None
+    """The argument of ``convert`` that is the second half of a native pair of values."""
     is_hub: ClassVar[bool] = False
     """Whether pairs of rules written for two frameworks go through this one."""
 
@@ -137,13 +137,16 @@ class Adapter:
         raise NotImplementedError
 
     def with_parameters(self, node: Any, parameters: Any) -> Any:
-        """A copy of ``node`` that holds ``parameters``, such a container, and shares the rest."""
+        """A copy of ``node`` that holds ``parameters``, such a container, instead."""
         raise NotImplementedError
 
-    def parameter_arrays(self, node: Any) -> dict[str, Any]:
-        """The leaves of :meth:`parameters` by their path."""
-        leaves = jax.tree_util.tree_leaves_with_path(self.parameters(node))
-        return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    def container(self, leaves: Mapping[tuple[Any, ...], Any]) -> Any:
+        """A container of parameters from its leaves by path; None where that takes more."""
+        return None
+
+    def run(self, node: Any, inputs: tuple[Any, ...], train: bool) -> Any:
+        """The output for a batch of inputs; ``node`` stays as it is."""
+        raise NotImplementedError
 
     # -- rules --------------------------------------------------------------------------
 
@@ -366,7 +369,8 @@ class Registry:
         A framework's file is named after a component of the module path of its base class,
         so that nothing is imported to find it.
         """
-        return self.framework_of_class(type(obj))
+        cls: type = type(obj)
+        return self.framework_of_class(cls)
 
     def framework_of_class(self, cls: type) -> str | None:
         """The framework that instances of ``cls`` are modules of, or None."""
@@ -382,7 +386,7 @@ class Registry:
         rules[key] = rule
 
     @contextlib.contextmanager
-    def undoing(self) -> Iterator[None]:
+    def undoing(self) -> Generator[None]:
         """Take back what is replaced inside, latest first."""
         before = len(self._replaced)
         try:

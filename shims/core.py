@@ -334,8 +334,22 @@ def guest_of(module: Any, **options: Any) -> Guest:
     return make(module, **given)
 
 
-def materialize(native: Any, structure: Structure, to: str, options: Mapping[str, Any]) -> Any:
-    """What ``interop`` makes of a guest's native object for the framework ``to``."""
+def materialize(
+    structure: Structure,
+    values: Mapping[Path, Any],
+    to: str,
+    options: Mapping[str, Any],
+    *,
+    copy: bool,
+) -> Any:
+    """What ``interop`` makes of a guest that holds ``values``, for the framework ``to``.
+
+    With ``copy`` the result has buffers of its own; otherwise arrays whose layout agrees are
+    the same objects.
+    """
+    if copy:
+        values = {path: jax.numpy.copy(value) for path, value in values.items()}
+    native = structure.build(values)
     arguments = structure.convert_arguments(native)
     return convert_with(structure.module(native), to, options=options, **arguments)
 

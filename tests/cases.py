@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -24,16 +24,24 @@ WEIGHT_2, BIAS_2 = array(4, 2, seed=4), array(2, seed=5)
 SCALE, SHIFT = array(3, seed=6) + 2, array(3, seed=7)
 MEAN, VAR = array(3, seed=8), array(3, seed=9, positive=True)
 EPSILON, MOMENTUM, RATE = 2e-3, 0.9, 0.3
+INDICES = jnp.array([4, 0, 4, 2, 1])
+TABLE = array(5, 3, seed=10)
+IMAGES = array(2, 4, 5, 6, seed=11)  # of height 4, width 5 and 6 channels
+SCALE_6, SHIFT_6 = array(6, seed=12) + 2, array(6, seed=13)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model in every framework, and its output in evaluation mode on ``X``."""
+    """A model in every framework, and its output in evaluation mode on ``x``.
+
+    ``x`` has its channels last, and each framework is given it in its own layout.
+    """
 
     name: str
     needs: tuple[str, ...]
     build: Callable[[Any], Any]
     expected: Callable[[Any], Any]
+    x: Any = field(default_factory=lambda: X)
 
     def convert(self, source, target):
         """The model in ``source`` and converted to ``target``; skips what they lack."""
@@ -41,7 +49,19 @@ class Case:
             source.needs(feature)
             target.needs(feature)
         model = self.build(source)
-        return model, target.convert_from(source, model, sample_input=(3,))
+        return model, target.convert_from(source, model, sample_input=self.shape(source))
+
+    def given(self, fw, x=None):
+        """``x`` as models of the framework take it."""
+        return fw.from_channels_last(self.x if x is None else x)
+
+    def shape(self, fw):
+        """The shape of one example, as models of the framework take it."""
+        return self.given(fw).shape[1:]
+
+    def call(self, fw, model, x=None, call="call"):
+        """The output, with its channels last."""
+        return fw.to_channels_last(getattr(fw, call)(model, self.given(fw, x)))
 
 
 def linear(fw):
@@ -88,6 +108,26 @@ CASES = [
     ),
     Case("layer norm", ("layer_norm",), layer_norm, _layer_norm),
     Case("batch norm", ("batch_norm",), batch_norm, _batch_norm),
+    Case(
+        "embedding",
+        ("embedding",),
+        lambda fw: fw.embedding(TABLE),
+        lambda x: np.asarray(TABLE)[x],
+        INDICES,
+    ),
+    Case(
+        "rms norm",
+        ("rms_norm",),
+        lambda fw: fw.rms_norm(SCALE, EPSILON),
+        lambda x: truth.rms_norm(x, SCALE, EPSILON),
+    ),
+    Case(
+        "group norm",
+        ("group_norm",),
+        lambda fw: fw.group_norm(SCALE_6, SHIFT_6, 2, EPSILON),
+        lambda x: truth.group_norm(x, SCALE_6, SHIFT_6, 2, EPSILON),
+        IMAGES,
+    ),
     Case(
         "small stack",
         ("linear", "sequential", "activation"),

@@ -5,6 +5,7 @@ import itertools
 import pkgutil
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -28,6 +29,16 @@ class Framework:
     def __getattr__(self, name: str):
         self.needs(name)
         return getattr(self._module, name)
+
+    def from_channels_last(self, x):
+        """A batch in the layout that models of the framework take: images are moved."""
+        moved = x.ndim > 2 and getattr(self._module, "CHANNELS_FIRST", False)
+        return jnp.moveaxis(x, -1, 1) if moved else x
+
+    def to_channels_last(self, x):
+        """A batch that a model of the framework returned, with its channels last."""
+        moved = x.ndim > 2 and getattr(self._module, "CHANNELS_FIRST", False)
+        return jnp.moveaxis(x, 1, -1) if moved else x
 
     def call(self, model, x, **options):
         """The output of ``run`` alone."""

@@ -6,10 +6,11 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import shims
 from interop.registry import registry
+from shims.core import side_of
 
 README = Path(__file__).parents[1] / "README.md"
-START, END = "<!-- table: written by tests/support_table.py -->\n", "<!-- end of table -->"
 
 
 def table() -> str:
@@ -36,11 +37,33 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def pairs() -> str:
+    """Markdown: the public class that wraps a guest (row) for a host (column)."""
+    names = registry.names()
+    lines = ["| guest \\ host | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for guest in names:
+        cells = ["itself" if guest == host else f"`{_shim(guest, host)}`" for host in names]
+        lines.append(f"| {guest} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _shim(guest: str, host: str) -> str:
+    """The name under which ``shims`` has the class: of the host, or of the guest."""
+    if side_of(guest, "guest") is None or side_of(host, "host") is None:
+        return ""
+    found = {name.lower(): name for name in shims.__all__}
+    return found.get(f"to{host}") or found[f"from{guest}"]
+
+
 def with_table(text: str) -> str:
-    """``text`` with the part between the markers replaced."""
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n{table()}\n{END}{after}"
+    """``text`` with the parts between the markers replaced."""
+    for name, make in (("table", table), ("pairs", pairs)):
+        start = f"<!-- {name}: written by tests/support_table.py -->\n"
+        before, found, rest = text.partition(start)
+        if found:
+            _, end, after = rest.partition(f"<!-- end of {name} -->")
+            text = f"{before}{start}\n{make()}\n{end}{after}"
+    return text
 
 
 if __name__ == "__main__":

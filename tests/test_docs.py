@@ -55,6 +55,43 @@ def test_what_the_readme_links_to_is_there():
         assert (ROOT / script).exists(), script
 
 
+def run_example(name: str, *arguments: object) -> str:
+    """What the example prints; warnings are errors."""
+    script = ROOT / "examples" / f"{name}.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_one_model_of_four_frameworks_trains_alike_in_all_four_hosts():
+    text = run_example("four_frameworks_one_model", "--steps", 120)
+    rows = re.findall(r"^\S.*?\s{2,}([\d.]+)\s+([\d.]+)\s+([\d.]+)%$", text, re.MULTILINE)
+    assert len(rows) == 4
+    assert all(float(accuracy) > 90 for *_, accuracy in rows)
+    assert number(text, "largest difference of the first 20 losses") < 1e-4
+
+
+def test_a_brainstate_rnn_trains_inside_linen():
+    text = run_example("brainstate_rnn_in_linen")
+    assert "own array: True" in text
+    assert number(text, "test accuracy") > 94
+    assert number(text, "largest change of the BrainState weight") > 0.01
+
+
+def test_equinox_layers_train_inside_brainstate():
+    text = run_example("wrap_equinox_in_brainstate")
+    assert "trainable states: 7, of which Equinox's: 6" in text
+    assert number(text, "test accuracy") > 93
+    assert "its running mean moved: True" in text
+
+
 @pytest.fixture(scope="module")
 def embed_in_flax(tmp_path_factory):
     out = tmp_path_factory.mktemp("embed_in_flax")

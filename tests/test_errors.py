@@ -215,8 +215,8 @@ UNSUPPORTED = {
         (interop.UnmappedLayerError, LookupError, "model", ["GRUCell"]),
     ),
     "a layer without a rule, nnx": (
-        lambda: interop.from_nnx(nnx.Sequential(nnx.Sequential(nnx.Embed(3, 4, rngs=RNGS)))),
-        (interop.UnmappedLayerError, LookupError, "model[0][0]", ["Embed"]),
+        lambda: interop.from_nnx(nnx.Sequential(nnx.Sequential(nnx.GRUCell(3, 4, rngs=RNGS)))),
+        (interop.UnmappedLayerError, LookupError, "model[0][0]", ["GRUCell"]),
     ),
     "an empty stack, brainstate": (
         lambda: interop.to_nnx(emptied()),
@@ -393,8 +393,8 @@ def test_the_facts_of_an_error_are_attributes():
         interop.from_nnx(Scaled(3, 4, rngs=RNGS))
     assert (e.value.found, e.value.option, e.value.target) == (Scaled, "__call__", None)
     with pytest.raises(interop.UnmappedLayerError) as e:
-        interop.from_nnx(nnx.Embed(3, 4, rngs=RNGS))
-    assert (e.value.found, e.value.framework) == (nnx.Embed, "nnx")
+        interop.from_nnx(nnx.GRUCell(3, 4, rngs=RNGS))
+    assert (e.value.found, e.value.framework) == (nnx.GRUCell, "nnx")
 
 
 def test_a_subclass_with_another_forward_is_refused_by_name(source, target):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from .cases import CASES, X
+from .cases import CASES
 
 pytestmark = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -17,30 +17,31 @@ def close(a, b, tolerance=2e-6):
 def test_the_source_computes_the_hand_written_formula(source, case):
     for feature in case.needs:
         source.needs(feature)
-    close(source.call(case.build(source), X), case.expected(X))
+    close(case.call(source, case.build(source)), case.expected(case.x))
 
 
 def test_the_converted_model_computes_the_hand_written_formula(source, target, case):
     _, converted = case.convert(source, target)
-    close(target.call(converted, X), case.expected(X))
+    close(case.call(target, converted), case.expected(case.x))
 
 
 def test_the_converted_model_compiles(source, target, case):
     _, converted = case.convert(source, target)
-    close(target.jit(converted, X), case.expected(X))
+    close(case.call(target, converted, call="jit"), case.expected(case.x))
 
 
 def test_the_converted_model_has_the_same_gradients(source, target, case):
     model, converted = case.convert(source, target)
-    wanted, found = source.gradient(model, X), target.gradient(converted, X)
+    wanted = source.gradient(model, case.given(source))
+    found = target.gradient(converted, case.given(target))
     assert [g.keys() for g in found] == [g.keys() for g in wanted]
     jax.tree.map(lambda a, b: close(a, b, 2e-5), found, wanted)  # sums over many products
 
 
 def test_the_converted_model_maps_over_a_further_axis(source, target, case):
     _, converted = case.convert(source, target)
-    batches = np.stack([X, 2 * X])
-    mapped = jax.vmap(lambda x: target.call(converted, x))(batches)
+    batches = np.stack([case.x, case.x[::-1]])
+    mapped = jax.vmap(lambda x: case.call(target, converted, x))(batches)
     close(mapped, np.stack([case.expected(x) for x in batches]))
 
 
@@ -57,7 +58,7 @@ def test_equal_layouts_share_the_array_and_others_hold_the_same_numbers(source, 
 
 def test_a_round_trip_gives_back_the_types_options_and_arrays(source, target, case):
     model, converted = case.convert(source, target)
-    back = source.convert_from(target, converted, sample_input=(3,))
+    back = source.convert_from(target, converted, sample_input=case.shape(target))
     assert source.options(back) == source.options(model)
     jax.tree.map(close, source.read(back), source.read(model))
 
@@ -71,7 +72,7 @@ def test_the_source_is_unchanged_by_the_conversion_and_by_training_the_result(
     model = case.build(source)
     before = jax.tree.map(np.array, source.read(model))
     options = source.options(model)
-    converted = target.convert_from(source, model, sample_input=(3,))
-    target.step(converted, X)
+    converted = target.convert_from(source, model, sample_input=case.shape(source))
+    target.step(converted, case.given(target))
     jax.tree.map(np.testing.assert_array_equal, source.read(model), before)
     assert source.options(model) == options

@@ -43,7 +43,7 @@ def build(name, cls, option):
     constructor = source.CONSTRUCTORS[cls]
     mark = constructor.options[option]
     value = mark.value if isinstance(mark.value, dict) else {option: mark.value}
-    x = mark.x or constructor.x
+    x = constructor.x if mark.x is None else mark.x
     return source, mark, x, source.construct(cls, x, **(constructor.base | value))
 
 
@@ -54,12 +54,12 @@ def test_an_option_is_carried_over_or_refused_by_name(name, goal, cls, option):
     source, mark, x, model = build(name, cls, option)
     if mark.refused == ALL or target.name in mark.refused:
         with pytest.raises(interop.UnsupportedLayerError) as e:
-            target.convert_from(source, model, sample_input=x[1:])
+            target.convert_from(source, model, sample_input=given(x).shape[1:])
         assert e.value.option == (mark.named or option)
         assert cls.__name__ in str(e.value)
         assert e.value.option in str(e.value)
         return
-    converted = target.convert_from(source, model, sample_input=x[1:])
+    converted = target.convert_from(source, model, sample_input=given(x).shape[1:])
     if mark.attribute:
         assert attribute(converted, option) == attribute(model, option)
     elif "Dropout" in cls.__name__:
@@ -78,24 +78,28 @@ def test_an_option_is_carried_over_or_refused_by_name(name, goal, cls, option):
             )
 
 
+def given(x):
+    return array(*x) if isinstance(x, tuple) else x
+
+
 def attribute(model, option):
     return getattr(model[0] if isinstance(model, tuple) else model, option)
 
 
 def in_evaluation(fw, model, x):
-    yield fw.call(model, array(*x))
+    yield fw.call(model, given(x))
 
 
 def in_modes(fw, model, x):
     """In evaluation, in training, and in evaluation after that."""
-    yield fw.call(model, array(*x))
-    y, model = fw.run(model, array(*x), train=True)
+    yield fw.call(model, given(x))
+    y, model = fw.run(model, given(x), train=True)
     yield y
-    yield fw.call(model, array(*x))
+    yield fw.call(model, given(x))
 
 
 def along_a_named_axis(fw, model, x):
-    yield jax.vmap(lambda x: fw.call(model, x), axis_name="batch")(array(2, *x))
+    yield jax.vmap(lambda x: fw.call(model, x), axis_name="batch")(np.stack([given(x)] * 2))
 
 
 def dropped(fw, model, x):

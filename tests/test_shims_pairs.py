@@ -182,6 +182,17 @@ def test_materialize_gives_the_hosts_own_layer(source, target):
     assert not any("shims" in type(part).__module__ for part in jax.tree.leaves(result))
 
 
+def test_materialize_can_give_the_result_buffers_of_its_own(source, target):
+    target.needs("training")
+    model = source.sequential(source.linear(live.PARAMS["w1"], live.PARAMS["b1"]))
+    module, keywords = source.arguments(model)
+    shim = shims.wrap(module, into=target.name, **keywords)
+    own = {array.unsafe_buffer_pointer() for array in source.read(model)[0].values()}
+    made = target.receive(lambda: shim.materialize(copy=True))
+    copied = {array.unsafe_buffer_pointer() for array in target.read(made)[0].values()}
+    assert not own & copied
+
+
 def test_materialize_of_own_forward_logic_is_refused(hosted):
     _, host = hosted()
     with pytest.raises(interop.UnsupportedStructureError, match="Block"):

@@ -13,6 +13,23 @@ def layer_norm(x, scale, bias, epsilon):
     return (x - mean) / np.sqrt(var + epsilon) * scale + bias
 
 
+def rms_norm(x, scale, epsilon):
+    x = np.float64(x)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * scale
+
+
+def group_norm(x, scale, bias, groups, epsilon):
+    """Channels last: each group of channels over all of space, example by example."""
+    x = np.float64(x)
+    parts = np.split(x, groups, axis=-1)
+    over = tuple(range(1, x.ndim))
+    normal = [
+        (p - p.mean(over, keepdims=True)) / np.sqrt(p.var(over, keepdims=True) + epsilon)
+        for p in parts
+    ]
+    return np.concatenate(normal, -1) * scale + bias
+
+
 def batch_norm(x, scale, bias, mean, var, epsilon):
     """In evaluation; in training with the batch's own ``mean`` and ``var``."""
     x, mean, var = np.float64(x), np.float64(mean), np.float64(var)

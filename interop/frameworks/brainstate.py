@@ -40,6 +40,30 @@ class BrainState(Adapter):
     def has_children(self, module):
         return any(path for path in module.nodes() if path)
 
+    def parameters(self, node):
+        states = node.states(brainstate.ParamState)
+        return {path: state.value for path, state in states.items()}
+
+    def with_parameters(self, node, parameters):
+        copy = brainstate.graph.treefy_merge(*brainstate.graph.treefy_split(node))
+        for path, state in copy.states(brainstate.ParamState).items():
+            state.value = parameters[path]
+        return copy
+
+    def container(self, leaves):
+        found: dict[Any, Any] = {}
+        for path, leaf in leaves.items():
+            if isinstance(path[-1], str) and path[-2:-1] == ("weight",):
+                found.setdefault(path[:-1], {})[path[-1]] = leaf
+            else:
+                found[path] = leaf
+        return found
+
+    def run(self, node, inputs, train):
+        copy = brainstate.graph.treefy_merge(*brainstate.graph.treefy_split(node))
+        with brainstate.environ.context(fit=train):
+            return copy(*inputs)
+
 
 adapter = BrainState()
 

@@ -33,6 +33,7 @@ class Node:
 class Equinox(Adapter):
     name = "equinox"
     module_type = eqx.Module
+    companion = "state"
     per_example = True
     has_identity = False
 
@@ -55,8 +56,32 @@ class Equinox(Adapter):
         leaves = jax.tree.leaves(module, is_leaf=lambda x: x is not module and _is_module(x))
         return any(map(_is_module, leaves))
 
+    def parameters(self, node):
+        held = eqx.filter(node.module, eqx.is_inexact_array)
+        return jax.tree.map(  # what an index holds is state, not a parameter
+            lambda x: jax.tree.map(lambda _: None, x) if _is_index(x) else x,
+            held,
+            is_leaf=_is_index,
+        )
+
+    def with_parameters(self, node, parameters):
+        return Node(eqx.combine(parameters, node.module), node.state)
+
+    def run(self, node, inputs, train):
+        module = eqx.nn.inference_mode(node.module, not train)
+        if node.state is None:
+            return jax.vmap(module, axis_name="batch")(*inputs)
+        over = (*[0] * len(inputs), None)
+        return jax.vmap(module, axis_name="batch", in_axes=over, out_axes=(0, None))(
+            *inputs, node.state
+        )[0]
+
 
 adapter = Equinox()
+
+
+def _is_index(x: Any) -> bool:
+    return isinstance(x, eqx.nn.StateIndex)
 
 
 def _is_module(x: Any) -> bool:
@@ -170,7 +195,7 @@ def read_layer_norm(node, ctx):
         scale=m.weight,
         bias=m.bias,
         epsilon=m.eps,
-        use_fast_variance=False,
+        use_fast_variance=is_rms,  # which has no variance: the default
         feature_shape=m.shape,
         reduction_axes=axes,
         feature_axes=axes,

@@ -40,6 +40,7 @@ class Node:
 class Linen(Adapter):
     name = "linen"
     module_type = nn.Module
+    companion = "params"
 
     def open(self, model, params, state):
         super().open(model, None, state)
@@ -61,6 +62,27 @@ class Linen(Adapter):
     def module(self, node):
         return node.module if isinstance(node, Node) else node
 
+    def parameters(self, node):
+        return node.variables.get("params", {})
+
+    def with_parameters(self, node, parameters):
+        return Node(node.module, {**node.variables, "params": parameters})
+
+    def container(self, leaves):
+        tree: dict[str, Any] = {}
+        for path, leaf in leaves.items():
+            part = tree
+            for step in path[:-1]:
+                part = part.setdefault(step, {})
+            part[path[-1]] = leaf
+        return tree
+
+    def run(self, node, inputs, train):
+        mutable = [name for name in node.variables if name != "params"] if train else False
+        module = _in_mode(node.module, train, {})
+        out = module.apply(node.variables, *inputs, mutable=mutable)
+        return out[0] if train else out
+
     def for_callback(self, node):
         return node
 
@@ -75,6 +97,23 @@ class Linen(Adapter):
 
 
 adapter = Linen()
+
+
+_MODES = {"use_running_average": False, "deterministic": False, "train": True}
+
+
+def _in_mode(layer: Any, train: bool, memo: dict[int, Any]) -> Any:
+    """The layers of a stack with their modes set; one used twice stays one."""
+    if not isinstance(layer, nn.Module):
+        return layer
+    if id(layer) not in memo:
+        if isinstance(layer, nn.Sequential):
+            changes = {"layers": tuple(_in_mode(x, train, memo) for x in layer.layers)}
+        else:
+            modes = _MODES.keys() & _fields(type(layer))
+            changes = {name: train is _MODES[name] for name in modes}
+        memo[id(layer)] = layer.clone(**changes)
+    return memo[id(layer)]
 
 
 def _fields(cls: type) -> set[str]:

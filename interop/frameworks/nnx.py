@@ -33,6 +33,25 @@ class Nnx(Adapter):
     def has_children(self, module):
         return any(path for path, _ in nnx.iter_modules(module))
 
+    def parameters(self, node):
+        return nnx.state(node, nnx.Param)
+
+    def with_parameters(self, node, parameters):
+        definition, _, rest = nnx.split(node, nnx.Param, ...)
+        return nnx.merge(definition, parameters, rest, copy=True)
+
+    def container(self, leaves):
+        params = [(path, nnx.Param(leaf)) for path, leaf in leaves.items()]
+        return nnx.State.from_flat_path(dict(params))
+
+    def run(self, node, inputs, train):
+        model = nnx.clone(node)
+        if train:
+            model.train()
+        else:
+            model.eval()
+        return model(*inputs)
+
     def close(self, built, options):
         rngs = options.get("rngs")
         if rngs is not None and not isinstance(rngs, nnx.Rngs | nnx.RngStream):

@@ -63,11 +63,11 @@ class Constructor:
     """How to build a layer, and every option of its constructor.
 
     Attributes:
-        x: shape of an input, with its batch axis.
+        x: shape of an input, with its batch axis; or the input, where it must be integers.
         base: options that every instance needs.
         options: an `Option`, or the reason why the option is irrelevant.
     """
 
-    x: tuple[int, ...]
+    x: tuple[int, ...] | Any
     base: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Option | str] = field(default_factory=dict)

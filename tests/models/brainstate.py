@@ -37,6 +37,27 @@ def layer_norm(scale, bias, epsilon, use_fast_variance=False):
     return layer
 
 
+def embedding(weight):
+    return nn.Embedding(*weight.shape, embedding_init=weight)
+
+
+def rms_norm(scale, epsilon):
+    layer = nn.RMSNorm(scale.shape, epsilon=epsilon, scale_init=scale)
+    layer.dtype = None
+    return layer
+
+
+def group_norm(scale, bias, groups, epsilon):
+    return nn.GroupNorm(
+        scale.shape,
+        num_groups=groups,
+        epsilon=epsilon,
+        scale_init=scale,
+        bias_init=bias,
+        use_fast_variance=False,
+    )
+
+
 def batch_norm(scale, bias, mean, var, epsilon, momentum, use_fast_variance=False):
     layer = nn.BatchNorm0d(
         scale.shape,
@@ -122,8 +143,19 @@ def _leaves(model):
     return [model]
 
 
+def _state(layer):
+    """The state that packs the layer's parameters, or None."""
+    state = getattr(layer, "weight", getattr(layer, "scale", None))
+    return state if isinstance(state, brainstate.State) else None
+
+
+def _named(value):
+    return value if isinstance(value, dict) else {"weight": value}
+
+
 def _arrays(layer):
-    arrays = dict(layer.weight.value) if getattr(layer, "weight", None) else {}
+    state = _state(layer)
+    arrays = dict(_named(state.value)) if state is not None else {}
     if hasattr(layer, "running_mean"):
         arrays |= {"mean": layer.running_mean.value, "var": layer.running_var.value}
     return arrays
@@ -134,6 +166,7 @@ def read(model):
 
 
 _OPTIONS = ("in_size", "out_size", "epsilon", "momentum", "use_fast_variance", "prob")
+_OPTIONS += ("num_groups", "num_embeddings")
 
 
 def options(model):
@@ -154,8 +187,8 @@ def _gradients(model, x):
 def gradient(model, x):
     states, grads = _gradients(model, x)
     by_state = {id(state): grads[key] for key, state in states.items()}
-    layers = [layer for layer in _leaves(model) if getattr(layer, "weight", None)]
-    return [by_state[id(layer.weight)] for layer in layers]
+    found = [_state(layer) for layer in _leaves(model)]
+    return [_named(by_state[id(state)]) for state in found if state is not None]
 
 
 def step(model, x):
@@ -229,6 +262,40 @@ def _plain(x=(6, 4), **options):
     return Constructor(x, {}, {"name": NAME} | options)
 
 
+def _norm():
+    return {
+        "epsilon": Option(0.1),
+        "use_scale": Option(False),
+        "scale_init": INITIAL,
+        "axis_index_groups": Option(
+            {"axis_name": "batch", "axis_index_groups": [[0, 1]]},
+            refused=_FEW,
+            named="axis_name",
+            attribute=True,
+        ),
+        "axis_name": Option("batch", refused=_FEW),
+        "use_fast_variance": Option(False),
+        "dtype": Option(jax.numpy.bfloat16, refused=("equinox", "nnx"), named="output_dtype"),
+        "param_type": Option(FrozenState, refused=ALL),
+    }
+
+
+_LAYER_NORM = _norm() | {
+    "in_size": Option((3, 4), refused=_FEW, named="leading_shape", x=(6, 3, 4)),
+    "reduction_axes": Option(
+        {"in_size": (3, 4), "reduction_axes": (-2, -1)},
+        refused=_FEW,
+        named="leading_shape",
+        x=(6, 3, 4),
+    ),
+    "feature_axes": Option(
+        {"in_size": (3, 4), "feature_axes": (-2, -1)},
+        refused=_FEW,
+        named="reduction_axes",
+        x=(6, 3, 4),
+    ),
+}
+
 CONSTRUCTORS = {
     nn.Sequential: "its layers are tested in stacks",
     nn.Linear: Constructor(
@@ -251,40 +318,40 @@ CONSTRUCTORS = {
             "param_type": Option(FrozenState, refused=ALL),
         },
     ),
+    nn.Embedding: Constructor(
+        jnp.arange(6) % 5,
+        {"num_embeddings": 5, "embedding_size": 3},
+        {
+            "num_embeddings": SHAPE,
+            "embedding_size": Option((2, 3), refused=ALL),
+            "embedding_init": INITIAL,
+            "padding_idx": Option(1, refused=ALL),
+            "max_norm": Option(0.5, refused=ALL),
+            "norm_type": "without effect where max_norm is None",
+            "scale_grad_by_freq": Option(True, refused=ALL),
+            "freeze": Option(True, refused=ALL),
+            "name": NAME,
+            "param_type": Option(FrozenState, refused=ALL),
+        },
+    ),
     nn.LayerNorm: Constructor(
         (6, 4),
         {"in_size": (4,)},
-        {
-            "in_size": Option((3, 4), refused=_FEW, named="leading_shape", x=(6, 3, 4)),
-            "reduction_axes": Option(
-                {"in_size": (3, 4), "reduction_axes": (-2, -1)},
-                refused=_FEW,
-                named="leading_shape",
-                x=(6, 3, 4),
-            ),
-            "feature_axes": Option(
-                {"in_size": (3, 4), "feature_axes": (-2, -1)},
-                refused=_FEW,
-                named="reduction_axes",
-                x=(6, 3, 4),
-            ),
-            "epsilon": Option(0.1),
-            "use_bias": Option(False),
-            "use_scale": Option(False),
+        _LAYER_NORM | {"use_bias": Option(False), "bias_init": INITIAL},
+    ),
+    nn.RMSNorm: Constructor((6, 4), {"in_size": (4,)}, _LAYER_NORM),
+    nn.GroupNorm: Constructor(
+        (6, 4),
+        {"in_size": (4,), "num_groups": 2},
+        _norm()
+        | {
+            "in_size": SHAPE,
+            "feature_axis": "the last axis is the only one",
+            "group_size": Option({"num_groups": None, "group_size": 1}),
+            "use_scale": Option(False, refused=_FEW, named="scale, bias"),
+            "use_bias": Option(False, refused=_FEW, named="scale, bias"),
             "bias_init": INITIAL,
-            "scale_init": INITIAL,
-            "axis_name": Option("batch", refused=_FEW),
-            "axis_index_groups": Option(
-                {"axis_name": "batch", "axis_index_groups": [[0, 1]]},
-                refused=_FEW,
-                named="axis_name",
-                attribute=True,
-            ),
-            "use_fast_variance": Option(False),
-            "dtype": Option(
-                jax.numpy.bfloat16, refused=("equinox", "nnx"), named="output_dtype"
-            ),
-            "param_type": Option(FrozenState, refused=ALL),
+            "reduction_axes": Option((-1,), refused=ALL),
         },
     ),
     nn.BatchNorm0d: _batch_norm_options(0),

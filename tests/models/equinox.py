@@ -14,6 +14,7 @@ LACKS = {
     "ties": "an Equinox tree has no identity: the same layer twice is two layers",
     "fast variance": "Equinox computes centred variances only",
 }
+CHANNELS_FIRST = True
 OWN_LAYOUT = {"weight", "mean", "var"}
 OWN_STREAMS = None
 ALWAYS_KEYED = None
@@ -37,6 +38,19 @@ def linear(weight, bias=None, **options):
 
 def layer_norm(scale, bias, epsilon, use_fast_variance=False):
     return _set(eqx.nn.LayerNorm(scale.shape, eps=epsilon), weight=scale, bias=bias)
+
+
+def embedding(weight):
+    return eqx.nn.Embedding(weight=weight)
+
+
+def rms_norm(scale, epsilon):
+    layer = eqx.nn.RMSNorm(scale.shape, eps=epsilon, use_bias=False)
+    return _set(layer, weight=scale)
+
+
+def group_norm(scale, bias, groups, epsilon):
+    return _set(eqx.nn.GroupNorm(groups, *scale.shape, eps=epsilon), weight=scale, bias=bias)
 
 
 def batch_norm(scale, bias, mean, var, epsilon, momentum, use_fast_variance=False):
@@ -138,8 +152,11 @@ def _leaves(module):
 
 def _arrays(layer, state):
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-    is_linear = isinstance(layer, eqx.nn.Linear)
-    arrays = {"weight": weight.T} if is_linear else {"scale": weight}
+    arrays = {"scale": weight}
+    if isinstance(layer, eqx.nn.Linear):
+        arrays = {"weight": weight.T}
+    if isinstance(layer, eqx.nn.Embedding):
+        arrays = {"weight": weight}
     if isinstance(layer, eqx.nn.BatchNorm) and state is not None:
         statistics = state.get(layer.batch_state_index)
         counter = state.get(layer.batch_counter)
@@ -155,6 +172,7 @@ def read(model):
 
 _OPTIONS = ("in_features", "out_features", "use_bias", "shape", "p", "input_size", "eps")
 _OPTIONS += ("momentum", "mode", "axis_name", "channelwise_affine", "fn")
+_OPTIONS += ("num_embeddings", "embedding_size", "groups", "channels")
 
 
 def options(model):
@@ -220,6 +238,45 @@ CONSTRUCTORS = {
             "use_bias": Option(False),
             "dtype": Option(jnp.bfloat16),
             "elementwise_affine": "the old name of use_weight and use_bias",
+        },
+    ),
+    eqx.nn.Embedding: Constructor(
+        jnp.arange(6) % 5,
+        {"num_embeddings": 5, "embedding_size": 3, "key": _KEY},
+        {
+            "num_embeddings": SHAPE,
+            "embedding_size": SHAPE,
+            "weight": "only the initial value",
+            "dtype": Option(jnp.bfloat16),
+            "key": "only the initial value depends on it",
+        },
+    ),
+    eqx.nn.RMSNorm: Constructor(
+        (6, 4),
+        {"shape": (4,), "use_bias": False},
+        {
+            "shape": Option((3, 4), x=(6, 3, 4)),
+            "eps": Option(0.1),
+            "use_weight": Option(False, refused=("brainstate",), named="use_scale, use_bias"),
+            "use_bias": Option(True, refused=ALL),
+            "dtype": Option(jnp.bfloat16),
+        },
+    ),
+    eqx.nn.GroupNorm: Constructor(
+        (6, 4),
+        {"groups": 2, "channels": 4},
+        {
+            "groups": Option(1),
+            "channels": Option(
+                {"channels": None, "channelwise_affine": False},
+                refused=("brainstate",),
+                named="use_scale, use_bias",
+            ),
+            "eps": Option(0.1),
+            "channelwise_affine": Option(
+                False, refused=("brainstate",), named="use_scale, use_bias"
+            ),
+            "dtype": Option(jnp.bfloat16),
         },
     ),
     eqx.nn.BatchNorm: Constructor(

@@ -34,6 +34,20 @@ def layer_norm(scale, bias, epsilon, use_fast_variance=False):
     return module, {"params": {"scale": scale, "bias": bias}}
 
 
+def embedding(weight):
+    module = nn.Embed(*weight.shape, param_dtype=weight.dtype)
+    return module, {"params": {"embedding": weight}}
+
+
+def rms_norm(scale, epsilon):
+    return nn.RMSNorm(epsilon=epsilon), {"params": {"scale": scale}}
+
+
+def group_norm(scale, bias, groups, epsilon):
+    module = nn.GroupNorm(groups, epsilon=epsilon, use_fast_variance=False)
+    return module, {"params": {"scale": scale, "bias": bias}}
+
+
 def batch_norm(scale, bias, mean, var, epsilon, momentum, use_fast_variance=False):
     module = nn.BatchNorm(
         use_running_average=True,
@@ -150,7 +164,8 @@ def _leaves(module, variables):
 
 def _arrays(variables):
     arrays = {name: array for tree in variables.values() for name, array in tree.items()}
-    return {"weight" if name == "kernel" else name: array for name, array in arrays.items()}
+    weights = {"kernel": "weight", "embedding": "weight"}
+    return {weights.get(name, name): array for name, array in arrays.items()}
 
 
 def read(model):
@@ -187,7 +202,9 @@ def count(model):
 def construct(cls, x, **options):
     module = cls(**options)
     alone = {name: v for name, v in options.items() if not name.startswith("axis_")}
-    variables = _in_mode(cls(**alone), False, {}).init(jax.random.key(0), array(*x))
+    variables = _in_mode(cls(**alone), False, {}).init(
+        jax.random.key(0), x if not isinstance(x, tuple) else array(*x)
+    )
     if "params" in variables:
         variables["params"] = jax.tree.map(
             lambda a: a + array(*a.shape).astype(a.dtype), variables["params"]
@@ -195,7 +212,7 @@ def construct(cls, x, **options):
     return module, variables
 
 
-def _promote(*args, dtype=None):
+def _promote(*args, dtype=None, inexact=True):
     return args
 
 
@@ -221,6 +238,14 @@ _NORM = _MODULE | {
     "force_float32_reductions": Option(False, refused=ALL),
 }
 
+_RMS_NORM = {name: mark for name, mark in _NORM.items() if "bias" not in name}
+_LAYER_NORM = {
+    "dtype": Option(jnp.bfloat16, refused=("equinox", "nnx"), named="output_dtype"),
+    "reduction_axes": Option((-2, -1), refused=("equinox",), x=(6, 3, 4)),
+    "feature_axes": Option((-2, -1), refused=("equinox",), named="reduction_axes", x=(6, 3, 4)),
+    "axis_name": Option("batch", refused=("equinox",)),
+}
+
 CONSTRUCTORS = {
     nn.Sequential: "its layers are tested in stacks",
     nn.Dense: Constructor(
@@ -240,16 +265,31 @@ CONSTRUCTORS = {
             "dot_general_cls": Option(lambda: _dot_general, refused=ALL),
         },
     ),
-    nn.LayerNorm: Constructor(
+    nn.Embed: Constructor(
+        jnp.arange(6) % 5,
+        {"num_embeddings": 5, "features": 3},
+        _MODULE
+        | {
+            "num_embeddings": SHAPE,
+            "features": SHAPE,
+            "dtype": Option(jnp.bfloat16, refused=("brainstate", "equinox")),
+            "param_dtype": Option(jnp.bfloat16),
+            "embedding_init": INITIAL,
+            "promote_dtype": Option(_promote, refused=ALL),
+        },
+    ),
+    nn.LayerNorm: Constructor((6, 4), {}, _NORM | _LAYER_NORM),
+    nn.RMSNorm: Constructor((6, 4), {}, _RMS_NORM | _LAYER_NORM),
+    nn.GroupNorm: Constructor(
         (6, 4),
-        {},
+        {"num_groups": 2},
         _NORM
         | {
+            "group_size": Option({"num_groups": None, "group_size": 1}),
+            "use_scale": Option(False, refused=("equinox",), named="scale, bias"),
+            "use_bias": Option(False, refused=("equinox",), named="scale, bias"),
+            "reduction_axes": Option((-1,), refused=ALL),
             "dtype": Option(jnp.bfloat16, refused=("equinox", "nnx"), named="output_dtype"),
-            "reduction_axes": Option((-2, -1), refused=("equinox",), x=(6, 3, 4)),
-            "feature_axes": Option(
-                (-2, -1), refused=("equinox",), named="reduction_axes", x=(6, 3, 4)
-            ),
             "axis_name": Option("batch", refused=("equinox",)),
         },
     ),

@@ -44,6 +44,27 @@ def layer_norm(scale, bias, epsilon, use_fast_variance=False):
     return layer
 
 
+def embedding(weight):
+    layer = nnx.Embed(*weight.shape, param_dtype=weight.dtype, rngs=nnx.Rngs(0))
+    layer.embedding.set_value(weight)
+    return layer
+
+
+def rms_norm(scale, epsilon):
+    layer = nnx.RMSNorm(*scale.shape, epsilon=epsilon, rngs=nnx.Rngs(0))
+    layer.scale.set_value(scale)
+    return layer
+
+
+def group_norm(scale, bias, groups, epsilon):
+    layer = nnx.GroupNorm(
+        *scale.shape, groups, epsilon=epsilon, use_fast_variance=False, rngs=nnx.Rngs(0)
+    )
+    layer.scale.set_value(scale)
+    layer.bias.set_value(bias)
+    return layer
+
+
 def batch_norm(scale, bias, mean, var, epsilon, momentum, use_fast_variance=False):
     layer = nnx.BatchNorm(
         *scale.shape,
@@ -146,7 +167,9 @@ def _arrays(layer):
     }
 
 
-_NAMES = {"kernel": "weight"} | {name: name for name in ("scale", "bias", "mean", "var")}
+_NAMES = {"kernel": "weight", "embedding": "weight"} | {
+    name: name for name in ("scale", "bias", "mean", "var")
+}
 
 
 def read(model):
@@ -155,6 +178,7 @@ def read(model):
 
 _OPTIONS = ("in_features", "out_features", "num_features", "use_bias", "rate")
 _OPTIONS += ("param_dtype", "epsilon", "momentum", "axis", "use_fast_variance")
+_OPTIONS += ("num_embeddings", "features", "num_groups")
 
 
 def options(model):
@@ -199,7 +223,7 @@ def construct(cls, x, **options):
     return layer
 
 
-def _promote(args, *, dtype=None):
+def _promote(args, *, dtype=None, inexact=True):
     return args
 
 
@@ -239,6 +263,15 @@ _NORM = {
     "scale_metadata": _note("scale_metadata", "scale"),
 }
 
+_RMS_NORM = {name: mark for name, mark in _NORM.items() if "bias" not in name}
+_LAYER_NORM = {
+    "reduction_axes": Option((-2, -1), refused=("equinox",), x=(6, 3, 4)),
+    "feature_axes": Option(
+        {"num_features": 12, "feature_axes": (-2, -1)}, refused=ALL, x=(6, 3, 4)
+    ),
+    "axis_name": Option("batch", refused=("equinox",)),
+}
+
 CONSTRUCTORS = {
     nnx.Sequential: "its layers are tested in stacks",
     nnx.Linear: Constructor(
@@ -263,15 +296,33 @@ CONSTRUCTORS = {
             "bias_metadata": _note("bias_metadata", "bias"),
         },
     ),
-    nnx.LayerNorm: Constructor(
+    nnx.Embed: Constructor(
+        jnp.arange(6) % 5,
+        {"num_embeddings": 5, "features": 3, "rngs": _RNGS},
+        {
+            "num_embeddings": SHAPE,
+            "features": SHAPE,
+            "dtype": Option(jnp.bfloat16, refused=("brainstate", "equinox")),
+            "param_dtype": Option(jnp.bfloat16),
+            "embedding_init": INITIAL,
+            "promote_dtype": Option(_promote, refused=ALL),
+            "rngs": INITIAL,
+            "embedding_metadata": _note("embedding_metadata", "embedding"),
+        },
+    ),
+    nnx.LayerNorm: Constructor((6, 4), {"num_features": 4, "rngs": _RNGS}, _NORM | _LAYER_NORM),
+    nnx.RMSNorm: Constructor(
+        (6, 4), {"num_features": 4, "rngs": _RNGS}, _RMS_NORM | _LAYER_NORM
+    ),
+    nnx.GroupNorm: Constructor(
         (6, 4),
-        {"num_features": 4, "rngs": _RNGS},
+        {"num_features": 4, "num_groups": 2, "rngs": _RNGS},
         _NORM
         | {
-            "reduction_axes": Option((-2, -1), refused=("equinox",), x=(6, 3, 4)),
-            "feature_axes": Option(
-                {"num_features": 12, "feature_axes": (-2, -1)}, refused=ALL, x=(6, 3, 4)
-            ),
+            "group_size": Option({"num_groups": None, "group_size": 1}),
+            "use_scale": Option({"use_scale": False}, ("equinox",), named="scale, bias"),
+            "use_bias": Option({"use_bias": False}, ("equinox",), named="scale, bias"),
+            "reduction_axes": Option((-1,), refused=ALL),
             "axis_name": Option("batch", refused=("equinox",)),
         },
     ),

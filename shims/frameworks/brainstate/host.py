@@ -236,24 +236,30 @@ class Wrapped(brainstate.nn.Module):
         return (
             guest.native
             if guest is not None
-            else self._shim_structure.build(
-                {path: state.value for path, state in self._shim_states().items()}
-            )
+            else self._shim_structure.build(self._shim_values())
         )
 
-    def materialize(self) -> brainstate.nn.Module:
+    def materialize(self, *, copy: bool = False) -> brainstate.nn.Module:
         """Turn the shim into a plain BrainState module.
 
+        Args:
+            copy: give the result buffers of its own; otherwise arrays whose layout agrees
+                are the same objects, and donating one side deletes the other's.
+
         Returns:
-            What ``interop.convert(..., to="brainstate")`` makes of the guest as it is now.
-            Arrays whose layout agrees are the same objects; an update of either side is not
-            seen by the other.
+            What ``interop.convert(..., to="brainstate")`` makes of the guest as it is now. An
+            update of either side is not seen by the other.
 
         Raises:
             UnmappedLayerError, UnsupportedLayerError, UnsupportedStructureError: a part of
                 the guest cannot be rebuilt; ``error.path`` names it. Nothing was changed.
         """
-        return materialize(self.unwrap(), self._shim_structure, "brainstate", {})
+        guest = _guests.get(self)
+        if guest is not None:
+            self._shim_show(guest)
+        return materialize(
+            self._shim_structure, self._shim_values(), "brainstate", {}, copy=copy
+        )
 
     def __getattr__(self, name: str) -> Any:
         structure = vars(self).get("_shim_structure")
@@ -282,6 +288,9 @@ class Wrapped(brainstate.nn.Module):
             if new.get(path, values[path]) is not values[path]:
                 state.value = new[path]
         return out
+
+    def _shim_values(self) -> dict[Path, Any]:
+        return {path: state.value for path, state in self._shim_states().items()}
 
     def _shim_states(self) -> dict[Path, brainstate.State]:
         found: dict[Path, brainstate.State] = {}

@@ -172,11 +172,13 @@ class ToEquinox(eqx.nn.StatefulLayer):
                 return guest.native
         return self._shim_structure.build(values)
 
-    def materialize(self, state: Any = None) -> Any:
+    def materialize(self, state: Any = None, *, copy: bool = False) -> Any:
         """Turn the shim into a plain Equinox module, in the shim's mode.
 
         Args:
             state: the current state; by default the guest's buffers as they are.
+            copy: give the result buffers of its own; otherwise arrays whose layout agrees
+                are the same objects.
 
         Returns:
             What ``interop.to_equinox`` makes of the guest with the shim's values. It sees
@@ -186,8 +188,8 @@ class ToEquinox(eqx.nn.StatefulLayer):
             UnmappedLayerError, UnsupportedLayerError, UnsupportedStructureError: a part of
                 the guest cannot be rebuilt; ``error.path`` names it.
         """
-        native = self._shim_structure.build(self._shim_current(state))
-        model = materialize(native, self._shim_structure, "equinox", {})
+        values = self._shim_current(state)
+        model = materialize(self._shim_structure, values, "equinox", {}, copy=copy)
         return eqx.nn.inference_mode(model, value=self.inference)
 
     def write_back(self, state: Any = None) -> None:

@@ -140,11 +140,15 @@ class ToLinen(nn.Module):
         return structure.build(_values(structure, variables, self._shim_guest.values()))
 
     @nn.nowrap
-    def materialize(self, variables: Mapping[str, Any] | None = None) -> Any:
+    def materialize(
+        self, variables: Mapping[str, Any] | None = None, *, copy: bool = False
+    ) -> Any:
         """Turn the shim into a plain Linen module.
 
         Args:
             variables: the current values; by default the guest's.
+            copy: give the result buffers of its own; otherwise arrays whose layout agrees
+                are the same objects.
 
         Returns:
             ``(module, variables)``, what ``interop.to_linen`` makes of the guest, for training
@@ -155,9 +159,11 @@ class ToLinen(nn.Module):
                 the guest cannot be rebuilt; ``error.path`` names it.
             ConversionError: ``variables`` do not fit.
         """
-        native = self.unwrap(variables)
+        structure, values = self._shim_structure, self._shim_guest.values()
+        if variables is not None:
+            values = _values(structure, variables, values)
         train = self.deterministic is False
-        return materialize(native, self._shim_structure, "linen", {"train": train})
+        return materialize(structure, values, "linen", {"train": train}, copy=copy)
 
     @nn.nowrap
     def write_back(self, variables: Mapping[str, Any]) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
 
@@ -215,10 +214,9 @@ class ToNNX(nnx.Module):
             >>> shims.ToNNX(brainstate.nn.Linear(3, 4)).materialize().kernel.shape
             (3, 4)
         """
-        model = materialize(self.unwrap(), self._shim_first, "nnx", {"rngs": self.rngs})
-        if copy:
-            definition, state = nnx.split(model)
-            model = nnx.merge(definition, jax.tree.map(jnp.copy, state))
+        structure = self._shim_anchor.structure
+        values = self._shim_values(structure)
+        model = materialize(structure, values, "nnx", {"rngs": self.rngs}, copy=copy)
         if self.deterministic:
             model.eval()
         else:
