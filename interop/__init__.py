@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from . import api as _api
 from . import specs
 from .api import convert, supported_layers
+from .correspondence import WeightMapping, mapping
 from .errors import (
     ArgumentError,
     BrokenDependencyError,
@@ -51,10 +52,12 @@ __all__ = [
     "UnmappedLayerError",
     "UnsupportedLayerError",
     "UnsupportedStructureError",
+    "WeightMapping",
     "convert",
     "from_equinox",
     "from_linen",
     "from_nnx",
+    "mapping",
     "register_builder",
     "register_layer_mapping",
     "register_reader",

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from . import specs
 from .errors import ArgumentError
-from .registry import registry
+from .registry import Adapter, registry
 from .walk import Building, Reading
 
-__all__ = ["convert", "convert_from", "convert_with", "supported_layers"]
+__all__ = [
+    "adapter_of",
+    "convert",
+    "convert_from",
+    "convert_with",
+    "keywords_of",
+    "open_model",
+    "sample_shape",
+    "supported_layers",
+]
 
 
 def convert(
@@ -96,6 +105,21 @@ def convert_with(
     """:func:`convert` with options of the target, such as the streams for its dropout."""
     _check_instance(model)
     target = registry.adapter(to)
+    adapter = adapter_of(model)
+    shape = sample_shape(sample_input)
+    reading = Reading(adapter, registry)
+    spec = reading.read(adapter.open(model, params, state), "model")
+    building = Building(target, reading.origins, shape, options)
+    return target.close(building.build(spec), options)
+
+
+def adapter_of(model: Any) -> Adapter:
+    """The adapter of the framework that ``model`` is a module of.
+
+    Raises:
+        ArgumentError: it is a class, or a module of none.
+    """
+    _check_instance(model)
     source = registry.framework_of(model)
     if source is None:
         raise ArgumentError(
@@ -104,12 +128,27 @@ def convert_with(
             path="model",
             remedy="Pass an instance of one of their modules",
         )
-    adapter = registry.adapter(source)
-    shape = _shape(sample_input)
-    reading = Reading(adapter, registry)
-    spec = reading.read(adapter.open(model, params, state), "model")
-    building = Building(target, reading.origins, shape, options)
-    return target.close(building.build(spec), options)
+    return registry.adapter(source)
+
+
+def keywords_of(model: Any) -> tuple[Any, dict[str, Any]]:
+    """A module, and what ``convert`` takes beside it; ``model`` may be a pair of both."""
+    if not (isinstance(model, tuple) and len(cast("tuple[Any, ...]", model)) == 2):
+        return model, {}
+    module, companion = cast("tuple[Any, Any]", model)
+    keyword = adapter_of(module).companion
+    return module, {} if keyword is None else {keyword: companion}
+
+
+def open_model(model: Any) -> tuple[Adapter, Any]:
+    """The adapter and the root node of a model; of a pair where its framework has pairs.
+
+    Raises:
+        ArgumentError: it is no model of a known framework.
+    """
+    module, keywords = keywords_of(model)
+    adapter = adapter_of(module)
+    return adapter, adapter.open(module, keywords.get("params"), keywords.get("state"))
 
 
 def _check_instance(model: Any) -> None:
@@ -121,7 +160,7 @@ def _check_instance(model: Any) -> None:
         )
 
 
-def _shape(sample_input: Any) -> specs.Shape | None:
+def sample_shape(sample_input: Any) -> specs.Shape | None:
     if sample_input is None:
         return None
     shape = getattr(sample_input, "shape", sample_input)

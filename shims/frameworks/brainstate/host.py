@@ -171,24 +171,27 @@ def _documented(doc: str) -> Any:
 _guests: weakref.WeakKeyDictionary[Any, LiveGuest] = weakref.WeakKeyDictionary()
 
 
-class Wrapped(brainstate.nn.Module):
-    __doc__: Any = _documented(
-        """A live ``brainstate.nn.Module`` around a module of another framework.
-
-    Of a guest that can change in place (NNX), the shim's States are views: one array, seen by
-    both sides at once. Of one that cannot (Linen variables, Equinox), the States hold the
-    current values. Trainable arrays are ``ParamState``s under the guest's own paths, running
-    statistics ``BatchState``s, all else ``LongTermState``s.
+_SHARED = """
+    Of a guest that can change in place (NNX), the States are views: one array, seen by both
+    sides at once. Of one that cannot (Linen variables, Equinox), they hold the current
+    values, and ``unwrap()`` gives the native object with them. Trainable arrays are
+    ``ParamState``s under the guest's own paths, running statistics ``BatchState``s, all else
+    ``LongTermState``s.
 
     ``brainstate.environ``'s ``fit`` reaches the guest; where it is not set, the guest's own
-    flags hold. A guest that is given keys gets them from ``brainstate.random``; one that holds
-    streams of its own keeps them, and they advance.
+    flags hold. A guest that is given keys gets them from ``brainstate.random``; one that
+    holds streams of its own keeps them, and they advance.
 
     Raises:
-        ArgumentError: ``module`` is a class, or not a module; a name of the guest collides
-            with one of the shim's; weights or state are missing.
+        ArgumentError: ``module`` is a class, or of another framework; a name of the guest
+            collides with one of the shim's; weights or state are missing.
         ConversionError: (writes) a value of another shape or dtype.
     """
+
+
+class Wrapped(brainstate.nn.Module):
+    __doc__: Any = _documented(
+        "A foreign module as a ``brainstate.nn.Module``; see the classes for each framework."
     )
 
     def __init__(
@@ -348,8 +351,6 @@ class FromNNX(Wrapped):
     Args:
         module: an ``nnx.Module`` instance.
 
-    See :class:`Wrapped` for what is shared and raised.
-
     Example:
         >>> import shims, jax.numpy as jnp
         >>> from flax import nnx
@@ -359,6 +360,7 @@ class FromNNX(Wrapped):
         >>> layer.bias[...].tolist()
         [1.0, 1.0, 1.0, 1.0]
     """
+        + _SHARED
     )
 
     def __init__(self, module: Any):
@@ -373,8 +375,6 @@ class FromLinen(Wrapped):
         module: a ``flax.linen.Module`` instance.
         params: its variables, ``{"params": ..., "batch_stats": ...}``.
 
-    See :class:`Wrapped` for what is shared and raised.
-
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, shims
         >>> module = nn.Dense(4)
@@ -382,6 +382,7 @@ class FromLinen(Wrapped):
         >>> shim(jnp.ones((2, 3))).shape
         (2, 4)
     """
+        + _SHARED
     )
 
     def __init__(self, module: Any, params: Any):
@@ -399,14 +400,13 @@ class FromEquinox(Wrapped):
         axis_name: the name of the first of them, by default as the module's own batch
             normalisations say.
 
-    See :class:`Wrapped` for what is shared and raised.
-
     Example:
         >>> import equinox as eqx, jax, jax.numpy as jnp, shims
         >>> shim = shims.FromEquinox(eqx.nn.Linear(3, 4, key=jax.random.key(0)))
         >>> shim(jnp.ones((2, 3))).shape
         (2, 4)
     """
+        + _SHARED
     )
 
     def __init__(

@@ -1,0 +1,455 @@
+"""The correspondence of two models' weights, and what it does to trees of their shape."""
+
+# jax.tree_util declares some of its types only in part.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import rearrangement, specs
+from .api import convert_with, keywords_of, open_model
+from .errors import ArgumentError, ConversionError
+from .parameters import Path, arrays, is_empty, leaves, name
+from .rearrangement import Piece, Rearrangement
+from .registry import Adapter, registry
+from .walk import Reading
+
+__all__ = ["WeightMapping", "mapping"]
+
+Shapes = dict[Path, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class WeightMapping:
+    """Which weight of one model is which of another, and how it is laid out there.
+
+    Made by :func:`mapping`. It holds no arrays, and does not change.
+
+    Attributes:
+        source, target: the frameworks.
+        shapes: the shape of each parameter of the source, by its path.
+        changes: for each parameter of the target, what it is made of.
+    """
+
+    source: str
+    target: str
+    shapes: Shapes
+    changes: tuple[Rearrangement, ...]
+    _source_tree: Any = field(default=None, repr=False, compare=False)
+    _target_tree: Any = field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                " + ".join(f"{name(path)} {self.shapes[path]}" for path in change.sources),
+                f"{name(change.target)} {change.shape}",
+                change.describe(self.shapes),
+            )
+            for change in self.changes
+        ]
+        left, right = (max((len(row[i]) for row in rows), default=0) for i in (0, 1))
+        lines = [f"  {a:<{left}}  ->  {b:<{right}}  {how}" for a, b, how in rows]
+        return "\n".join([f"{self.source} -> {self.target}: {len(rows)} parameters", *lines])
+
+    def __len__(self) -> int:
+        return len(self.changes)
+
+    def apply(self, tree: Any, *, weights: bool | None = None, like: Any = None) -> Any:
+        """Bring every parameter-shaped part of ``tree`` into the target's layout.
+
+        Args:
+            tree: a pytree that is, or holds anywhere, containers of the source's parameters:
+                gradients, Adam moments, EMA weights, freeze masks, shardings, whole optax
+                states. A container is what the framework's optimisers take: a nested dict or
+                ``nnx.State`` of an NNX model, the ``params`` dict of a Linen model,
+                ``{path: state.value}`` of ``model.states(ParamState)`` in BrainState, the
+                filtered module in Equinox. Its leaves are arrays of the parameters' shapes;
+                or a ``PartitionSpec``, ``NamedSharding`` or ``ShapeDtypeStruct``, whose axes
+                move along; or one value for the whole array (a number, a label, nothing),
+                which stays as it is. Everything outside containers stays as it is.
+            weights: whether the leaves are weights or gradients. That only matters where the
+                frameworks' weights differ by a constant, which gradients do not see.
+            like: parameters of the target in its own container; needed if the mapping was
+                loaded from JSON and the target keeps them in modules.
+
+        Returns:
+            The same pytree with the target's containers in the places of the source's. Arrays
+            of equal layout are the same objects.
+
+        Raises:
+            ConversionError: no part of ``tree`` has the source's parameters, or a leaf
+                neither fits its parameter nor is one value for it.
+            ArgumentError: ``weights`` or ``like`` is needed.
+
+        Example:
+            >>> import brainstate, interop, optax
+            >>> model = brainstate.nn.Linear(3, 4)
+            >>> params = {k: s.value for k, s in model.states(brainstate.ParamState).items()}
+            >>> state = optax.adam(1e-3).init(params)
+            >>> moved = interop.mapping(model, to="equinox").apply(state)
+            >>> moved[0].mu.weight.shape, moved[0].count is state[0].count
+            ((4, 3), True)
+        """
+        shifted = any(piece.shift for change in self.changes for piece in change.pieces)
+        if shifted and weights is None:
+            raise ArgumentError(
+                f"some weights of {self.source} and {self.target} differ by a constant",
+                remedy="Pass weights=True for weights or averages of them, weights=False for "
+                "gradients and moments of them",
+            )
+        if not self.changes:
+            return tree
+        matched: list[bool] = []
+
+        def is_container(part: Any) -> bool:
+            return self._values(part) is not None
+
+        def move(part: Any) -> Any:
+            values = self._values(part)
+            if values is None:
+                return part
+            matched.append(True)
+            return self._rebuild(self._moved(values, shift=bool(weights)), like)
+
+        moved = jax.tree.map(move, tree, is_leaf=is_container)
+        if not matched:
+            raise self._nothing_found(tree)
+        return moved
+
+    def invert(self) -> WeightMapping:
+        """The mapping from the target to the source."""
+        ids, shifts = self._trace()
+        shapes: Shapes = {change.target: change.shape for change in self.changes}
+        size = sum(map(math.prod, self.shapes.values()))
+        back, added = np.empty(size, np.int64), np.empty(size)
+        flat = _flat(ids)
+        back[flat], added[flat] = np.arange(size), -_flat(shifts)
+        return WeightMapping(
+            self.target,
+            self.source,
+            shapes,
+            rearrangement.find(
+                shapes, _unflat(back, self.shapes), _unflat(added, self.shapes)
+            ),
+            self._target_tree,
+            self._source_tree,
+        )
+
+    def then(self, other: WeightMapping) -> WeightMapping:
+        """This mapping followed by ``other``, as one.
+
+        Raises:
+            ArgumentError: ``other`` does not start where this one ends.
+        """
+        ends: Shapes = {change.target: change.shape for change in self.changes}
+        if (self.target, ends) != (other.source, other.shapes):
+            raise ArgumentError(
+                f"a mapping to {self.target} ({_listed(ends)}) cannot be followed by one from "
+                f"{other.source} ({_listed(other.shapes)})",
+                remedy="Make both mappings from the same model in the middle",
+            )
+        ids, shifts = self._trace()
+        moved = other._moved(dict(ids), shift=False)
+        added = other._moved(dict(shifts), shift=True)
+        return WeightMapping(
+            self.source,
+            other.target,
+            self.shapes,
+            rearrangement.find(self.shapes, moved, added),
+            self._source_tree,
+            other._target_tree,
+        )
+
+    def to_json(self) -> str:
+        """The mapping as text, for :meth:`from_json`; it holds no weights."""
+        return json.dumps(
+            {
+                "format": 1,
+                "source": self.source,
+                "target": self.target,
+                "shapes": [[path, shape] for path, shape in self.shapes.items()],
+                "changes": [dataclasses.asdict(change) for change in self.changes],
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> WeightMapping:
+        """The mapping that :meth:`to_json` wrote.
+
+        Raises:
+            ArgumentError: ``text`` is something else.
+
+        Example:
+            >>> import brainstate, interop
+            >>> mapping = interop.mapping(brainstate.nn.Linear(3, 4), to="linen")
+            >>> interop.WeightMapping.from_json(mapping.to_json()) == mapping
+            True
+        """
+        try:
+            facts = json.loads(text)
+            if facts["format"] != 1:
+                raise ValueError(f"format {facts['format']}")
+            shapes = {tuple(path): tuple(shape) for path, shape in facts["shapes"]}
+            changes = tuple(_change(change) for change in facts["changes"])
+            return cls(facts["source"], facts["target"], shapes, changes)
+        except (ValueError, KeyError, TypeError) as e:
+            raise ArgumentError(
+                f"this is no mapping written by to_json ({type(e).__name__}: {e})",
+                remedy="Pass the text that to_json returned",
+            ) from e
+
+    def _values(self, part: Any) -> dict[Path, Any] | None:
+        """The leaves of the source's parameters, if ``part`` is a container of just those."""
+        found = leaves(part)
+        if not self.shapes.keys() <= found.keys():
+            return None
+        extra = found.keys() - self.shapes.keys()
+        return found if all(is_empty(found[path]) for path in extra) else None
+
+    def _moved(self, values: dict[Path, Any], *, shift: bool) -> dict[Path, Any]:
+        return {
+            change.target: rearrangement.rearrange(change, self.shapes, values, shift)
+            for change in self.changes
+        }
+
+    def _rebuild(self, moved: dict[Path, Any], like: Any) -> Any:
+        tree = self._target_tree if like is None else _tree(like)
+        if tree is not None:
+            treedef, paths = tree
+            return jax.tree.unflatten(treedef, [moved[path] for path in paths])
+        container = registry.adapter(self.target).container(moved)
+        if container is None:
+            raise ArgumentError(
+                f"this mapping was loaded, and {self.target} keeps parameters in modules",
+                remedy="Pass like=, the target's parameters in their own container",
+            )
+        return container
+
+    def _trace(self) -> tuple[dict[Path, Any], dict[Path, Any]]:
+        """For each element of the target, the number of its source, and what is added."""
+        ids = rearrangement.number(self.shapes)
+        zeros = {path: np.zeros(shape) for path, shape in self.shapes.items()}
+        return self._moved(dict(ids), shift=False), self._moved(dict(zeros), shift=True)
+
+    def _nothing_found(self, tree: Any) -> ConversionError:
+        found = {path for path, leaf in leaves(tree).items() if not is_empty(leaf)}
+        return ConversionError(
+            f"no part of the tree has the parameters of the {self.source} model",
+            missing=sorted(map(name, self.shapes.keys() - found)),
+            unexpected=sorted(map(name, found - self.shapes.keys())),
+            remedy="Pass them in the container that the framework's optimisers take",
+        )
+
+
+def mapping(a: Any, b: Any = None, *, to: str | None = None, sample_input: Any = None) -> WeightMapping:
+    """Find which weight of one model is which of another.
+
+    Nothing but the layout is compared: the values may differ, as between a model and its
+    converted twin that was trained on.
+
+    Args:
+        a: a model; ``(module, variables)`` for Linen, ``(model, state)`` for an Equinox model
+            with state.
+        b: a model of the same layers, of any framework.
+        to: instead of ``b``, the framework that ``a`` would be converted to.
+        sample_input: as in :func:`interop.convert`, with ``to``.
+
+    Returns:
+        A :class:`WeightMapping` of the trainable parameters from ``a`` to ``b``. Running
+        statistics belong to no optimiser, and are not in it.
+
+    Raises:
+        ArgumentError: not exactly one of ``b`` and ``to`` is given, or one is no model.
+        ConversionError: the models' layers or their parameters do not correspond.
+        InteropError: a model has a layer that does not convert.
+
+    Example:
+        >>> import brainstate, interop
+        >>> print(interop.mapping(brainstate.nn.Linear(3, 4), to="equinox"))
+        brainstate -> equinox: 2 parameters
+          weight.weight (3, 4)  ->  weight (4, 3)  transpose (1, 0)
+          weight.bias (4,)      ->  bias (4,)      same
+    """
+    if (b is None) == (to is None):
+        raise ArgumentError(
+            "mapping takes two models, or one and the framework to=",
+            remedy='Write mapping(a, b) or mapping(a, to="...")',
+        )
+    first = _Numbered(*open_model(a))
+    if to is not None:
+        module, keywords = keywords_of(a)
+        b = convert_with(module, to, sample_input=sample_input, options={}, **keywords)
+    second = _Numbered(*open_model(b))
+    ids, shifts = _match(first, second)
+    return WeightMapping(
+        first.adapter.name,
+        second.adapter.name,
+        first.shapes,
+        rearrangement.find(first.shapes, ids, shifts),
+        _tree(first.parameters),
+        _tree(second.parameters),
+    )
+
+
+class _Numbered:
+    """A model read twice, with its parameters' elements numbered up and down.
+
+    A rule that only moves elements shows where to; one that adds a constant shows it in the
+    sum of both; one that does anything else shows numbers that there are not.
+    """
+
+    def __init__(self, adapter: Adapter, node: Any):
+        self.adapter = adapter
+        self.parameters = adapter.parameters(node)
+        self.shapes: Shapes = {
+            path: tuple(leaf.shape) for path, leaf in arrays(self.parameters).items()
+        }
+        self.ids = rearrangement.number(self.shapes)
+        self.size = sum(map(math.prod, self.shapes.values()))
+        up = self._read(node, {path: ids for path, ids in self.ids.items()})
+        down = self._read(node, {path: self.size - ids for path, ids in self.ids.items()})
+        self.layers = [
+            (where, kind, self._fields(where, a, b))
+            for (where, kind, a), (_, _, b) in zip(up, down, strict=True)
+        ]
+        self.layers = [layer for layer in self.layers if layer[2]]
+
+    def _read(self, node: Any, ids: dict[Path, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+        # float32 counts to 2**24; a reader that adds a constant makes one of an integer
+        dtype = jnp.float32 if self.size < 2**24 else jnp.int32
+        numbered = [jnp.asarray(ids[path], dtype) for path in arrays(self.parameters)]
+        container = jax.tree.unflatten(jax.tree.structure(self.parameters), numbered)
+        reading = Reading(self.adapter, registry)
+        spec = reading.read(self.adapter.with_parameters(node, container), "model")
+        return [
+            (reading.origins[id(part)][0], type(part).__name__, _arrays_of(part))
+            for part in _parts(spec, set())
+        ]
+
+    def _fields(self, where: str, up: dict[str, Any], down: dict[str, Any]) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        for key, array in up.items():
+            a, b = np.asarray(array, np.float64), np.asarray(down[key], np.float64)
+            if np.array_equal(a, b):
+                continue  # an array that is no parameter
+            shift = (a + b - self.size) / 2
+            ids = a - shift
+            known = ((ids == np.rint(ids)) & (ids >= 0) & (ids < self.size)).all()
+            if not known or np.unique(ids).size != ids.size:
+                raise ConversionError(
+                    f"{key} is computed from several weights of the {self.adapter.name} "
+                    f"layer, so that its gradient does not tell theirs",
+                    path=where,
+                    remedy="Map the model to a framework that keeps these weights apart",
+                )
+            fields[key] = ids.astype(np.int64), shift
+        return fields
+
+
+def _parts(spec: specs.Spec, seen: set[int]) -> list[specs.Spec]:
+    """The layers of nested stacks in order, one used twice only once."""
+    if id(spec) in seen:
+        return []
+    seen.add(id(spec))
+    if isinstance(spec, specs.Sequential):
+        return [part for layer in spec.layers for part in _parts(layer, seen)]
+    return [spec]
+
+
+def _arrays_of(spec: specs.Spec) -> dict[str, Any]:
+    if isinstance(spec, specs.Deferred):
+        return dict(spec.parameters())
+    if not dataclasses.is_dataclass(spec):
+        return {}
+    found: dict[str, Any] = {}
+    for option in dataclasses.fields(spec):
+        for path, leaf in leaves(getattr(spec, option.name)).items():
+            if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+                found[name((option.name, *path))] = leaf
+    return found
+
+
+def _match(
+    first: _Numbered, second: _Numbered
+) -> tuple[dict[Path, Any], dict[Path, Any]]:
+    """For each parameter of the second model its elements' numbers in the first, and the rest.
+
+    Raises:
+        ConversionError: they do not correspond.
+    """
+    _check_layers(first, second)
+    ids, shifts = np.full(second.size, -1), np.zeros(second.size)
+    for (_, _, a), (_, _, b) in zip(first.layers, second.layers, strict=True):
+        for key, (ids_b, shift_b) in b.items():
+            ids_a, shift_a = a[key]
+            ids[ids_b.ravel()] = ids_a.ravel()
+            shifts[ids_b.ravel()] = (shift_a - shift_b).ravel()
+    used = np.zeros(first.size, bool)
+    used[ids[ids >= 0]] = True
+    missing = [name(path) for path, part in second.ids.items() if (ids[part] < 0).any()]
+    unused = [name(path) for path, part in first.ids.items() if not used[part].all()]
+    if missing or unused:
+        raise ConversionError(
+            f"parameters of {second.adapter.name} without a counterpart in "
+            f"{first.adapter.name}, or the other way round",
+            missing=missing,
+            unexpected=unused,
+        )
+    return _unflat(ids, second.shapes), _unflat(shifts, second.shapes)
+
+
+def _check_layers(first: _Numbered, second: _Numbered) -> None:
+    def facts(layer: tuple[str, str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+        return layer[1], {key: ids.shape for key, (ids, _) in sorted(layer[2].items())}
+
+    a, b = list(map(facts, first.layers)), list(map(facts, second.layers))
+    if a == b:
+        return
+    if len(a) != len(b):
+        raise ConversionError(
+            f"the models do not correspond: {first.adapter.name} has {len(a)} layers with "
+            f"parameters ({', '.join(kind for kind, _ in a)}), {second.adapter.name} {len(b)} "
+            f"({', '.join(kind for kind, _ in b)})",
+            path="model",
+        )
+    i = next(i for i in range(len(a)) if a[i] != b[i])
+    here, there = ", ".join(map(str, a[i])), ", ".join(map(str, b[i]))
+    raise ConversionError(
+        f"the models do not correspond: {here} in {first.adapter.name}, {there} at "
+        f"{second.layers[i][0]} in {second.adapter.name}",
+        path=first.layers[i][0],
+    )
+
+
+def _tree(container: Any) -> Any:
+    return jax.tree.structure(container), list(arrays(container))
+
+
+def _flat(parts: dict[Path, Any]) -> Any:
+    return np.concatenate([part.ravel() for part in parts.values()])
+
+
+def _unflat(flat: Any, shapes: Shapes) -> dict[Path, Any]:
+    return {path: flat[ids] for path, ids in rearrangement.number(shapes).items()}
+
+
+def _listed(shapes: Shapes) -> str:
+    return ", ".join(f"{name(path)} {shape}" for path, shape in shapes.items())
+
+
+def _change(facts: dict[str, Any]) -> Rearrangement:
+    pieces = tuple(
+        Piece(**{k: tuple(v) if isinstance(v, list) else v for k, v in piece.items()})
+        for piece in facts["pieces"]
+    )
+    return Rearrangement(tuple(facts["target"]), tuple(facts["shape"]), pieces)
