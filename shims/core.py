@@ -114,6 +114,8 @@ _ARRAYS: tuple[type, ...] = (jax.Array, np.ndarray, np.generic)
 
 
 def _aval(value: Any) -> tuple[Any, Any] | None:
+    if isinstance(value, (bool, int, float, complex)):  # what a container may hold natively
+        return (), jax.dtypes.canonicalize_dtype(type(value))
     return (value.shape, value.dtype) if isinstance(value, _ARRAYS) else None
 
 
@@ -128,8 +130,9 @@ View = TypeVar("View")
 class Views(Generic[View]):
     """The views of one host: one for each array of a guest, however many shims show it."""
 
-    def __init__(self, make: Callable[[Cell], View]):
-        self._make, self._lock = make, threading.Lock()
+    def __init__(self, make: Callable[[Cell], View], is_view: Callable[[Any], bool]):
+        """``is_view`` tells a container of the host's own, which needs no view."""
+        self._make, self._is_view, self._lock = make, is_view, threading.Lock()
         # A view keeps its container alive, so that an id in a key is that container's.
         self._views: weakref.WeakValueDictionary[tuple[int, int], View]
         self._views = weakref.WeakValueDictionary()
@@ -137,6 +140,8 @@ class Views(Generic[View]):
     def of(self, cell: Cell) -> View:
         """The view of a cell, made at first use."""
         container, index = cell.identity
+        if self._is_view(container):
+            return cast(View, container)
         with self._lock:
             view = self._views.get((id(container), index))
             if view is None:
@@ -220,6 +225,9 @@ class Structure(ABC):
         guest_type: the class of the guest's module.
         forward: the guest's call, as its class defines it: for signature and documentation.
         kinds: the kind of each value by path, each container once.
+        base_type: the base class of the framework's modules.
+        fills: names of arguments of the call that the guest side fills from the mode and the
+            key, so that a host's keyword of that name means the same.
         reduces_over_names: whether a layer takes statistics over a named axis, such as that
             of ``jax.vmap``.
     """
@@ -227,6 +235,8 @@ class Structure(ABC):
     guest_type: type
     forward: Callable[..., Any]
     kinds: Mapping[Path, Kind]
+    base_type: type
+    fills: frozenset[str] = frozenset()
     reduces_over_names: bool = False
 
     @abstractmethod

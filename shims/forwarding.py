@@ -12,7 +12,14 @@ from interop.errors import ArgumentError
 
 from .core import Path, Structure
 
-__all__ = ["OfInstance", "check_names", "forwarded", "signature_with", "without_self"]
+__all__ = [
+    "OfInstance",
+    "check_names",
+    "forwarded",
+    "refuse_attribute",
+    "signature_with",
+    "without_self",
+]
 
 
 class OfInstance:
@@ -72,12 +79,44 @@ def check_names(
     names = {str(path[0]) for path in paths}
     taken = {name for name in names if hasattr(host, name) or name in keywords}
     taken |= {name for name in methods if callable(getattr(structure.guest_type, name, None))}
-    taken |= set(keywords) & set(inspect.signature(structure.forward).parameters)
+    taken |= {name for name in _own_methods(structure) if hasattr(host, name)}
+    arguments = set(inspect.signature(structure.forward).parameters)
+    taken |= (set(keywords) & arguments) - structure.fills
     if taken:
         raise ArgumentError(
             f"{structure.guest_type.__qualname__} has names that the shim needs itself: "
             f"{', '.join(sorted(taken))}",
             remedy="Rename them, or wrap a module that holds this one as an attribute",
+        )
+
+
+def _own_methods(structure: Structure) -> set[str]:
+    """Public methods of the guest's class that its framework's base does not have."""
+    base = structure.base_type
+    return {
+        name
+        for cls in structure.guest_type.__mro__[: structure.guest_type.__mro__.index(base)]
+        for name, value in vars(cls).items()
+        if inspect.isroutine(value) and not name.startswith("_") and not hasattr(base, name)
+    } - {"update"} | {
+        name
+        for name, value in vars(structure.guest_type).items()
+        if name == "update" and value is not structure.forward
+    }
+
+
+def refuse_attribute(guest: Any, name: str) -> None:
+    """Refuse to set an attribute on a shim that the guest has: the guest would not see it.
+
+    Raises:
+        ArgumentError: the guest has it.
+    """
+    if hasattr(guest, name):
+        raise ArgumentError(
+            f"{name} is an attribute of the wrapped {type(guest).__qualname__}, and setting it "
+            f"on the shim would not change it",
+            remedy=f"Set it on the module: shim.unwrap().{name} = ...; write arrays into the "
+            f"shim's containers",
         )
 
 
@@ -93,7 +132,8 @@ def forwarded(guest: Any, name: str, run: Callable[..., Any]) -> Any:
         AttributeError: the guest has no such attribute.
     """
     value = getattr(guest, name)
-    if not (inspect.ismethod(value) and value.__self__ is guest):
+    defined = inspect.getattr_static(type(guest), name, None)
+    if isinstance(defined, staticmethod | classmethod | property) or not callable(defined):
         return value
 
     @wrapt.decorator

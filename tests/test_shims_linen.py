@@ -183,7 +183,7 @@ def test_vmap_and_scan_over_the_shim():
     assert_allclose(Deep().apply(Deep().init(KEY, X), X), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_no_new_trace_for_an_equal_shim():
+def test_no_new_trace_for_the_shim_built_again():
     traces = []
 
     def apply(module, variables, x):
@@ -191,13 +191,20 @@ def test_no_new_trace_for_an_equal_shim():
         return module.apply(variables, x)
 
     call = jax.jit(apply, static_argnums=0)
-    shim = shims.ToLinen(linear())
+    layer = linear()
+    shim = shims.ToLinen(layer)
     variables = shim.init(KEY, X)
     call(shim, variables, X)
-    call(shims.ToLinen(linear()), jax.tree.map(lambda a: a + 1, variables), X)
+    call(shims.ToLinen(layer), jax.tree.map(lambda a: a + 1, variables), X)
     assert len(traces) == 1
-    assert shim == shims.ToLinen(linear())
-    assert shim != shims.ToLinen(brainstate.nn.Linear(3, 5))
+
+
+def test_a_compiled_init_never_returns_another_guests_weights():
+    init = jax.jit(lambda module: module.init(KEY, X), static_argnums=0)
+    for weight in (W, W + 1):
+        layer = brainstate.nn.Linear(3, 4, w_init=weight, b_init=B)
+        variables = init(shims.ToLinen(layer))
+        assert_array_equal(variables["params"]["weight"]["weight"], weight)
 
 
 def test_signature_and_names():

@@ -10,7 +10,8 @@ from . import SHAPE, Constructor, Option
 
 _SMALL = "toy has linear layers and functions only"
 LACKS = dict.fromkeys(
-    ["layer_norm", "batch_norm", "dropout", "LayerNorm", "BatchNorm", "Dropout", "Flatten"],
+    ["embedding", "rms_norm", "group_norm", "conv", "lstm", "pool"]
+    + ["layer_norm", "batch_norm", "dropout", "LayerNorm", "BatchNorm", "Dropout", "Flatten"],
     _SMALL,
 ) | {
     "dtypes": "toy has none of the checks of dtypes",

@@ -21,9 +21,9 @@ from brainstate import graph
 from brainstate.random import DEFAULT
 from jax.core import Tracer
 
-from interop.errors import ArgumentError
+from interop.errors import ArgumentError, ConversionError, UnsupportedStructureError
 
-from ...core import Call, Cell, Kind, LiveGuest, Structure, leaves
+from ...core import Call, Cell, Kind, LiveGuest, Structure, leaves, path_text
 
 StatePath = tuple[str | int, ...]
 
@@ -41,19 +41,30 @@ def _kind(state: brainstate.State, leaf: Any) -> Kind:
 class _StateCell(Cell):
     state: brainstate.State
     index: int
+    tree: Any
 
     @property
     def identity(self):
-        return self.state, self.index
+        inner = vars(self.state).get("_shim_cell")  # the state itself shows another's array
+        return (self.state, self.index) if inner is None else inner.identity
 
     def get(self):
         value = self.state.value
-        return value if isinstance(value, jax.Array) else jax.tree.leaves(value)[self.index]
+        if isinstance(value, jax.Array):
+            return value
+        flat, tree = jax.tree.flatten(value)
+        if tree != self.tree:  # units are part of the tree
+            raise ConversionError(
+                f"the value has become {tree}, it was {self.tree} when it was wrapped",
+                path=path_text(self.path),
+                remedy="Wrap the module again",
+            )
+        return flat[self.index]
 
     def _put(self, value):
-        leaves, tree = jax.tree.flatten(self.state.value)
-        leaves[self.index] = value
-        self.state.value = jax.tree.unflatten(tree, leaves)
+        flat, tree = jax.tree.flatten(self.state.value)
+        flat[self.index] = value
+        self.state.value = jax.tree.unflatten(tree, flat)
 
 
 def _forward(cls: type[brainstate.nn.Module]) -> Callable[..., Any]:
@@ -74,14 +85,24 @@ class BrainStateGuest(LiveGuest):
     def cells(self):
         _, states = graph.flatten(self.native, treefy_state=False)
         return [
-            _StateCell(leaf_path, _kind(state, leaf), state, index)
+            _StateCell(
+                leaf_path, _kind(state, leaf), state, index, jax.tree.structure(state.value)
+            )
             for path, state in states.to_flat().items()
             for index, (leaf_path, leaf) in enumerate(leaves(path, state.value))
         ]
 
     def call(self, call):
-        with _random_from(call.key):
-            return _invoke(self.native, call)
+        _, states = graph.flatten(self.native, treefy_state=False)
+        before = [(state, state.value) for state in states.to_flat().values()]
+        try:
+            with _random_from(call.key):
+                return _invoke(self.native, call)
+        except BaseException:
+            for state, value in before:
+                if state.value is not value:
+                    state.value = value
+            raise
 
 
 def _invoke(module: brainstate.nn.Module, call: Call) -> Any:
@@ -108,6 +129,7 @@ class BrainStateStructure(Structure):
         definition, found = graph.flatten(module, treefy_state=False)
         states = found.to_flat()
         self.guest_type = type(module)
+        self.base_type = brainstate.nn.Module
         self.forward = _forward(type(module))
         self._definition = definition
         # The states without their values: an equal structure may live as long as the process.
@@ -154,7 +176,8 @@ class BrainStateStructure(Structure):
 
     def run(self, values, call):
         module = self.build(values)
-        with _random_from(call.key, private=True):
+        own = graph.flatten(module, treefy_state=False)[1].to_flat().values()
+        with _random_from(call.key, private={id(state) for state in own}):
             out = _invoke(module, call)
             guest = BrainStateGuest(module)
             return out, guest.values(), guest.structure()
@@ -167,7 +190,7 @@ class _ArrayKey:
     """An array among a module's plain attributes: equal if it holds the same."""
 
     def __init__(self, array: Any):
-        self.array = array
+        self.array = array.copy() if isinstance(array, np.ndarray) else array
 
     def __eq__(self, other):
         if (
@@ -214,7 +237,7 @@ def _comparable(value: Any) -> Any:
         hash(value)
     except TypeError:
         return _SameObject(value)
-    return value
+    return (type(value), value) if isinstance(value, bool | int | float) else value
 
 
 # -- the host's key in place of brainstate.random's --
@@ -223,11 +246,16 @@ _RANDOM = threading.RLock()
 
 
 class _KeyFromHost(brainstate.StateTraceStack):
-    """Draws the host's key when the guest first reads the global random state."""
+    """Draws the host's key when the guest first reads the global random state.
 
-    def __init__(self, draw: Callable[[], jax.Array]):
+    A private copy that reaches a State of somebody else, by an attribute that is a bound
+    method or a function closing over the original module, would compute with the wrong
+    weights: that is refused. States made during the call do not come here.
+    """
+
+    def __init__(self, draw: Callable[[], jax.Array], private: set[int] | None):
         super().__init__()
-        self._draw = draw
+        self._draw, self._private = draw, private
         self._saved: dict[str, Any] | None = None
 
     def new_arg(self, state):
@@ -235,6 +263,12 @@ class _KeyFromHost(brainstate.StateTraceStack):
             key = self._draw()
             self._saved = dict(vars(DEFAULT))
             vars(DEFAULT)["_value"] = key
+        elif self._private is not None and id(state) not in self._private:
+            raise UnsupportedStructureError(
+                f"the wrapped module uses a {type(state).__qualname__} that is not part of it, "
+                f"by an attribute that holds a bound method or a closure",
+                remedy="Keep the module that owns the state as an attribute, and call it",
+            )
 
     def restore(self) -> None:
         """Put the global random state back as it was."""
@@ -251,18 +285,24 @@ def _is_outside_traces() -> bool:
 
 
 @contextlib.contextmanager
-def _random_from(draw: Callable[[], jax.Array], *, private: bool = False) -> Iterator[None]:
+def _random_from(
+    draw: Callable[[], jax.Array], *, private: set[int] | None = None
+) -> Iterator[None]:
     """Let the guest draw from the host's key.
 
     A stack of our own would hide from BrainState that a plain JAX transformation traces a
     guest that is closed over, and let it store tracers. So inside a trace only a private copy
     gets one; a closed-over guest keeps BrainState's own checks.
+
+    Args:
+        draw: draws the host's key.
+        private: the ids of a private copy's states, or None where the guest itself runs.
     """
-    if not private and not _is_outside_traces():
+    if private is None and not _is_outside_traces():
         yield
         return
     with _RANDOM:
-        stack = _KeyFromHost(draw)
+        stack = _KeyFromHost(draw, private)
         try:
             with stack:
                 yield

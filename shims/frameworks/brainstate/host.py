@@ -37,7 +37,13 @@ from ...core import (
     nest,
     path_text,
 )
-from ...forwarding import OfInstance, check_names, forwarded, signature_with
+from ...forwarding import (
+    OfInstance,
+    check_names,
+    forwarded,
+    refuse_attribute,
+    signature_with,
+)
 
 __all__ = ["FromEquinox", "FromLinen", "FromNNX", "Wrapped"]
 
@@ -125,7 +131,11 @@ def _linked(cell: Cell) -> brainstate.State:
     return view
 
 
-_shown: Views[brainstate.State] = Views(_linked)
+def _is_own(container: Any) -> bool:
+    return isinstance(container, brainstate.State) and isinstance(container.value, jax.Array)
+
+
+_shown: Views[brainstate.State] = Views(_linked, _is_own)
 
 
 @functools.cache
@@ -270,6 +280,18 @@ class Wrapped(brainstate.nn.Module):
         if name.startswith("_") or structure is None or name in own:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return forwarded(self._shim_structure.module(self.unwrap()), name, self._shim_run)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        guest = _guests.get(self)  # a copy that is being put together has none
+        if guest is not None and not name.startswith("_"):
+            refuse_attribute(self._shim_structure.module(guest.native), name)
+        super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ArgumentError(
+            f"a live shim of {self._shim_structure.guest_type.__qualname__} cannot be pickled",
+            remedy="Save the values of its states(), or shim.materialize()",
+        )
 
     # -- private: every name has the prefix _shim_ --
 

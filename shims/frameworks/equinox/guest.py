@@ -88,7 +88,9 @@ class EquinoxStructure(Structure):
 
     def __init__(self, module, state, batch_axes: int, axis_name: str | None):
         self.guest_type = type(module)
+        self.base_type = eqx.Module
         self.forward = type(module).__call__
+        self.fills = frozenset(("key", "state"))
         self._batch_axes, self._axis_name = batch_axes, axis_name
         flat, self._tree = _flatten(module)
         self._leaves = [(path, None if eqx.is_array(leaf) else leaf) for path, leaf in flat]
@@ -155,27 +157,30 @@ class EquinoxStructure(Structure):
 
         def one_example(args, kwargs, key, state):
             own = {} if state is None else {"state": state}
-            if "key" in parameters and "key" not in kwargs:
+            if "key" in parameters:
                 own["key"] = key
             out = method(*args, **kwargs, **own)
             return (out, None) if state is None else out
 
-        key = _key(call) if "key" in parameters else None
-        mapped = self._mapped(one_example, call.args, key)
-        out, state = mapped(call.args, dict(call.kwargs), self._split(key, call.args), state)
+        kwargs = dict(call.kwargs)
+        key = kwargs.pop("key", None)
+        if key is None and "key" in parameters:
+            key = _key(call)
+        mapped = self._mapped(one_example)
+        out, state = mapped(call.args, kwargs, self._split(key, call.args), state)
         new = dict(values)
         if state is not None:
             new |= zip(self._state_paths, jax.tree.leaves(state), strict=True)
         return out, new, self
 
-    def _mapped(self, function: Callable[..., Any], args: Any, key: Any) -> Callable[..., Any]:
-        each: Any = eqx.if_array(0)
+    def _mapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        each: Any = _leading_axis
         name: Any = self._axis_name
         for axis in reversed(range(self._batch_axes)):
             function = eqx.filter_vmap(
                 function,
                 in_axes=(each, each, each, None),
-                out_axes=(each, None),
+                out_axes=(eqx.if_array(0), None),
                 **({"axis_name": name} if axis == 0 and name else {}),
             )
         return function
@@ -197,6 +202,10 @@ class EquinoxStructure(Structure):
 
     def convert_arguments(self, native):
         return {} if self._state_tree is None else {"state": native[1]}
+
+
+def _leading_axis(leaf: Any) -> int | None:
+    return 0 if eqx.is_array(leaf) and leaf.ndim else None
 
 
 def _state_paths(flat: list[tuple[Path, Any]], tree: Any) -> list[Path]:

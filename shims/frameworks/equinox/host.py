@@ -26,6 +26,7 @@ from ...core import (
     guest_of,
     materialize,
     nest,
+    path_text,
 )
 from ...forwarding import check_names
 
@@ -107,12 +108,16 @@ class ToEquinox(eqx.nn.StatefulLayer):
         guest: Guest = guest_of(module, params=params)
         structure, values = guest.structure(), guest.values()
         check_names(structure, host=object, keywords=_KEYWORDS, methods=_METHODS, paths=())
-        if Kind.HIDDEN in structure.kinds.values() and not batched:
-            raise ArgumentError(
-                f"{structure.guest_type.__qualname__} has hidden state, which it keeps for a "
-                f"whole batch",
-                remedy="Pass batched=True, and call it with batches",
+        for path, kind in structure.kinds.items():
+            streams = jax.numpy.issubdtype(
+                jax.numpy.result_type(values[path]), jax.dtypes.prng_key
             )
+            if not batched and (kind is Kind.HIDDEN or streams):
+                raise ArgumentError(
+                    f"{structure.guest_type.__qualname__} keeps {path_text(path)}, "
+                    f"{'a random stream' if streams else 'hidden state'}, for a whole batch",
+                    remedy="Pass batched=True, and call it with batches",
+                )
         trainable = _paths(structure, trainable=True)
         self.params = nest({_place(path): values[path] for path in trainable})
         others = tuple(values[path] for path in _paths(structure, trainable=False))
@@ -127,10 +132,8 @@ class ToEquinox(eqx.nn.StatefulLayer):
         return self.buffers is not None
 
     def __call__(self, *args: Any, state: Any = None, key: Any = None, **kwargs: Any) -> Any:
-        if self.buffers is not None and state is None and args:
-            *rest, last = args
-            if isinstance(last, eqx.nn.State):
-                args, state = tuple(rest), last
+        if state is None and args and isinstance(args[-1], eqx.nn.State):
+            args, state = args[:-1], args[-1]
         self._shim_check_state(state)
         values = self._shim_values(state)
 
@@ -209,9 +212,12 @@ class ToEquinox(eqx.nn.StatefulLayer):
                 remedy="shim.unwrap(state) makes a new one that holds the values",
             )
         values = self._shim_current(state)
+        if guest.structure() != self._shim_structure:
+            raise ConversionError(
+                "the wrapped module has changed since it was wrapped",
+                remedy="Wrap it again",
+            )
         cells = list(guest.cells())
-        if {cell.path for cell in cells} != values.keys():
-            raise ConversionError("the guest has other arrays than when it was wrapped")
         for cell in cells:
             cell.check(values[cell.path])
         for cell in cells:
@@ -247,6 +253,10 @@ class ToEquinox(eqx.nn.StatefulLayer):
                 remedy="Build it by eqx.nn.make_with_state(shims.ToEquinox)(layer), and pass "
                 "state=",
             )
+        raise ArgumentError(
+            f"{name} has no state, and the call was given one",
+            remedy="Leave state= out; is_stateful() tells",
+        )
 
     def _shim_check_statistics(
         self, values: Mapping[Path, Any], new: Mapping[Path, Any]

@@ -1,13 +1,16 @@
 """Flax Linen as a guest.
 
 The values are the variables that were given with the module, by collection and path. A call
-gets them, and every collection but ``params`` may change. ``train``, ``deterministic`` and
-``use_running_average`` are passed where the guest's call takes them; without a mode of the
-host, and with a guest that takes none of them, the fields of its layers decide.
+gets them, and every collection but ``params`` may change. The mode is passed as ``train``,
+``training``, ``is_training``, ``deterministic`` or ``use_running_average``, where the method
+takes one; layers with a mode of their own keep it, and one that would train while the host
+evaluates is refused. Keys are given for ``dropout`` and ``params``, to which other streams
+fall back.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +24,9 @@ from interop.errors import ArgumentError, MissingKeyError
 from ...core import Call, Guest, Kind, Structure, leaves
 
 _RESULTS = ("intermediates", "perturbations")
+_TRAINING = ("train", "training", "is_training")
+_EVALUATION = ("deterministic", "use_running_average")
+_FLAGS = {nn.BatchNorm: "use_running_average", nn.Dropout: "deterministic"}
 _KINDS = {"batch_stats": Kind.STATISTIC, "carry": Kind.HIDDEN, "cache": Kind.BUFFER}
 
 
@@ -75,11 +81,8 @@ class LinenStructure(Structure):
         flat = leaves((), variables)
         self._paths = [path for path, _ in flat]
         self.kinds = {path: _kind(path, leaf) for path, leaf in flat}
-        parameters = inspect.signature(self.forward).parameters
-        self._takes_train = "train" in parameters
-        self._takes = [
-            name for name in ("deterministic", "use_running_average") if name in parameters
-        ]
+        self.base_type = nn.Module
+        self.fills = frozenset((*_TRAINING, *_EVALUATION))
 
     def __eq__(self, other):
         return type(other) is LinenStructure and (
@@ -97,22 +100,17 @@ class LinenStructure(Structure):
 
     def run(self, values, call):
         variables = self._unflatten(values)
-        kwargs = self._mode(call) | dict(call.kwargs)
-        out, changed = self._module.apply(
-            variables,
-            *call.args,
-            method=None if call.method == "__call__" else call.method,
-            mutable=[name for name in variables if name != "params"],
-            rngs=_rngs(call),
-            **kwargs,
-        )
+        method = getattr(type(self._module), call.method)
+        with nn.intercept_methods(functools.partial(_check_mode, call)):
+            out, changed = self._module.apply(
+                variables,
+                *call.args,
+                method=method,
+                mutable=[name for name in variables if name != "params"],
+                rngs=_rngs(call),
+                **(_mode(method, call) | dict(call.kwargs)),
+            )
         return out, dict(leaves((), {**variables, **changed})), self
-
-    def _mode(self, call: Call) -> dict[str, bool]:
-        if call.training is None or call.method != "__call__":
-            return {}
-        mode = {name: not call.training for name in self._takes}
-        return mode | ({"train": call.training} if self._takes_train else {})
 
     def module(self, native):
         return native[0]
@@ -121,11 +119,39 @@ class LinenStructure(Structure):
         return {"params": native[1]}
 
 
+def _mode(method: Any, call: Call) -> dict[str, bool]:
+    """The host's mode, by the names that the method has for it and the caller left open."""
+    if call.training is None:
+        return {}
+    names = list(inspect.signature(method).parameters)[1 + len(call.args) :]
+    mode = {name: call.training for name in _TRAINING} | {
+        name: not call.training for name in _EVALUATION
+    }
+    return {name: value for name, value in mode.items() if name in names}
+
+
+def _check_mode(call: Call, run: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    """Refuse a layer that trains while the host evaluates: the module fixes its mode."""
+    flag = _FLAGS.get(type(context.module))
+    if call.training is False and flag is not None and context.method_name == "__call__":
+        given = kwargs.get(flag, args[1] if len(args) > 1 else None)
+        value = getattr(context.module, flag) if given is None else given
+        if value is False and getattr(context.module, "rate", 1.0) != 0.0:
+            raise ArgumentError(
+                f"the host evaluates, and a {type(context.module).__name__} of the wrapped "
+                f"module has {flag}=False",
+                remedy="Give the module's call an argument 'train' or 'deterministic', and "
+                "pass it on to its layers",
+            )
+    return run(*args, **kwargs)
+
+
 def _rngs(call: Call) -> dict[str, jax.Array]:
     """Keys for a training call; every stream that the guest names falls back to ``params``."""
     if call.training is False:
         return {}
     try:
-        return {"params": call.key()}
+        key = call.key()
     except MissingKeyError:  # most guests need none, and Linen says which stream is missing
         return {}
+    return {"dropout": key, "params": jax.random.fold_in(key, 0)}

@@ -27,6 +27,7 @@ _COLLECTIONS = {
     Kind.HIDDEN: "carry",
     Kind.BUFFER: "buffers",
 }
+_RESULTS = ("intermediates", "perturbations")
 _KEYWORDS = ("deterministic",)
 _METHODS = ("materialize", "unwrap", "write_back", "init", "apply")
 
@@ -39,30 +40,36 @@ def _signature_of_class() -> inspect.Signature:
 
 
 class _Held:
-    """A guest as the field of a module: equal for guests that compute alike."""
+    """A guest as the field of a module. Shims of one guest are equal, of two they differ:
+    a function compiled for one, such as ``init``, may hold its weights."""
 
     def __init__(self, guest: Guest):
         self.guest = guest
+        self.structure = guest.structure()
+        native = guest.native
+        self._natives = native if isinstance(native, tuple) else (native,)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Held):
-            return False
-        return self is other or self.guest.structure() == other.guest.structure()
+        return isinstance(other, _Held) and (
+            self.structure == other.structure
+            and all(a is b for a, b in zip(self._natives, other._natives, strict=True))
+        )
 
     def __hash__(self) -> int:
-        return hash(self.guest.structure())
+        return hash((self.structure, id(self._natives[0])))
 
     def __repr__(self) -> str:
-        return self.guest.structure().guest_type.__qualname__
+        return self.structure.guest_type.__qualname__
 
 
 class ToLinen(nn.Module):
     """A live ``flax.linen.Module`` around a module of another framework.
 
     The guest owns its arrays. ``init``, run eagerly, returns them in ``params``,
-    ``batch_stats``, ``carry`` and ``buffers``, the same objects under the guest's own paths
-    (no random number is drawn; under ``jax.jit`` they are equal copies). ``apply`` uses what
-    it is given and checks it first. After training, ``write_back`` commits the values.
+    ``batch_stats``, ``carry`` and ``buffers``, the same objects under the guest's own paths;
+    no random number is drawn. A compiled ``init`` returns copies of the arrays at the time of
+    its compilation. ``apply`` uses what it is given and checks it first. After training,
+    ``write_back`` commits the values.
 
     Under ``nn.vmap`` and ``nn.scan`` with split parameters all members start out identical,
     as there is nothing random in handing out weights.
@@ -179,6 +186,11 @@ class ToLinen(nn.Module):
                 f"{self._shim_structure.guest_type.__qualname__} cannot change in place",
                 remedy="shim.unwrap(variables) makes a new one that holds them",
             )
+        if guest.structure() != self.module.structure:
+            raise ConversionError(
+                "the wrapped module has changed since it was wrapped",
+                remedy="Wrap it again",
+            )
         values = _values(self._shim_structure, variables, guest.values())
         for cell in guest.cells():
             cell.set(values[cell.path])
@@ -255,7 +267,7 @@ def _values(
         ConversionError: keys, shapes or dtypes differ; all are reported together. Of hidden
             state the leading axis, that of the batch, may differ.
     """
-    given = _flatten(nn.unbox(variables))
+    given = {k: v for k, v in _flatten(nn.unbox(variables)).items() if k[0] not in _RESULTS}
     places = {_place(structure, path): path for path in own}
     mismatched: list[str] = []
     for place, path in sorted(places.items()):

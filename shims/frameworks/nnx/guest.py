@@ -8,15 +8,18 @@ buffers like any other: they are copied in and out, and so advance. ``nnx.Interm
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from interop.errors import ArgumentError
+from interop.errors import ArgumentError, MissingKeyError, UnsupportedStructureError
+from interop.walk import captured
 
-from ...core import Cell, Kind, LiveGuest, Path, Structure, leaves, path_text
+from ...core import Call, Cell, Kind, LiveGuest, Path, Structure, leaves, path_text
+from .views import cell_of
 
 _RESULTS = (nnx.Intermediate, nnx.Perturbation)
 
@@ -40,7 +43,8 @@ class _VariableCell(Cell):
 
     @property
     def identity(self):
-        return self.variable, self.index
+        inner = cell_of(self.variable)  # the Variable itself shows another's array
+        return (self.variable, self.index) if inner is None else inner.identity
 
     def get(self):
         value = self.variable.get_raw_value()
@@ -58,11 +62,17 @@ class NnxGuest(LiveGuest):
 
     def __init__(self, module: nnx.Module):
         for path, variable in _variables(module):
+            if not isinstance(variable, nnx.Variable):
+                raise ArgumentError(
+                    f"{path_text(path)} is a plain array, which no host can show or train",
+                    remedy="Make it an nnx.Variable, or a NumPy constant outside the module",
+                )
             if variable.hijax or variable.ref:
                 raise ArgumentError(
                     f"{path_text(path)} is a hijax or ref Variable, which cannot be shown live",
                     remedy="Build the module inside nnx.var_defaults(hijax=False, ref=False)",
                 )
+        _check_functions(module)
         self.native = module
 
     def structure(self):
@@ -84,12 +94,27 @@ class NnxGuest(LiveGuest):
         return out
 
 
+def _check_functions(module: nnx.Module) -> None:
+    """Refuse attributes whose function reaches the module: a copy would run the original."""
+    for path, part in nnx.iter_modules(module):
+        for name, value in vars(part).items():
+            if isinstance(value, nnx.Variable | nnx.Pytree) or not callable(value):
+                continue
+            if any(isinstance(x, nnx.Module | nnx.Variable) for x in captured(value)):
+                raise UnsupportedStructureError(
+                    f"{path_text((*path, name))} is a function that holds a module or Variable",
+                    remedy="Make it a method, or a module",
+                )
+
+
 class NnxStructure(Structure):
     """The graph definition of a module, and the tree of each Variable's value."""
 
     def __init__(self, module: nnx.Module):
         self.guest_type = type(module)
+        self.base_type = nnx.Module
         self.forward = type(module).__call__
+        self.fills = frozenset(("deterministic", "rngs"))
         self._definition, state = nnx.split(module)
         every: Any = nnx.to_flat_state(state)
         flat = [(path, v) for path, v in every if not isinstance(v, _RESULTS)]
@@ -97,6 +122,9 @@ class NnxStructure(Structure):
             path: (type(v), v.get_metadata(), jax.tree.structure(v.get_raw_value()))
             for path, v in flat
         }
+        self._has_streams = any(
+            issubclass(cls, nnx.RngState) for cls, _, _ in self._makers.values()
+        )
         self._paths = {p: [q for q, _ in leaves(p, v.get_raw_value())] for p, v in flat}
         self.kinds = {
             leaf_path: _kind(variable, leaf)
@@ -128,10 +156,29 @@ class NnxStructure(Structure):
         module = self.build(values)
         if call.training is not None:
             (module.train if call.training else module.eval)()
-        out = getattr(module, call.method)(*call.args, **call.kwargs)
+        method = getattr(module, call.method)
+        before = nnx.graphdef(module)
+        out = method(*call.args, **self._rngs(method, call), **call.kwargs)
+        nnx.pop(module, nnx.Any(*_RESULTS))
+        if nnx.graphdef(module) != before:
+            raise UnsupportedStructureError(
+                f"{self.guest_type.__qualname__}.{call.method} changes attributes or makes "
+                f"Variables, which a private copy would lose",
+                remedy="Call it on the module itself: shim.unwrap()",
+            )
         new = {
             leaf_path: leaf
             for path, variable in _variables(module)
             for leaf_path, leaf in leaves(path, variable.get_raw_value())
         }
         return out, new, self
+
+    def _rngs(self, method: Any, call: Call) -> dict[str, Any]:
+        """The host's key, for a guest that takes ``rngs`` and holds no stream of its own."""
+        takes = "rngs" in inspect.signature(method).parameters
+        if not takes or "rngs" in call.kwargs or call.training is False or self._has_streams:
+            return {}
+        try:
+            return {"rngs": nnx.Rngs(call.key())}
+        except MissingKeyError:  # the guest says so, if it needs one
+            return {}

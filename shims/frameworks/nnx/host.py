@@ -30,7 +30,14 @@ from ...core import (
     nest,
     path_text,
 )
-from ...forwarding import OfInstance, check_names, forwarded, signature_with, without_self
+from ...forwarding import (
+    OfInstance,
+    check_names,
+    forwarded,
+    refuse_attribute,
+    signature_with,
+    without_self,
+)
 from .views import check_link, owned, view_of
 
 __all__ = ["ToNNX"]
@@ -61,8 +68,23 @@ class _Anchor:
         return f"{name} ({'detached' if self.guest is None else 'linked'})"
 
 
+def _flatten_anchor(anchor: _Anchor) -> tuple[tuple[()], Structure]:
+    guest = anchor.guest
+    if guest is not None:
+        shown = {cell.path: view_of(cell) for cell in guest.cells()}
+        if shown.keys() != anchor.views.keys() or any(
+            shown[path] is not anchor.views[path] for path in shown
+        ):
+            raise ConversionError(
+                f"{anchor.first.guest_type.__qualname__} has replaced arrays since the shim "
+                f"last looked, as init_state does",
+                remedy="Call shim.refresh(), or go through the shim: shim.init_state(...)",
+            )
+    return (), anchor.structure
+
+
 jax.tree_util.register_pytree_node(
-    _Anchor, lambda a: ((), a.structure), lambda structure, _: _Anchor(structure)
+    _Anchor, _flatten_anchor, lambda structure, _: _Anchor(structure)
 )
 nnx.register_data_type(_Anchor)
 
@@ -86,7 +108,7 @@ class _AnchorSlot:
 
 _KEYWORDS = ("rngs", "deterministic")
 # What a guest must not call its own: the host would answer in its place.
-_METHODS = ("materialize", "unwrap", "set_view", "train", "eval")
+_METHODS = ("materialize", "unwrap", "refresh", "set_view", "train", "eval")
 
 _DOC = """A live ``nnx.Module`` around a module of another framework.
 
@@ -111,7 +133,7 @@ _DOC = """A live ``nnx.Module`` around a module of another framework.
         params: the variables of a Linen guest.
         state: the ``eqx.nn.State`` of a stateful Equinox guest.
         batch_axes: leading axes that an Equinox guest is mapped over, 1 by default.
-        axis_name: the name of the last of them, by default as the guest's own layers say.
+        axis_name: the name of the first of them, by default as the guest's own layers say.
 
     Raises:
         ArgumentError: ``module`` is a class, or not a module; a name of the guest collides
@@ -180,6 +202,15 @@ class ToNNX(nnx.Module):
         if deterministic is not None:
             self.deterministic = deterministic
 
+    def refresh(self) -> None:
+        """Show the guest's arrays as they are now.
+
+        Needed before a transformation when the guest has replaced containers behind the
+        shim's back, as ``guest.init_state`` does; eager calls of the shim do it themselves.
+        """
+        if self._shim_anchor.guest is not None:
+            self._shim_show(self._shim_anchor.guest.cells())
+
     def unwrap(self) -> Any:
         """The guest, with its current weights.
 
@@ -228,6 +259,12 @@ class ToNNX(nnx.Module):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return forwarded(self._shim_first.module(self.unwrap()), name, self._shim_run)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_own = name.startswith("_") or name in _KEYWORDS or "_shim_anchor" not in vars(self)
+        if not is_own:
+            refuse_attribute(self._shim_first.module(self.unwrap()), name)
+        super().__setattr__(name, value)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ArgumentError(
             f"a live shim of {self._shim_first.guest_type.__qualname__} cannot be pickled",
@@ -249,6 +286,7 @@ class ToNNX(nnx.Module):
         deterministic: bool | None = None,
     ) -> Any:
         training = not (self.deterministic if deterministic is None else deterministic)
+        count = None if self.rngs is None else self.rngs.count.get_value()
         key = _key_source(rngs if rngs is not None else self.rngs, training=training)
         call = Call(method, args, kwargs, training=training, key=key)
         anchor = self._shim_anchor
@@ -257,6 +295,10 @@ class ToNNX(nnx.Module):
         self._shim_show(anchor.guest.cells())
         try:
             return anchor.guest.call(call)
+        except BaseException:
+            if count is not None:
+                self.rngs.count.set_value(count)
+            raise
         finally:
             self._shim_show(anchor.guest.cells())
 
@@ -310,12 +352,12 @@ class ToNNX(nnx.Module):
     def _shim_place(self, variables: Mapping[Path, nnx.Variable]) -> None:
         """Set the attributes that hold ``variables``, and delete those that hold none now."""
         tree = nest({_place(path): variable for path, variable in variables.items()})
-        own = {"deterministic", "rngs", "_shim_anchor"}
-        for name in list(vars(self)):
-            if name not in tree and name not in own and not name.startswith("_pytree__"):
-                delattr(self, name)
+        anchor = self._shim_anchor
+        for path in (*anchor.first.kinds, *anchor.views):
+            if _place(path)[0] not in tree and _place(path)[0] in vars(self):
+                delattr(self, _place(path)[0])
         for name, value in tree.items():
-            setattr(self, name, nnx.data(value))
+            super().__setattr__(name, nnx.data(value))
 
 
 def _place(path: Path) -> tuple[Any, ...]:

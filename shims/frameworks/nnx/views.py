@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 import flax
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -17,7 +18,7 @@ from interop.errors import InteropError
 
 from ...core import Cell, Kind, Views
 
-__all__ = ["Buffer", "HiddenState", "check_link", "owned", "view_of"]
+__all__ = ["Buffer", "HiddenState", "cell_of", "check_link", "owned", "view_of"]
 
 
 class HiddenState(nnx.Variable):
@@ -36,12 +37,12 @@ def _view_type(base: type[nnx.Variable]) -> type[nnx.Variable]:
 
         @property
         def _raw_value(self):
-            cell = _cell(self)
+            cell = cell_of(self)
             return object.__getattribute__(self, "_shim_own") if cell is None else cell.get()
 
         @_raw_value.setter
         def _raw_value(self, value):
-            cell = _cell(self)
+            cell = cell_of(self)
             if cell is None:
                 object.__setattr__(self, "_shim_own", value)
             else:
@@ -52,7 +53,8 @@ def _view_type(base: type[nnx.Variable]) -> type[nnx.Variable]:
     return View
 
 
-def _cell(view: nnx.Variable) -> Cell | None:
+def cell_of(view: nnx.Variable) -> Cell | None:
+    """The cell that a view shows; None for any other Variable."""
     try:
         return object.__getattribute__(view, "_shim_cell")
     except AttributeError:
@@ -79,7 +81,13 @@ def _linked(cell: Cell) -> nnx.Variable:
     return view
 
 
-_views: Views[nnx.Variable] = Views(_linked)
+def _is_own(container: Any) -> bool:
+    return isinstance(container, nnx.Variable) and isinstance(
+        container.get_raw_value(), jax.Array
+    )
+
+
+_views: Views[nnx.Variable] = Views(_linked, _is_own)
 
 
 def view_of(cell: Cell) -> nnx.Variable:
@@ -112,7 +120,7 @@ def check_link() -> None:
     if (
         probe.value is not written
         or view.get_value() is not written
-        or _cell(copy) is not None
+        or cell_of(copy) is not None
         or copy.get_value() is not written
     ):
         raise InteropError(
