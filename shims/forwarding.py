@@ -22,6 +22,9 @@ __all__ = [
 ]
 
 
+_NO_METHODS: tuple[type, ...] = (staticmethod, classmethod, property)
+
+
 class OfInstance:
     """An attribute that is computed for instances and plain for the class."""
 
@@ -133,7 +136,8 @@ def forwarded(guest: Any, name: str, run: Callable[..., Any]) -> Any:
     """
     value = getattr(guest, name)
     defined = inspect.getattr_static(type(guest), name, None)
-    if isinstance(defined, staticmethod | classmethod | property) or not callable(defined):
+    is_method = callable(defined) and not isinstance(defined, _NO_METHODS)
+    if not is_method:
         return value
 
     @wrapt.decorator

@@ -334,10 +334,15 @@ class Wrapped(brainstate.nn.Module):
         """Show the guest as it is now: its mode and options, and Variables it has replaced."""
         structure = guest.structure()
         states = {cell.path: _shown.of(cell) for cell in guest.cells()}
-        known = self._shim_states() if "_shim_structure" in vars(self) else {}
-        if states.keys() != known.keys() or any(states[p] is not known[p] for p in states):
+        before = vars(self).get("_shim_structure")
+        known = {} if before is None else self._shim_states()
+        if (
+            before is None
+            or states.keys() != known.keys()
+            or any(states[p] is not known[p] for p in states)
+        ):
             self._shim_place(structure, states)
-        elif structure != self._shim_structure:
+        elif structure != before:
             self._shim_structure = structure
 
     def _shim_place(

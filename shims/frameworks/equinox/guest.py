@@ -90,7 +90,7 @@ class EquinoxStructure(Structure):
         self.guest_type = type(module)
         self.base_type = eqx.Module
         self.forward = type(module).__call__
-        self.fills = frozenset(("key", "state"))
+        self.fills = frozenset(("key", "state", "inference", "deterministic"))
         self._batch_axes, self._axis_name = batch_axes, axis_name
         flat, self._tree = _flatten(module)
         self._leaves = [(path, None if eqx.is_array(leaf) else leaf) for path, leaf in flat]

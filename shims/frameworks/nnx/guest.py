@@ -96,7 +96,8 @@ class NnxGuest(LiveGuest):
 
 def _check_functions(module: nnx.Module) -> None:
     """Refuse attributes whose function reaches the module: a copy would run the original."""
-    for path, part in nnx.iter_modules(module):
+    modules: Any = nnx.iter_modules(module)
+    for path, part in modules:
         for name, value in vars(part).items():
             if isinstance(value, nnx.Variable | nnx.Pytree) or not callable(value):
                 continue

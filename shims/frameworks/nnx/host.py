@@ -296,7 +296,7 @@ class ToNNX(nnx.Module):
         try:
             return anchor.guest.call(call)
         except BaseException:
-            if count is not None:
+            if self.rngs is not None:
                 self.rngs.count.set_value(count)
             raise
         finally:

@@ -1,0 +1,330 @@
+"""What once was silently wrong in a shim: right now, or refused by name."""
+
+import brainstate
+import brainunit as u
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from numpy.testing import assert_allclose, assert_array_equal
+
+import interop
+import shims
+
+from .cases import array
+
+bnn = brainstate.nn
+X = array(4, 4, seed=61)
+KEY = jax.random.key(0)
+
+
+class Encoder(eqx.Module):
+    linear: eqx.nn.Linear
+
+    def __call__(self, x):
+        return self.linear(x)
+
+    def encode(self, x):
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("into", ["brainstate", "nnx"])
+def test_methods_of_an_equinox_guest_are_mapped_like_its_call(into):
+    module = Encoder(eqx.nn.Linear(4, 4, key=KEY))
+    shim = shims.wrap(module, into=into)
+    assert_allclose(shim.encode(X), jax.vmap(module)(X), rtol=1e-5)
+
+
+class HoldsMethod(bnn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.fn = self._forward
+
+    def _forward(self, x):
+        return self.inner(x)
+
+    def update(self, x):
+        return self.fn(x)
+
+
+def test_an_attribute_that_reaches_the_original_module_is_refused():
+    layer = bnn.Linear(4, 2)
+    linen = shims.ToLinen(HoldsMethod(layer))
+    uses = (
+        lambda: nnx.grad(lambda m: m(X).sum())(shims.ToNNX(HoldsMethod(layer))),
+        lambda: linen.init(KEY, X),
+        lambda: shims.ToEquinox(HoldsMethod(layer))(X[0]),
+    )
+    for use in uses:
+        with pytest.raises(
+            interop.UnsupportedStructureError, match="bound method or a closure"
+        ):
+            use()
+    assert shims.ToNNX(HoldsMethod(layer))(X).shape == (4, 2)  # the guest itself may
+
+
+def test_an_nnx_attribute_that_reaches_a_module_is_refused():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.linear = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+            self.fn = lambda x: self.linear(x)
+
+        def __call__(self, x):
+            return self.fn(x)
+
+    with pytest.raises(interop.UnsupportedStructureError, match="fn is a function"):
+        shims.FromNNX(Net())
+
+
+def test_a_state_replaced_behind_the_shim_is_noticed_before_a_transformation():
+    cell = bnn.GRUCell(4, 3)
+    cell.init_state(4)
+    shim = shims.ToNNX(cell)
+    call = nnx.jit(lambda m, x: m(x))
+    first = call(shim, X)
+    cell.init_state(4)
+    with pytest.raises(interop.ConversionError, match="refresh"):
+        call(shim, X)
+    shim.refresh()
+    assert_allclose(call(shim, X), first, rtol=1e-6)
+    shim.init_state(4)
+    assert_allclose(call(shim, X), first, rtol=1e-6)
+
+
+class FixesItsMode(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=False)(x)
+
+
+class NamesItTraining(nn.Module):
+    @nn.compact
+    def __call__(self, x, training):
+        return nn.Dropout(0.5, deterministic=not training)(x)
+
+    @nn.compact
+    def encode(self, x, train=False):
+        return nn.Dropout(0.5, deterministic=not train)(x)
+
+
+def test_a_linen_layer_that_would_train_in_evaluation_is_refused():
+    module = FixesItsMode()
+    shim = shims.ToNNX(module, params=module.init(KEY, X))
+    shim(X)
+    shim.eval()
+    with pytest.raises(interop.ArgumentError, match="use_running_average=False"):
+        shim(X)
+
+
+def test_the_mode_reaches_a_linen_guest_by_any_of_its_names():
+    shim = shims.ToNNX(NamesItTraining(), rngs=nnx.Rngs(0), params={})
+    ones = jnp.ones((20, 20))
+    assert (np.asarray(shim(ones)) == 0).any()
+    shim.eval()
+    assert_array_equal(shim(ones), ones)
+    assert (np.asarray(shim(ones, True, rngs=KEY, deterministic=False)) == 0).any()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: shims.ToNNX(eqx.nn.Dropout(0.5), rngs=nnx.Rngs(0)),
+        lambda: shims.ToNNX(nn.Dropout(0.5), rngs=nnx.Rngs(0), params={}),
+    ],
+    ids=["equinox", "linen"],
+)
+def test_stock_layers_that_take_a_mode_or_key_are_guests(make):
+    shim = make()
+    ones = jnp.ones((20, 20))
+    first, second = np.asarray(shim(ones)), np.asarray(shim(ones))
+    assert (first != second).any()
+    shim.eval()
+    assert_array_equal(shim(ones), ones)
+
+
+def test_an_nnx_dropout_without_streams_gets_the_hosts_key():
+    ones = jnp.ones((20, 20))
+    shim = shims.ToLinen(nnx.Dropout(0.5))
+    out = [
+        np.asarray(
+            shim.apply({}, ones, deterministic=False, rngs={"dropout": jax.random.key(i)})
+        )
+        for i in range(2)
+    ]
+    assert (out[0] != out[1]).any()
+    assert_array_equal(shim.apply({}, ones, deterministic=True), ones)
+
+
+def test_one_array_seen_through_two_layers_of_shims_is_one_parameter():
+    encoder = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    inner = bnn.Sequential(shims.FromNNX(encoder))
+    net = nnx.Sequential(encoder, shims.ToNNX(inner))
+    assert len(jax.tree.leaves(nnx.state(net))) == 2
+    grads = nnx.grad(lambda m: m(X).sum())(net)
+    assert len(jax.tree.leaves(grads)) == 2
+
+
+class Unit(bnn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = brainstate.ParamState(jnp.ones(4) * u.mV)
+
+    def update(self, x):
+        return x * self.w.value / u.mV
+
+
+def test_a_changed_unit_is_an_error_instead_of_a_factor_of_a_thousand():
+    guest = Unit()
+    linen, equinox, shim = shims.ToLinen(guest), shims.ToEquinox(guest), shims.ToNNX(guest)
+    variables = linen.init(KEY, X)
+    guest.w.value = jnp.ones(4) * u.volt
+    with pytest.raises(interop.ConversionError, match="changed"):
+        linen.write_back(variables)
+    with pytest.raises(interop.ConversionError, match="changed"):
+        equinox.write_back()
+    with pytest.raises(interop.ConversionError, match="wrapped"):
+        next(iter(shim.w.values())).get_value()
+
+
+def test_random_streams_of_a_guest_need_batches_in_equinox():
+    drop = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    with pytest.raises(interop.ArgumentError, match="random stream"):
+        eqx.nn.make_with_state(shims.ToEquinox)(drop)
+
+
+def test_a_call_that_changes_the_nnx_module_itself_is_refused():
+    class Counts(nnx.Module):
+        def __init__(self):
+            self.calls = 0
+
+        def __call__(self, x):
+            self.calls += 1
+            return x
+
+    with pytest.raises(interop.UnsupportedStructureError, match="changes attributes"):
+        shims.FromNNX(Counts())(X)
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
+def test_intermediates_of_an_nnx_guest_are_not_state():
+    class Sows(nnx.Module):
+        def __call__(self, x):
+            self.sow(nnx.Intermediate, "seen", x)
+            return x
+
+    guest = Sows()
+    shim = shims.FromNNX(guest)
+    for _ in range(3):
+        assert_array_equal(shim(X), X)
+    assert len(shim.states()) == 0
+
+
+@pytest.mark.parametrize("wrap", [shims.ToNNX, None], ids=["ToNNX", "FromNNX"])
+def test_setting_an_attribute_of_the_guest_on_the_shim_is_refused(wrap):
+    guest = HoldsMethod(bnn.Linear(4, 2)) if wrap else nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+    shim = (wrap or shims.FromNNX)(guest)
+    with pytest.raises(interop.ArgumentError, match="unwrap"):
+        setattr(shim, "fn" if wrap else "in_features", 3)
+
+
+def test_attributes_that_compare_equal_are_not_taken_for_each_other():
+    class Power(bnn.Module):
+        def __init__(self, n):
+            super().__init__()
+            self.n, self.mask = n, np.ones(4, np.float32)
+
+        def update(self, x):
+            return jnp.asarray([1, 2]) * self.n, x * self.mask
+
+    call = nnx.jit(lambda m, x: m(x))
+    guest = Power(2)
+    assert call(shims.ToNNX(guest), X)[0].dtype == jnp.int32
+    assert call(shims.ToNNX(Power(2.0)), X)[0].dtype == jnp.float32
+    guest.mask[0] = 0.0
+    assert_array_equal(call(shims.ToNNX(guest), X)[1][:, 0], np.zeros(4))
+
+
+def test_statistics_are_put_back_when_the_guest_raises():
+    class Breaks(bnn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = bnn.BatchNorm0d((4,))
+
+        def update(self, x):
+            self.norm(x)
+            raise RuntimeError("no")
+
+    guest = Breaks()
+    shim = shims.ToNNX(guest, rngs=nnx.Rngs(0))
+    with pytest.raises(RuntimeError, match="no"):
+        shim(X)
+    assert_array_equal(guest.norm.running_mean.value, np.zeros(4))
+    assert int(shim.rngs.count[...]) == 0
+
+
+def test_a_state_that_is_not_wanted_is_an_error():
+    shim = shims.ToEquinox(bnn.Linear(4, 2))
+    _, state = eqx.nn.make_with_state(shims.ToEquinox)(bnn.BatchNorm0d((4,)), batched=True)
+    for call in (lambda: shim(X[0], state=state), lambda: shim(X[0], state)):
+        with pytest.raises(interop.ArgumentError, match="no state"):
+            call()
+
+
+def test_a_plain_array_attribute_of_an_nnx_guest_is_refused_by_name():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.table = nnx.data(jnp.ones(3))
+
+        def __call__(self, x):
+            return x
+
+    with pytest.raises(interop.ArgumentError, match="table is a plain array"):
+        shims.FromNNX(Net())
+
+
+def test_a_state_that_holds_a_python_number():
+    class Counter(bnn.Module):
+        def __init__(self):
+            super().__init__()
+            self.count = brainstate.LongTermState(0)
+
+        def update(self, x):
+            self.count.value = self.count.value + 1
+            return x + self.count.value
+
+    guest = Counter()
+    shim = shims.ToNNX(guest)
+    call = nnx.jit(lambda m, x: m(x))
+    assert_allclose(call(shim, X), X + 1, rtol=1e-6)
+    assert_allclose(call(shim, X), X + 2, rtol=1e-6)
+    assert int(guest.count.value) == 2
+
+
+def test_keys_and_scalars_given_to_an_equinox_guest():
+    class Scaled(eqx.Module):
+        drop: eqx.nn.Dropout
+
+        def __call__(self, x, scale, key=None):
+            return self.drop(x * scale, key=key)
+
+    shim = shims.FromEquinox(Scaled(eqx.nn.Dropout(0.5)))
+    with brainstate.environ.context(fit=True):
+        out = np.asarray(shim(jnp.ones((2, 100)), jnp.asarray(2.0), key=KEY))
+    assert set(np.unique(out)) == {0.0, 4.0}
+    assert (out[0] != out[1]).any()
+
+
+def test_collections_of_results_are_no_weights():
+    shim = shims.ToLinen(bnn.Linear(4, 2))
+    variables = shim.init(KEY, X)
+    assert shim.apply({**variables, "intermediates": {"y": (X,)}}, X).shape == (4, 2)
+
+
+def test_wrap_gives_the_class_that_is_named_after_the_guest():
+    assert (
+        type(shims.wrap(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), into="brainstate")) is shims.FromNNX
+    )
