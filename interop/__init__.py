@@ -11,6 +11,13 @@ from typing import TYPE_CHECKING, Any
 from . import api as _api
 from . import specs
 from .api import convert, supported_layers
+from .comparison import (
+    Comparison,
+    Difference,
+    LayerDifference,
+    assert_equivalent,
+    compare,
+)
 from .correspondence import WeightMapping, mapping
 from .errors import (
     ArgumentError,
@@ -20,6 +27,7 @@ from .errors import (
     MissingDependencyError,
     MissingKeyError,
     MissingShapeError,
+    NotEquivalentError,
     UnmappedLayerError,
     UnsupportedLayerError,
     UnsupportedStructureError,
@@ -32,6 +40,7 @@ from .registration import (
     register_reader,
     registered,
 )
+from .report import Report, Row, explain
 
 if TYPE_CHECKING:
     import brainstate
@@ -42,18 +51,27 @@ if TYPE_CHECKING:
 __all__ = [
     "ArgumentError",
     "BrokenDependencyError",
+    "Comparison",
     "ConversionError",
+    "Difference",
     "InteropError",
     "LayerContext",
+    "LayerDifference",
     "LayerMapping",
     "MissingDependencyError",
     "MissingKeyError",
     "MissingShapeError",
+    "NotEquivalentError",
+    "Report",
+    "Row",
     "UnmappedLayerError",
     "UnsupportedLayerError",
     "UnsupportedStructureError",
     "WeightMapping",
+    "assert_equivalent",
+    "compare",
     "convert",
+    "explain",
     "from_equinox",
     "from_linen",
     "from_nnx",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from . import specs
-from .errors import ArgumentError
+from .errors import ArgumentError, InteropError
+from .layout import cross
 from .registry import Adapter, registry
 from .walk import Building, Reading
 
@@ -103,12 +105,36 @@ def convert_with(
     options: Mapping[str, Any],
 ) -> Any:
     """:func:`convert` with options of the target, such as the streams for its dropout."""
+    try:
+        return _convert(model, to, params, state, sample_input, options)
+    except InteropError as e:
+        e.reporter = functools.partial(
+            _explain, model, to, params=params, state=state, sample_input=sample_input
+        )
+        raise
+
+
+def _explain(*args: Any, **keywords: Any) -> Any:
+    from .report import explain  # which imports this module
+
+    return explain(*args, **keywords)
+
+
+def _convert(
+    model: Any, to: str, params: Any, state: Any, sample_input: Any, options: Mapping[str, Any]
+) -> Any:
     _check_instance(model)
     target = registry.adapter(to)
     adapter = adapter_of(model)
     shape = sample_shape(sample_input)
+    node = adapter.open(model, params, state)
+    adapter.check(node)
     reading = Reading(adapter, registry)
-    spec = reading.read(adapter.open(model, params, state), "model")
+    spec = reading.read(node, "model")
+    if adapter.channels_first != target.channels_first:
+        spec, shape = cross(
+            spec, reading.origins, shape, to_first=target.channels_first, target=to
+        )
     building = Building(target, reading.origins, shape, options)
     return target.close(building.build(spec), options)
 
@@ -133,9 +159,10 @@ def adapter_of(model: Any) -> Adapter:
 
 def keywords_of(model: Any) -> tuple[Any, dict[str, Any]]:
     """A module, and what ``convert`` takes beside it; ``model`` may be a pair of both."""
-    if not (isinstance(model, tuple) and len(cast("tuple[Any, ...]", model)) == 2):
-        return model, {}
-    module, companion = cast("tuple[Any, Any]", model)
+    pair: Any = model
+    if not (isinstance(model, tuple) and len(pair) == 2):
+        return pair, {}
+    module, companion = pair
     keyword = adapter_of(module).companion
     return module, {} if keyword is None else {keyword: companion}
 
@@ -148,7 +175,9 @@ def open_model(model: Any) -> tuple[Adapter, Any]:
     """
     module, keywords = keywords_of(model)
     adapter = adapter_of(module)
-    return adapter, adapter.open(module, keywords.get("params"), keywords.get("state"))
+    node = adapter.open(module, keywords.get("params"), keywords.get("state"))
+    adapter.check(node)
+    return adapter, node
 
 
 def _check_instance(model: Any) -> None:

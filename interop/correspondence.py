@@ -17,14 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import rearrangement, specs
-from .api import convert_with, keywords_of, open_model
-from .errors import ArgumentError, ConversionError
+from .api import convert_with, keywords_of, open_model, sample_shape
+from .errors import ArgumentError, ConversionError, InteropError
+from .layout import cross
 from .parameters import Path, arrays, is_empty, leaves, name
 from .rearrangement import Piece, Rearrangement
 from .registry import Adapter, registry
 from .walk import Reading
 
-__all__ = ["WeightMapping", "mapping"]
+__all__ = ["WeightMapping", "arrays_of", "changes_of", "mapping"]
 
 Shapes = dict[Path, tuple[int, ...]]
 
@@ -138,9 +139,7 @@ class WeightMapping:
             self.target,
             self.source,
             shapes,
-            rearrangement.find(
-                shapes, _unflat(back, self.shapes), _unflat(added, self.shapes)
-            ),
+            rearrangement.find(shapes, _unflat(back, self.shapes), _unflat(added, self.shapes)),
             self._target_tree,
             self._source_tree,
         )
@@ -251,7 +250,9 @@ class WeightMapping:
         )
 
 
-def mapping(a: Any, b: Any = None, *, to: str | None = None, sample_input: Any = None) -> WeightMapping:
+def mapping(
+    a: Any, b: Any = None, *, to: str | None = None, sample_input: Any = None
+) -> WeightMapping:
     """Find which weight of one model is which of another.
 
     Nothing but the layout is compared: the values may differ, as between a model and its
@@ -262,7 +263,8 @@ def mapping(a: Any, b: Any = None, *, to: str | None = None, sample_input: Any =
             with state.
         b: a model of the same layers, of any framework.
         to: instead of ``b``, the framework that ``a`` would be converted to.
-        sample_input: as in :func:`interop.convert`, with ``to``.
+        sample_input: one example for ``a`` without its batch axis, or its shape; needed where
+            :func:`interop.convert` needs it, such as for a Flatten between layouts.
 
     Returns:
         A :class:`WeightMapping` of the trainable parameters from ``a`` to ``b``. Running
@@ -285,11 +287,13 @@ def mapping(a: Any, b: Any = None, *, to: str | None = None, sample_input: Any =
             "mapping takes two models, or one and the framework to=",
             remedy='Write mapping(a, b) or mapping(a, to="...")',
         )
-    first = _Numbered(*open_model(a))
+    adapter, node = open_model(a)
     if to is not None:
         module, keywords = keywords_of(a)
         b = convert_with(module, to, sample_input=sample_input, options={}, **keywords)
-    second = _Numbered(*open_model(b))
+    other, other_node = open_model(b)
+    first = _Numbered(adapter, node, other, sample_shape(sample_input))
+    second = _Numbered(other, other_node, other, None)
     ids, shifts = _match(first, second)
     return WeightMapping(
         first.adapter.name,
@@ -301,6 +305,20 @@ def mapping(a: Any, b: Any = None, *, to: str | None = None, sample_input: Any =
     )
 
 
+def changes_of(source: Adapter, node: Any, target: Adapter, built: Any) -> tuple[str, ...]:
+    """How the parameters of one layer are laid out anew, where they are; in words."""
+    try:
+        first, second = (
+            _Numbered(adapter, part, adapter, None)
+            for adapter, part in ((source, node), (target, built))
+        )
+        changes = rearrangement.find(first.shapes, *_match(first, second))
+    except InteropError:
+        return ()
+    found = [(name(change.target), change.describe(first.shapes)) for change in changes]
+    return tuple(f"{path}: {how}" for path, how in found if how != "same")
+
+
 class _Numbered:
     """A model read twice, with its parameters' elements numbered up and down.
 
@@ -308,8 +326,8 @@ class _Numbered:
     sum of both; one that does anything else shows numbers that there are not.
     """
 
-    def __init__(self, adapter: Adapter, node: Any):
-        self.adapter = adapter
+    def __init__(self, adapter: Adapter, node: Any, target: Adapter, shape: specs.Shape | None):
+        self.adapter, self._target, self._shape = adapter, target, shape
         self.parameters = adapter.parameters(node)
         self.shapes: Shapes = {
             path: tuple(leaf.shape) for path, leaf in arrays(self.parameters).items()
@@ -331,8 +349,16 @@ class _Numbered:
         container = jax.tree.unflatten(jax.tree.structure(self.parameters), numbered)
         reading = Reading(self.adapter, registry)
         spec = reading.read(self.adapter.with_parameters(node, container), "model")
+        if self.adapter.channels_first != self._target.channels_first:
+            spec, _ = cross(
+                spec,
+                reading.origins,
+                self._shape,
+                to_first=self._target.channels_first,
+                target=self._target.name,
+            )
         return [
-            (reading.origins[id(part)][0], type(part).__name__, _arrays_of(part))
+            (reading.origins[id(part)][0], _kind(part), arrays_of(part))
             for part in _parts(spec, set())
         ]
 
@@ -366,7 +392,12 @@ def _parts(spec: specs.Spec, seen: set[int]) -> list[specs.Spec]:
     return [spec]
 
 
-def _arrays_of(spec: specs.Spec) -> dict[str, Any]:
+def _kind(spec: specs.Spec) -> str:
+    return "registered layer" if isinstance(spec, specs.Deferred) else type(spec).__name__
+
+
+def arrays_of(spec: specs.Spec) -> dict[str, Any]:
+    """The arrays that a spec holds, by the names of its fields."""
     if isinstance(spec, specs.Deferred):
         return dict(spec.parameters())
     if not dataclasses.is_dataclass(spec):
@@ -379,9 +410,7 @@ def _arrays_of(spec: specs.Spec) -> dict[str, Any]:
     return found
 
 
-def _match(
-    first: _Numbered, second: _Numbered
-) -> tuple[dict[Path, Any], dict[Path, Any]]:
+def _match(first: _Numbered, second: _Numbered) -> tuple[dict[Path, Any], dict[Path, Any]]:
     """For each parameter of the second model its elements' numbers in the first, and the rest.
 
     Raises:
@@ -448,8 +477,12 @@ def _listed(shapes: Shapes) -> str:
 
 
 def _change(facts: dict[str, Any]) -> Rearrangement:
-    pieces = tuple(
-        Piece(**{k: tuple(v) if isinstance(v, list) else v for k, v in piece.items()})
-        for piece in facts["pieces"]
-    )
+    def piece(given: dict[str, Any]) -> Piece:
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in given.items()
+        }
+        return Piece(**values)
+
+    pieces = tuple(map(piece, facts["pieces"]))
     return Rearrangement(tuple(facts["target"]), tuple(facts["shape"]), pieces)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "MissingDependencyError",
     "MissingKeyError",
     "MissingShapeError",
+    "NotEquivalentError",
     "UnmappedLayerError",
     "UnsupportedLayerError",
     "UnsupportedStructureError",
@@ -31,6 +32,17 @@ class InteropError(Exception):
         path: where in the model (``model[2].weight``), or None.
         remedy: what to do, or None.
     """
+
+    reporter: Callable[[], Any] | None = None
+    """Makes ``report``; set by the conversion that failed."""
+
+    @property
+    def report(self) -> Any:
+        """What :func:`interop.explain` says of the model: every layer and every problem.
+
+        Worked out when it is asked for; None if the error came from no conversion.
+        """
+        return None if self.reporter is None else self.reporter()
 
     def __init__(self, problem: str, *, path: str | None = None, remedy: str | None = None):
         self.problem, self.path, self.remedy = problem, path, remedy
@@ -131,14 +143,14 @@ class MissingShapeError(InteropError, ValueError):
         found: the class of the layer that needs the shape.
     """
 
-    def __init__(self, found: str, *, path: str, target: str):
+    def __init__(self, found: str, *, path: str, target: str, reason: str | None = None):
         self.found = found
+        reason = reason or f"{target} fixes the input shape of {found} when it is built"
         super().__init__(
-            f"{target} fixes the input shape of {found} when it is built, and the model does "
-            f"not tell it",
+            f"{reason}, and the model does not tell it",
             path=path,
-            remedy="Pass sample_input=, one example without its batch axis or its shape, "
-            "such as sample_input=(28, 28, 1)",
+            remedy="Pass sample_input=, one example as the model takes it, without its batch "
+            "axis, or its shape, such as sample_input=(28, 28, 1)",
         )
 
 
@@ -174,6 +186,30 @@ class ConversionError(InteropError, ValueError):
         ]
         text = f"{problem}: {'; '.join(facts)}" if facts else problem
         super().__init__(text, path=path, remedy=remedy)
+
+
+class NotEquivalentError(InteropError, AssertionError):
+    """Two models that should compute the same do not.
+
+    Attributes:
+        comparison: what :func:`interop.compare` found.
+        beyond: one line for each output or gradient beyond the tolerances.
+    """
+
+    def __init__(
+        self,
+        comparison: Any,
+        beyond: Sequence[str],
+        first: str | None,
+        rtol: float,
+        atol: float,
+    ):
+        self.comparison, self.beyond = comparison, tuple(beyond)
+        where = "" if first is None else f"; the first layer that departs is {first}"
+        super().__init__(
+            f"the models differ by more than rtol={rtol:g}, atol={atol:g}{where}:\n  "
+            + "\n  ".join(beyond)
+        )
 
 
 class MissingKeyError(InteropError, ValueError):

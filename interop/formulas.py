@@ -20,6 +20,7 @@ import jax.numpy as jnp
 __all__ = [
     "ACTIVATIONS",
     "Batched",
+    "Moved",
     "Single",
     "activation_defaults",
     "activation_name",
@@ -146,6 +147,23 @@ class Single:
                 f"{self.fn} mixes batch and features: {x[None].shape} -> {y.shape}"
             )
         return y[0]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A function for arrays whose channels stand at another axis than ``fn`` expects.
+
+    ``enter`` and ``leave`` are arguments of ``jnp.moveaxis`` before and after ``fn``, or None.
+    """
+
+    fn: Callable[..., Any]
+    enter: tuple[int, int] | None
+    leave: tuple[int, int] | None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply ``fn`` between the two moves."""
+        y = self.fn(x if self.enter is None else jnp.moveaxis(x, *self.enter))
+        return y if self.leave is None else jnp.moveaxis(y, *self.leave)
 
 
 ACTIVATIONS: Mapping[str, Callable[..., Any]] = {

@@ -1,5 +1,8 @@
 """How the elements of some arrays are moved into others: found from numbered elements."""
 
+# jax.numpy declares some of its types only in part.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import math
@@ -62,11 +65,13 @@ class Rearrangement:
         added = "".join(f", add {shift:+g} to part" for shift in shifts)
         if len(self.pieces) > 1:
             return f"{len(self.pieces)} blocks{added}"
-        (piece,) = self.pieces
+        [piece] = list(self.pieces)
         shape = shapes[piece.source]
         part = "" if _covers(piece.start, piece.stop, shape) else "part, "
+        block = tuple(b - a for a, b in zip(piece.start, piece.stop, strict=True))
         if piece.axes == tuple(range(len(piece.axes))):
-            return part + ("same" if self.shape == shape else "reshape") + added
+            moved = "same" if self.shape == block else "reshape"
+            return ("part" if part and moved == "same" else part + moved) + added
         if piece.factors == shape and [shape[i] for i in piece.axes] == [*self.shape]:
             return f"{part}transpose {piece.axes}{added}"
         return f"{part}reshape {piece.factors}, transpose {piece.axes}, reshape{added}"
@@ -162,8 +167,9 @@ def _transposition(ids: Ints) -> tuple[Shape, Shape] | None:
 
 def _run(line: Ints) -> int:
     """How many elements at the start of ``line`` are equally far apart."""
-    steps = np.flatnonzero(np.diff(line) != line[1] - line[0]) if line.size > 1 else []
-    return int(steps[0]) + 1 if len(steps) else line.size
+    steps = np.diff(line)
+    changes = np.flatnonzero(steps != steps[:1])
+    return int(changes[0]) + 1 if changes.size else line.size
 
 
 def _digits(line: Ints) -> list[tuple[int, int]] | None:
@@ -267,7 +273,9 @@ def _assemble(change: Rearrangement, values: dict[Path, Any], shift: bool) -> An
     return out
 
 
-def _partition(change: Rearrangement, shapes: dict[Path, Shape], values: dict[Path, Any]) -> Any:
+def _partition(
+    change: Rearrangement, shapes: dict[Path, Shape], values: dict[Path, Any]
+) -> Any:
     """The ``PartitionSpec`` of the target's axes."""
     given = [tuple(values[path] or ()) for path in change.sources]
     if not any(entry is not None for entries in given for entry in entries):

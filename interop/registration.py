@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 from . import specs
 from .errors import ArgumentError, ConversionError, InteropError, UnmappedLayerError
@@ -190,10 +190,10 @@ def register_reader(
     """
     adapter = _adapter_of(layer_type, "layer_type")
     _check_spec(spec_type)
-    names = None if state is None else frozenset(state)
+    names, is_exact = frozenset(state or ()), state is None
 
     def register(read: Function) -> Function:
-        rule = ReadRule(layer_type, spec_type, read, names, dict(fixed or {}))
+        rule = ReadRule(layer_type, spec_type, read, names, dict(fixed or {}), is_exact)
         registry.replace(adapter.readers, layer_type, rule)
         return read
 
@@ -344,7 +344,7 @@ class ForeignLayer(specs.Deferred):
 
     def build(self, ctx: Building) -> Any:
         layer = _call(self.to_hub, "to_bst", self.layer, ctx, self.hub)
-        layer_type: type = type(layer)
+        layer_type = cast(Any, type(layer))
         reading = Reading(self.hub, registry)
         spec: specs.Spec | InteropError
         try:
@@ -369,12 +369,11 @@ class ForeignLayer(specs.Deferred):
 
 def _register_foreign_reader(hub: Adapter, other: Adapter, mapping: LayerMapping) -> None:
     old = other.readers.get(mapping.foreign_type)
-    state = None if old is None else old.state
 
     def read(node: Any, ctx: Reading) -> specs.Spec:
         return ForeignLayer(hub=hub, layer=other.for_callback(node), to_hub=mapping.to_bst)
 
-    rule = ReadRule(mapping.foreign_type, ForeignLayer, read, state, {})
+    rule = _rule(mapping.foreign_type, ForeignLayer, read, old)
     registry.replace(other.readers, mapping.foreign_type, rule)
 
 
@@ -389,8 +388,16 @@ def _register_hub_reader(hub: Adapter, layer_type: type) -> None:
 
     read.is_for_pairs = True  # pyright: ignore[reportFunctionMemberAccess]
     spec_type = HubLayer if old is None else old.spec_type
-    state = None if old is None else old.state
-    registry.replace(hub.readers, layer_type, ReadRule(layer_type, spec_type, read, state, {}))
+    registry.replace(hub.readers, layer_type, _rule(layer_type, spec_type, read, old))
+
+
+def _rule(
+    layer_type: type, spec_type: type[specs.Spec], read: Any, old: ReadRule | None
+) -> ReadRule:
+    """A rule for the subclasses that the ``old`` one was for."""
+    if old is None:
+        return ReadRule(layer_type, spec_type, read, frozenset(), {}, exact=True)
+    return ReadRule(layer_type, spec_type, read, old.state, {}, old.exact)
 
 
 def _plain(

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from . import frameworks as _framework_files
 from .errors import (
@@ -41,16 +41,17 @@ class ReadRule:
         layer_type: the native class.
         spec_type: the spec that ``read`` returns.
         read: ``(layer, ctx) -> spec``.
-        state: names of the attributes that hold the layer's arrays or submodules; None where
-            the rule knows the exact class, whatever its instances hold.
+        state: names of the attributes that hold the layer's arrays or submodules.
         fixed: options that must keep this value: ``read`` does not carry any other.
+        exact: whether the rule is for no subclass, and knows all that an instance may hold.
     """
 
     layer_type: type
     spec_type: type[Spec]
     read: Callable[[Any, Reading], Spec]
-    state: frozenset[str] | None
+    state: frozenset[str]
     fixed: Mapping[str, Any]
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class Adapter:
     module_type: ClassVar[type]
     per_example: ClassVar[bool] = False
     """Whether modules see one example, and the caller maps over the batch."""
+    channels_first: ClassVar[bool] = False
+    """Whether spatial layers take their channels before the axes of space."""
     has_identity: ClassVar[bool] = True
     """Whether a module that stands at two places stays one module."""
     companion: ClassVar[str | None] = None
@@ -104,6 +107,13 @@ class Adapter:
                 )
         return model
 
+    def check(self, root: Any) -> None:
+        """Compare the weights of a whole model with what it needs, before it is read.
+
+        Raises:
+            InteropError: they do not fit.
+        """
+
     def close(self, built: Any, options: Mapping[str, Any]) -> Any:
         """What ``convert`` returns for a finished root."""
         return built
@@ -115,6 +125,10 @@ class Adapter:
     def containers(self, node: Any) -> Iterable[tuple[str, object]]:
         """The mutable containers that the module itself holds its arrays in, by name."""
         return ()
+
+    def read_function(self, fn: Any) -> Spec | None:
+        """The spec of one of the framework's own functions, or None."""
+        return None
 
     def for_callback(self, node: Any) -> Any:
         """What a user's ``to_bst`` callback gets for a node."""
@@ -214,7 +228,7 @@ class Adapter:
                 remedy=f"Register a reader for {cls.__qualname__}, or wrap it live: "
                 + _live(path),
             )
-        if rule.state is None and cls is not base:
+        if rule.exact and cls is not base:
             raise UnsupportedLayerError(
                 cls,
                 f"the rule of {base.__qualname__} is for that class alone",
@@ -222,7 +236,7 @@ class Adapter:
                 remedy=f"Register a reader for {cls.__qualname__}, or wrap it live: "
                 + _live(path),
             )
-        if rule.state is not None and (added := sorted(self.added_state(module, rule))):
+        if not rule.exact and (added := sorted(self.added_state(module, rule))):
             raise UnsupportedLayerError(
                 cls,
                 f"it holds {', '.join(added)}, which {base.__qualname__} does not have",
@@ -369,8 +383,7 @@ class Registry:
         A framework's file is named after a component of the module path of its base class,
         so that nothing is imported to find it.
         """
-        cls: type = type(obj)
-        return self.framework_of_class(cls)
+        return self.framework_of_class(cast(Any, type(obj)))
 
     def framework_of_class(self, cls: type) -> str | None:
         """The framework that instances of ``cls`` are modules of, or None."""

@@ -13,11 +13,15 @@ Shapes name the batch axes ``*batch``; ``x`` is the input of the layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from .formulas import ACTIVATIONS, activation_defaults, flatten
 
 if TYPE_CHECKING:
     from .walk import Building
@@ -25,20 +29,26 @@ if TYPE_CHECKING:
 __all__ = [
     "Activation",
     "BatchNorm",
+    "Conv",
     "Deferred",
     "Dropout",
     "Embedding",
     "Flatten",
     "Function",
     "GroupNorm",
+    "LSTMCell",
     "LayerNorm",
     "Linear",
+    "Pool",
     "RMSNorm",
     "Sequential",
     "Spec",
     "common_dtype",
     "dtype",
     "is_wide",
+    "move_channels",
+    "moved_axis",
+    "pool",
     "promoted_dtype",
 ]
 
@@ -51,10 +61,40 @@ Shape = tuple[int, ...]
 class Spec:
     """Base of all specs. Specs compare by identity: one spec twice is one layer used twice."""
 
+    keeps_shape: ClassVar[bool] = False
+    """Whether the output has the shape of the input, and each axis its meaning."""
+    has_channels: ClassVar[bool] = False
+    """Whether one axis has another meaning than the rest, however many there are."""
+    counts_axes: ClassVar[bool] = False
+    """Whether the result depends on the order of the axes, and ``moved`` changes that."""
+
+    @property
+    def space(self) -> int | None:
+        """Axes that an example has beside that of its channels; None where any will do."""
+        return 0
+
     @property
     def holds_state(self) -> bool:
         """Whether using the layer at two places ties something."""
         return False
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether it does the same to each element, wherever that stands."""
+        return False
+
+    def moved(self, axes: int | None, to_first: bool) -> Spec:
+        """The same layer for examples of so many axes whose channels are moved.
+
+        Args:
+            axes: number of axes of an example; 0 where nothing moves, None where not known.
+            to_first: whether the last axis is moved to the front, or the first to the end.
+        """
+        return self
+
+    def with_rows(self, order: np.ndarray[Any, Any]) -> Spec:
+        """The same layer for inputs ``x[..., order]``."""
+        raise NotImplementedError
 
     def output_shape(self, shape: Shape | None) -> Shape | None:
         """Shape of one output example for one input example; None where it is not known."""
@@ -94,9 +134,138 @@ class Linear(Spec):
     def output_shape(self, shape: Shape | None) -> Shape | None:
         return (*(shape[:-1] if shape else self.leading_shape), self.weight.shape[1])
 
+    def with_rows(self, order: np.ndarray[Any, Any]) -> Spec:
+        mask = None if self.mask is None else self.mask[order]
+        return replace(self, weight=self.weight[order], mask=mask)
+
     def mismatches(self) -> list[str]:
         out = self.weight.shape[1:]
         return _mismatches(weight=(self.weight, None), bias=(self.bias, out))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Conv(Spec):
+    """Cross-correlation over the axes of space, as ``jax.lax.conv_general_dilated`` does it.
+
+    Shapes, with ``k`` axes of space:
+        x       (batch, *space, in)
+        weight  (*kernel, in // groups, out)
+        bias    (out,) or None
+        mask    that of the weight, or None; multiplied with it
+
+    ``padding`` is ``"SAME"``, ``"SAME_LOWER"``, ``"VALID"`` or k pairs. ``in_shape`` is the
+    shape ``(*space, in)`` of an example where the source fixes it. ``dtype`` is what the
+    operands are cast to; None means their common dtype.
+    """
+
+    weight: Array
+    bias: Array | None
+    strides: tuple[int, ...]
+    padding: str | tuple[tuple[int, int], ...]
+    kernel_dilation: tuple[int, ...]
+    groups: int
+    in_shape: Shape | None
+    input_dilation: tuple[int, ...] | None = None
+    mask: Array | None = None
+    dtype: DType | None = None
+    precision: Any = None
+    preferred_element_type: DType | None = None
+
+    @property
+    def space(self) -> int:
+        return len(self.strides)
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of the input."""
+        return self.weight.shape[-2] * self.groups
+
+    @property
+    def holds_state(self) -> bool:
+        return True
+
+    def pads(self, shape: Shape) -> tuple[tuple[int, int], ...]:
+        """The padding of an example of that shape, as pairs."""
+        if not isinstance(self.padding, str):
+            return self.padding
+        kernel = [
+            (size - 1) * dilation + 1
+            for size, dilation in zip(self.weight.shape, self.kernel_dilation, strict=False)
+        ]
+        pads = jax.lax.padtype_to_pads(shape[:-1], kernel, self.strides, self.padding)
+        return tuple((int(low), int(high)) for low, high in pads)
+
+    def output_shape(self, shape: Shape | None) -> Shape | None:
+        shape = shape or self.in_shape
+        if shape is None:
+            return None
+        last = (0, self.space + 1, *range(1, self.space + 1))
+        kernel = (self.space + 1, self.space, *range(self.space))
+
+        def run(x: jax.Array) -> jax.Array:
+            return jax.lax.conv_general_dilated(
+                x,
+                jnp.zeros(self.weight.shape),
+                self.strides,
+                self.padding,
+                self.input_dilation,
+                self.kernel_dilation,
+                jax.lax.ConvDimensionNumbers(last, kernel, last),
+                self.groups,
+            )
+
+        return _shape_of(run, shape)
+
+    def mismatches(self) -> list[str]:
+        weight, out = self.weight, self.weight.shape[-1:]
+        lines = _mismatches(weight=(weight, None), bias=(self.bias, out))
+        return lines + _mismatches(mask=(self.mask, weight.shape))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Pool(Spec):
+    """The maximum or the mean over windows of space, each channel by itself.
+
+    ``padding`` is ``"SAME"``, ``"VALID"`` or a pair for each axis of space. Padding is never
+    the maximum; whether zeros of it are elements of the mean, ``counts_padding`` says.
+    """
+
+    mean: bool
+    window: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: str | tuple[tuple[int, int], ...]
+    counts_padding: bool = False
+
+    @property
+    def space(self) -> int:
+        return len(self.window)
+
+    def pads(self, shape: Shape) -> tuple[tuple[int, int], ...]:
+        """The padding of an example of that shape of space, as pairs."""
+        if not isinstance(self.padding, str):
+            return self.padding
+        pads = jax.lax.padtype_to_pads(shape, self.window, self.strides, self.padding)
+        return tuple((int(low), int(high)) for low, high in pads)
+
+    def output_shape(self, shape: Shape | None) -> Shape | None:
+        if shape is None:
+            return None
+        pads = self.pads(shape[:-1])
+        rows = zip(shape[:-1], pads, self.window, self.strides, strict=True)
+        return (*[(n + sum(p) - w) // s + 1 for n, p, w, s in rows], shape[-1])
+
+
+def pool(mean: bool, counts: bool, window: Any, strides: Any, padding: Any) -> Pool:
+    """A :class:`Pool` whose ``counts_padding`` is plain where there is no padding."""
+    padding = padding if isinstance(padding, str) else tuple(tuple(p) for p in padding)
+    is_padded = padding == "SAME" or (padding != "VALID" and any(map(any, padding)))
+    return Pool(
+        mean=mean,
+        window=tuple(window),
+        strides=tuple(strides),
+        padding=padding,
+        counts_padding=mean and counts and is_padded,
+    )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -125,12 +294,54 @@ class Embedding(Spec):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class LSTMCell(Spec):
+    """One step: ``i, f, g, o = split(x @ weight_x + h @ weight_h + bias)``, then
+    ``c <- gate(f) * c + gate(i) * activation(g)`` and ``h <- gate(o) * activation(c)``.
+
+    Shapes:
+        x         (*batch, in)
+        h, c      (*batch, hidden)
+        weight_x  (in, 4 * hidden)
+        weight_h  (hidden, 4 * hidden)
+        bias      (4 * hidden,)
+
+    ``activation`` is tanh where it is None, ``gate`` the logistic function. ``dtype`` is what
+    the operands are cast to; None means their common dtype.
+    """
+
+    weight_x: Array
+    weight_h: Array
+    bias: Array
+    activation: Callable[..., Any] | None = None
+    gate: Callable[..., Any] | None = None
+    dtype: DType | None = None
+
+    @property
+    def hidden(self) -> int:
+        return self.weight_h.shape[0]
+
+    @property
+    def holds_state(self) -> bool:
+        return True
+
+    def mismatches(self) -> list[str]:
+        gates = 4 * self.hidden
+        return _mismatches(
+            weight_x=(self.weight_x, (self.weight_x.shape[0], gates)),
+            weight_h=(self.weight_h, (self.hidden, gates)),
+            bias=(self.bias, (gates,)),
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Norm(Spec):
     """What all normalisations have.
 
     Dtypes: ``x``, scale and bias are first cast to ``compute_dtype``, the result to
     ``output_dtype``; None means the common dtype of the three. Statistics are float32 or wider.
     """
+
+    keeps_shape = True
 
     scale: Array | None
     bias: Array | None
@@ -140,6 +351,10 @@ class Norm(Spec):
     axis_index_groups: Any = None
     compute_dtype: DType | None = None
     output_dtype: DType | None = None
+
+    @property
+    def space(self) -> int | None:
+        return None
 
     @property
     def holds_state(self) -> bool:
@@ -164,6 +379,24 @@ class LayerNorm(Norm):
     leading_shape: Shape = ()
     reduction_axes: tuple[int, ...] = (-1,)
     feature_axes: tuple[int, ...] = (-1,)
+    counts_axes = True
+
+    def moved(self, axes: int | None, to_first: bool) -> Spec:
+        if not axes:
+            return self
+        features = [moved_axis(axis, axes, to_first) for axis in self.feature_axes]
+        order = sorted(range(len(features)), key=features.__getitem__)
+        shape = self.feature_shape
+        return replace(
+            self,
+            scale=_transposed(self.scale, order),
+            bias=_transposed(self.bias, order),
+            feature_shape=None if shape is None else tuple(shape[i] for i in order),
+            reduction_axes=tuple(
+                sorted(moved_axis(axis, axes, to_first) for axis in self.reduction_axes)
+            ),
+            feature_axes=tuple(sorted(features)),
+        )
 
     def mismatches(self) -> list[str]:
         shape = self.feature_shape
@@ -194,6 +427,7 @@ class GroupNorm(Norm):
 
     num_groups: int
     features: int | None
+    has_channels = True
 
     def mismatches(self) -> list[str]:
         shape = None if self.features is None else (self.features,)
@@ -229,6 +463,19 @@ class BatchNorm(Norm):
             object.__setattr__(self, "statistics_dtype", self.mean.dtype)
 
     @property
+    def space(self) -> int | None:
+        return self.spatial_dims
+
+    @property
+    def has_channels(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.spatial_dims is None
+
+    def moved(self, axes: int | None, to_first: bool) -> Spec:
+        if self.spatial_dims is not None or (axes is None and to_first):
+            return self
+        return replace(self, spatial_dims=max((axes or 1) - 1, 0))
+
+    @property
     def holds_state(self) -> bool:
         return True
 
@@ -248,6 +495,15 @@ class Dropout(Spec):
     rate: float
     rng_collection: str
     broadcast_dims: tuple[int, ...] = ()
+    keeps_shape = True
+
+    @property
+    def space(self) -> int | None:
+        return None
+
+    @property
+    def is_elementwise(self) -> bool:
+        return not self.broadcast_dims
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -260,6 +516,38 @@ class Activation(Spec):
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    keeps_shape = True
+
+    @property
+    def space(self) -> int | None:
+        return None
+
+    @property
+    def axis(self) -> int | None:
+        """The one axis that the function is not elementwise along, or None."""
+        return self.options.get("axis", activation_defaults(self.name).get("axis"))
+
+    @property
+    def counts_axes(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.axis is not None
+
+    @property
+    def is_elementwise(self) -> bool:
+        return self.axis is None
+
+    def moved(self, axes: int | None, to_first: bool) -> Spec:
+        if not axes or self.axis is None or self.axis in (0, -axes - 1):
+            return self
+        axis = self.axis - (axes + 1 if self.axis > 0 else 0)
+        moved = {"axis": moved_axis(axis, axes, to_first)}
+        plain = moved["axis"] == activation_defaults(self.name)["axis"]
+        rest = {name: value for name, value in self.options.items() if name != "axis"}
+        return replace(self, options=rest if plain else rest | moved)
+
+    def output_shape(self, shape: Shape | None) -> Shape | None:
+        if shape is None or self.name != "glu":
+            return shape
+        return _shape_of(partial(ACTIVATIONS["glu"], **self.options), shape)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -270,10 +558,27 @@ class Flatten(Spec):
     end_axis: int
     in_size: Shape | None
 
+    @property
+    def space(self) -> int | None:
+        return None
+
+    def example_axes(self, axes: int) -> tuple[int, int]:
+        """The first and last merged axis within examples of so many axes."""
+        batch = 0 if self.in_size is not None else 1
+        start, end = self.start_axis, self.end_axis
+        return (
+            start - batch if start >= 0 else start + axes,
+            end - batch if end >= 0 else end + axes,
+        )
+
+    def moved(self, axes: int | None, to_first: bool) -> Spec:
+        if self.in_size is None or not axes:
+            return self
+        return replace(self, in_size=move_channels(self.in_size, to_first))
+
     def output_shape(self, shape: Shape | None) -> Shape | None:
         if shape is None:
             return None
-        from .formulas import flatten
 
         def run(x: jax.Array) -> jax.Array:
             return flatten(x, self.start_axis, self.end_axis, self.in_size)
@@ -291,6 +596,10 @@ class Function(Spec):
     fn: Callable[..., Any]
     per_example: bool
 
+    @property
+    def space(self) -> int | None:
+        return None
+
     def output_shape(self, shape: Shape | None) -> Shape | None:
         if shape is None:
             return None
@@ -299,6 +608,10 @@ class Function(Spec):
 
 class Deferred(Spec):
     """A layer that only its own rule knows how to build, once the target is known."""
+
+    @property
+    def space(self) -> int | None:
+        return None
 
     @property
     def holds_state(self) -> bool:
@@ -327,6 +640,20 @@ class Sequential(Spec):
         for layer in self.layers:
             shape = layer.output_shape(shape)
         return shape
+
+
+def move_channels(shape: Shape, to_first: bool) -> Shape:
+    """``shape`` with its last axis in front, or its first at the end."""
+    return (*shape[-1:], *shape[:-1]) if to_first else (*shape[1:], *shape[:1])
+
+
+def moved_axis(axis: int, axes: int, to_first: bool) -> int:
+    """Where a negative ``axis`` of so many axes is after :func:`move_channels`."""
+    return (axis + (1 if to_first else -1)) % axes - axes
+
+
+def _transposed(array: Array | None, order: list[int]) -> Array | None:
+    return array if array is None or order == sorted(order) else array.transpose(order)
 
 
 def dtype(value: Any) -> DType | None:

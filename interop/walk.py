@@ -20,6 +20,7 @@ from .errors import (
     UnsupportedLayerError,
     UnsupportedStructureError,
 )
+from .layout import Flow
 from .registry import Adapter, BuildRule, ReadRule, Registry
 
 __all__ = ["Building", "Reading"]
@@ -79,6 +80,14 @@ class Reading:
     def read_all(self, nodes: Any) -> tuple[specs.Spec, ...]:
         """The specs of a stack's layers, in order."""
         layers = tuple(self.read(node, f"{self.path}[{i}]") for i, node in enumerate(nodes))
+        for i, layer in enumerate(layers):
+            if isinstance(layer, specs.LSTMCell):
+                raise UnsupportedStructureError(
+                    f"{self.origins[id(layer)][1].__qualname__} stands in a stack; other "
+                    f"frameworks pass its state by hand, which a stack does not",
+                    path=f"{self.path}[{i}]",
+                    remedy="Convert the cell by itself",
+                )
         if not layers:
             raise UnsupportedStructureError(
                 f"an empty {self._found.__qualname__} has nothing to convert",
@@ -93,12 +102,12 @@ class Reading:
         Raises:
             UnsupportedStructureError: ``fn`` is not callable, or holds a module.
         """
-        if (known := _activation(fn)) is not None:
+        if (known := _activation(fn) or self.adapter.read_function(fn)) is not None:
             return known
         per_example = self.adapter.per_example
         if isinstance(fn, formulas.Single if per_example else formulas.Batched):
             fn, per_example = fn.fn, not per_example
-        for part in _captured(fn):
+        for part in captured(fn):
             if (framework := self._registry.framework_of(part)) is not None:
                 raise UnsupportedStructureError(
                     f"{type(part).__qualname__} ({framework}) stands inside a "
@@ -175,7 +184,7 @@ class Building:
         self.path = "model"
         self.found: type = object
         self._origins = dict(origins)
-        self._shape, self._passed = shape, list[specs.Spec]()
+        self._flow = Flow(shape, adapter.channels_first, self._origins)
         self._built: dict[int, Any] = {}
 
     def build(self, spec: specs.Spec) -> Any:
@@ -217,7 +226,7 @@ class Building:
 
     def passed(self, spec: specs.Spec) -> None:
         """Take it that ``spec`` was applied: ``shape`` is that of its output from now on."""
-        self._passed.append(spec)
+        self._flow.passed(spec)
 
     @property
     def shape(self) -> specs.Shape | None:
@@ -226,17 +235,7 @@ class Building:
         Raises:
             ConversionError: a function before this layer fails on its input's shape.
         """
-        while self._passed:
-            spec = self._passed.pop(0)
-            try:
-                self._shape = spec.output_shape(self._shape)
-            except Exception as e:
-                raise ConversionError(
-                    f"the function fails on an example of shape {self._shape} ({e})",
-                    path=self._origins.get(id(spec), (self.path, object))[0],
-                    remedy="Pass sample_input=, one example without its batch axis",
-                ) from e
-        return self._shape
+        return self._flow.shape
 
     def refuse(
         self, option: str, value: Any, reason: str, remedy: str | None = None
@@ -312,7 +311,7 @@ def _activation(fn: Callable[..., Any]) -> specs.Activation | specs.Flatten | No
     return specs.Activation(name=name, options=changed)
 
 
-def _captured(fn: Any) -> Iterator[Any]:
+def captured(fn: Any) -> Iterator[Any]:
     """``fn`` and what it visibly holds, and what that holds; global names one level deep."""
     pending, seen = [fn], set[int]()
     while pending:

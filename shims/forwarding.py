@@ -134,8 +134,9 @@ def forwarded(guest: Any, name: str, run: Callable[..., Any]) -> Any:
     Raises:
         AttributeError: the guest has no such attribute.
     """
-    value = getattr(guest, name)
-    defined = inspect.getattr_static(type(guest), name, None)
+    value: Any = getattr(guest, name)
+    static: Any = inspect.getattr_static
+    defined: Any = static(guest.__class__, name, None)
     is_method = callable(defined) and not isinstance(defined, _NO_METHODS)
     if not is_method:
         return value

@@ -27,6 +27,8 @@ EPSILON, MOMENTUM, RATE = 2e-3, 0.9, 0.3
 INDICES = jnp.array([4, 0, 4, 2, 1])
 TABLE = array(5, 3, seed=10)
 IMAGES = array(2, 4, 5, 6, seed=11)  # of height 4, width 5 and 6 channels
+KERNEL, SHIFT_4 = array(3, 2, 3, 4, seed=14), array(4, seed=15)
+CONV = {"strides": (2, 1), "padding": ((1, 2), (0, 1)), "dilation": (1, 2), "groups": 2}
 SCALE_6, SHIFT_6 = array(6, seed=12) + 2, array(6, seed=13)
 
 
@@ -34,7 +36,8 @@ SCALE_6, SHIFT_6 = array(6, seed=12) + 2, array(6, seed=13)
 class Case:
     """A model in every framework, and its output in evaluation mode on ``x``.
 
-    ``x`` has its channels last, and each framework is given it in its own layout.
+    ``x`` has its channels last, and each framework is given it in its own layout. Arrays
+    named in ``own_shape`` have another shape in some framework.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Case:
     build: Callable[[Any], Any]
     expected: Callable[[Any], Any]
     x: Any = field(default_factory=lambda: X)
+    own_shape: tuple[str, ...] = ()
 
     def convert(self, source, target):
         """The model in ``source`` and converted to ``target``; skips what they lack."""
@@ -120,6 +124,21 @@ CASES = [
         ("rms_norm",),
         lambda fw: fw.rms_norm(SCALE, EPSILON),
         lambda x: truth.rms_norm(x, SCALE, EPSILON),
+    ),
+    Case(
+        "conv",
+        ("conv",),
+        lambda fw: fw.conv(KERNEL, SHIFT_4, (4, 5, 6), **CONV),
+        lambda x: truth.conv(x, KERNEL, SHIFT_4, (2, 1), ((1, 2), (0, 1)), (1, 2), 2),
+        IMAGES,
+        ("bias",),
+    ),
+    Case(
+        "conv without bias",
+        ("conv",),
+        lambda fw: fw.conv(KERNEL, None, (4, 5, 6), groups=2, padding="SAME"),
+        lambda x: truth.conv(x, KERNEL, 0.0, pads=((1, 1), (0, 1)), groups=2),
+        IMAGES,
     ),
     Case(
         "group norm",

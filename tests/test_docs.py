@@ -129,3 +129,25 @@ def test_the_example_moves_the_brainstate_weights_and_restores_its_checkpoint(em
     assert "predictions equal after restoring:       True" in text
     assert (out / "training.png").stat().st_size > 10_000
     assert float(re.search(r"took (\d+) s", text).group(1)) < 120
+
+
+def test_the_example_of_conversion_looks_proves_and_goes_on_training():
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    script = ROOT / "examples" / "convert_models.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script],
+        env=env,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "problems found at once: 2",
+        "the Flax model holds the same arrays: True",
+        "equal (rtol=2e-05, atol=2e-05)",
+        "the loss falls at every step: True",
+        "a registered layer converts: True",
+    ):
+        assert line in done.stdout

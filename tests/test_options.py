@@ -52,6 +52,7 @@ def test_an_option_is_carried_over_or_refused_by_name(name, goal, cls, option):
     target = Framework(goal)
     target.needs("options")
     source, mark, x, model = build(name, cls, option)
+    is_images = source.CONSTRUCTORS[cls].images
     if mark.refused == ALL or target.name in mark.refused:
         with pytest.raises(interop.UnsupportedLayerError) as e:
             target.convert_from(source, model, sample_input=given(x).shape[1:])
@@ -68,14 +69,31 @@ def test_an_option_is_carried_over_or_refused_by_name(name, goal, cls, option):
         )
     else:
         runs = in_modes if mark.training else in_evaluation
+        runs = in_steps if "LSTM" in cls.__name__ else runs
         runs = along_a_named_axis if option == "axis_name" else runs
+        fws = [Layout(target, source), source] if is_images else [target, source]
         for found, wanted in zip(
-            runs(target, converted, x), runs(source, model, x), strict=True
+            runs(fws[0], converted, x), runs(fws[1], model, x), strict=True
         ):
             assert found.dtype == wanted.dtype
             np.testing.assert_allclose(
                 np.float64(found), np.float64(wanted), rtol=1e-5, atol=1e-5
             )
+
+
+class Layout:
+    """A framework whose models are called as those of another: with images in its layout."""
+
+    def __init__(self, framework, other):
+        self._framework, self._other = framework, other
+
+    def run(self, model, x, **options):
+        x = self._framework.from_channels_last(self._other.to_channels_last(x))
+        y, model = self._framework.run(model, x, **options)
+        return self._other.from_channels_last(self._framework.to_channels_last(y)), model
+
+    def call(self, model, x, **options):
+        return self.run(model, x, **options)[0]
 
 
 def given(x):
@@ -88,6 +106,11 @@ def attribute(model, option):
 
 def in_evaluation(fw, model, x):
     yield fw.call(model, given(x))
+
+
+def in_steps(fw, model, x):
+    xs = array(3, *x)
+    yield from fw.steps(model, xs, array(x[0], 4), array(x[0], 4, seed=1))
 
 
 def in_modes(fw, model, x):

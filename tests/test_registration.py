@@ -158,10 +158,15 @@ def test_registrations_end_with_their_context():
         adapter.name: (dict(adapter.readers), dict(adapter.builders), dict(adapter.from_hub))
         for adapter in map(registry.adapter, registry.names())
     }
-    with pytest.raises(KeyError), interop.registered(MAPPINGS["nnx"]):
-        by_rules()
-        by_pairs()
-        raise KeyError
+
+    def fail():
+        with interop.registered(MAPPINGS["nnx"]):
+            by_rules()
+            by_pairs()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     for name, (readers, builders, from_hub) in before.items():
         adapter = registry.adapter(name)
         assert adapter.readers == readers

@@ -183,6 +183,7 @@ def test_materialize_gives_the_hosts_own_layer(source, target):
 
 
 def test_materialize_can_give_the_result_buffers_of_its_own(source, target):
+    source.needs("training")
     target.needs("training")
     model = source.sequential(source.linear(live.PARAMS["w1"], live.PARAMS["b1"]))
     module, keywords = source.arguments(model)

@@ -13,6 +13,48 @@ def layer_norm(x, scale, bias, epsilon):
     return (x - mean) / np.sqrt(var + epsilon) * scale + bias
 
 
+def conv(x, weight, bias=0.0, strides=(1, 1), pads=((0, 0), (0, 0)), dilation=(1, 1), groups=1):
+    """Channels last, two axes of space: a sum over the places of the kernel."""
+    x, weight = np.float64(x), np.float64(weight)
+    x = np.pad(x, [(0, 0), *pads, (0, 0)])
+    high, wide, n_in, _ = weight.shape
+    sizes = [
+        (x.shape[1 + i] - (weight.shape[i] - 1) * dilation[i] - 1) // strides[i] + 1
+        for i in range(2)
+    ]
+    parts = []
+    for group in range(groups):
+        inputs = x[..., group * n_in : (group + 1) * n_in]
+        kernel = np.split(weight, groups, axis=-1)[group]
+        y = 0.0
+        for i in range(high):
+            for j in range(wide):
+                window = inputs[
+                    :,
+                    i * dilation[0] : i * dilation[0]
+                    + (sizes[0] - 1) * strides[0]
+                    + 1 : strides[0],
+                    j * dilation[1] : j * dilation[1]
+                    + (sizes[1] - 1) * strides[1]
+                    + 1 : strides[1],
+                ]
+                y = y + window @ kernel[i, j]
+        parts.append(y)
+    return np.concatenate(parts, -1) + bias
+
+
+def lstm(xs, h, c, weight_x, weight_h, bias):
+    """The hidden states over time, and the last cell state; gates in the order i, f, g, o."""
+    outputs = []
+    for x in np.float64(xs):
+        gates = x @ np.float64(weight_x) + h @ np.float64(weight_h) + np.float64(bias)
+        i, f, g, o = np.split(gates, 4, axis=-1)
+        c = _sigmoid(f) * c + _sigmoid(i) * np.tanh(g)
+        h = _sigmoid(o) * np.tanh(c)
+        outputs.append(h)
+    return np.stack(outputs), c
+
+
 def rms_norm(x, scale, epsilon):
     x = np.float64(x)
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * scale

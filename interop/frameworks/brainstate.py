@@ -12,8 +12,11 @@ from typing import Any
 
 import brainstate
 import brainunit
+import jax
+import jax.numpy as jnp
 import numpy as np
 from brainstate import nn
+from brainstate.nn import init
 
 from .. import formulas, specs
 from ..composites.brainstate import Lambda
@@ -148,6 +151,56 @@ def build_linear(spec, ctx):
     return nn.Linear(in_size, out_size, w_init=weight, b_init=bias, w_mask=spec.mask)
 
 
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@adapter.reads(nn.Conv1d, specs.Conv, state=("weight",), fixed={"channel_first": False})
+@adapter.reads(nn.Conv2d, specs.Conv, state=("weight",), fixed={"channel_first": False})
+@adapter.reads(nn.Conv3d, specs.Conv, state=("weight",), fixed={"channel_first": False})
+def read_conv(m, ctx):
+    arrays = _arrays(m, ctx, weight=m.kernel_shape, bias=(m.out_channels,))
+    weight, bias, mask = arrays["weight"], arrays.get("bias"), m.w_mask
+    _check_one_dtype(weight, bias, ctx)
+    plain = set(m.lhs_dilation) == {1}
+    return specs.Conv(
+        weight=weight,
+        bias=bias,
+        strides=m.stride,
+        padding=m.padding,
+        kernel_dilation=m.rhs_dilation,
+        groups=m.groups,
+        in_shape=tuple(m.in_size),
+        input_dilation=None if plain else m.lhs_dilation,
+        mask=mask if mask is None else np.broadcast_to(mask, m.kernel_shape),
+    )
+
+
+@adapter.builds(specs.Conv, carries=("input_dilation", "mask"))
+def build_conv(spec, ctx):
+    _check_one_dtype(spec.weight, spec.bias, ctx)
+    if spec.space > len(_CONVS):
+        ctx.refuse("kernel_size", spec.weight.shape[: spec.space], "BrainState has 1 to 3 axes")
+    shape = ctx.shape or spec.in_shape or ctx.require_shape()
+    if len(shape) != spec.space + 1 or shape[-1] != spec.channels:
+        wanted = f"{spec.space} axes of space, then {spec.channels} channels"
+        ctx.refuse("sample_input", shape, f"an example must have {wanted} here")
+    *kernel, _, out = spec.weight.shape
+    bias_shape = (*[1] * spec.space, out)
+    return _CONVS[spec.space - 1](
+        shape,
+        out,
+        tuple(kernel),
+        stride=spec.strides,
+        padding=spec.pads(shape) if spec.padding == "SAME_LOWER" else spec.padding,
+        lhs_dilation=spec.input_dilation or 1,
+        rhs_dilation=spec.kernel_dilation,
+        groups=spec.groups,
+        w_init=spec.weight,
+        b_init=_reshape(spec.bias, bias_shape),
+        w_mask=spec.mask,
+    )
+
+
 @adapter.reads(
     nn.Embedding,
     specs.Embedding,
@@ -244,7 +297,7 @@ def build_layer_norm(spec, ctx):
     affine = _affine_options(spec)
     if isinstance(spec, specs.RMSNorm):
         affine = {"use_scale": affine["use_scale"], "scale_init": spec.scale}
-    layer = (nn.RMSNorm if isinstance(spec, specs.RMSNorm) else nn.LayerNorm)(
+    layer: Any = (nn.RMSNorm if isinstance(spec, specs.RMSNorm) else nn.LayerNorm)(
         (*spec.leading_shape, *features),
         reduction_axes=spec.reduction_axes,
         feature_axes=spec.feature_axes,
@@ -352,6 +405,86 @@ def read_dropout(m, ctx):
 @adapter.builds(specs.Dropout, carries=("broadcast_dims",))
 def build_dropout(spec, ctx):
     return nn.Dropout(formulas.complement(spec.rate), broadcast_dims=spec.broadcast_dims)
+
+
+def _gates(array: Any, forget: float) -> Any:
+    """The four gates with the second and third swapped, and ``forget`` added to the latter.
+
+    The cell has its gates as i, g, f, o, and adds 1 to f. Swapping is its own inverse.
+    """
+    first, second, third, fourth = jnp.split(array, 4, axis=-1)
+    if forget > 0:
+        third = third + forget
+    if forget < 0:
+        second = second + forget
+    return jnp.concatenate([first, third, second, fourth], axis=-1)
+
+
+def _check_lstm_dtype(bias, ctx):
+    if not specs.is_wide(bias.dtype):
+        ctx.refuse("bias.dtype", bias.dtype, "BrainState adds 1 to a gate, which would round")
+
+
+# The hidden state is made by init_state, and belongs to a run.
+@adapter.reads(nn.LSTMCell, specs.LSTMCell, state=("W", "h", "c"))
+def read_lstm_cell(m, ctx):
+    if not isinstance(m._state_initializer, init.ZeroInit):
+        ctx.refuse(
+            "state_init",
+            m._state_initializer,
+            "others start from zeros",
+            "Pass the initial state by hand",
+        )
+    linear = ctx.read(m.W, f"{ctx.path}.W")
+    if linear.mask is not None or linear.bias is None:
+        ctx.refuse("b_init", None, "the 1 that is added to a gate has then no place elsewhere")
+    _check_lstm_dtype(linear.bias, ctx)
+    weight = _gates(linear.weight, 0)
+    return specs.LSTMCell(
+        weight_x=weight[: m.num_in],
+        weight_h=weight[m.num_in :],
+        bias=_gates(linear.bias, 1.0),
+        activation=None if m.activation in (nn.tanh, jnp.tanh, jax.nn.tanh) else m.activation,
+    )
+
+
+@adapter.builds(specs.LSTMCell, carries=("activation",))
+def build_lstm_cell(spec, ctx):
+    _check_lstm_dtype(spec.bias, ctx)
+    weight = jnp.concatenate([spec.weight_x, spec.weight_h])
+    return nn.LSTMCell(
+        spec.weight_x.shape[0],
+        spec.hidden,
+        w_init=_gates(weight, 0),
+        b_init=_gates(spec.bias, -1.0),
+        activation=spec.activation or "tanh",
+    )
+
+
+_POOLS = {
+    False: (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+    True: (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+}
+_POOL = {"return_indices": False, "channel_axis": -1}
+
+
+@adapter.reads(nn.MaxPool1d, specs.Pool, fixed=_POOL)
+@adapter.reads(nn.MaxPool2d, specs.Pool, fixed=_POOL)
+@adapter.reads(nn.MaxPool3d, specs.Pool, fixed=_POOL)
+@adapter.reads(nn.AvgPool1d, specs.Pool, fixed=_POOL)
+@adapter.reads(nn.AvgPool2d, specs.Pool, fixed=_POOL)
+@adapter.reads(nn.AvgPool3d, specs.Pool, fixed=_POOL)
+def read_pool(m, ctx):
+    return specs.pool(isinstance(m, _POOLS[True]), False, m.kernel_size, m.stride, m.padding)
+
+
+@adapter.builds(specs.Pool)
+def build_pool(spec, ctx):
+    if spec.space > 3:
+        ctx.refuse("window_shape", spec.window, "BrainState has 1 to 3 axes of space")
+    return _POOLS[spec.mean][spec.space - 1](
+        spec.window, stride=spec.strides, padding=spec.padding
+    )
 
 
 @adapter.reads(nn.Flatten, specs.Flatten)

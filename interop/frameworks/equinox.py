@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 import equinox as eqx
@@ -35,6 +36,7 @@ class Equinox(Adapter):
     module_type = eqx.Module
     companion = "state"
     per_example = True
+    channels_first = True
     has_identity = False
 
     def open(self, model, params, state):
@@ -69,7 +71,7 @@ class Equinox(Adapter):
 
     def run(self, node, inputs, train):
         module = eqx.nn.inference_mode(node.module, not train)
-        if node.state is None:
+        if node.state is None or not _takes_state(module):
             return jax.vmap(module, axis_name="batch")(*inputs)
         over = (*[0] * len(inputs), None)
         return jax.vmap(module, axis_name="batch", in_axes=over, out_axes=(0, None))(
@@ -78,6 +80,12 @@ class Equinox(Adapter):
 
 
 adapter = Equinox()
+
+
+def _takes_state(module: Any) -> bool:
+    if isinstance(module, eqx.nn.StatefulLayer):
+        return module.is_stateful()
+    return "state" in inspect.signature(module).parameters
 
 
 def _is_index(x: Any) -> bool:
@@ -167,6 +175,49 @@ def build_linear(spec, ctx):
         in_features=n_in,
         out_features=n_out,
         use_bias=spec.bias is not None,
+    )
+
+
+_CONVS = {1: eqx.nn.Conv1d, 2: eqx.nn.Conv2d, 3: eqx.nn.Conv3d}
+
+
+@adapter.reads(eqx.nn.Conv, specs.Conv, fixed={"padding_mode": "ZEROS"})
+@adapter.reads(eqx.nn.Conv1d, specs.Conv, fixed={"padding_mode": "ZEROS"})
+@adapter.reads(eqx.nn.Conv2d, specs.Conv, fixed={"padding_mode": "ZEROS"})
+@adapter.reads(eqx.nn.Conv3d, specs.Conv, fixed={"padding_mode": "ZEROS"})
+def read_conv(node, ctx):
+    m = node.module
+    _check_one_dtype(m.weight, m.bias, ctx)
+    padding = m.padding
+    return specs.Conv(
+        weight=jnp.moveaxis(m.weight, (0, 1), (-1, -2)),
+        bias=None if m.bias is None else m.bias.reshape(-1),
+        strides=tuple(m.stride),
+        padding=padding if isinstance(padding, str) else tuple(map(tuple, padding)),
+        kernel_dilation=tuple(m.dilation),
+        groups=m.groups,
+        in_shape=None,
+    )
+
+
+@adapter.builds(specs.Conv)
+def build_conv(spec, ctx):
+    _check_one_dtype(spec.weight, spec.bias, ctx)
+    *kernel, _, out = spec.weight.shape
+    return _make(
+        _CONVS.get(spec.space, eqx.nn.Conv),
+        num_spatial_dims=spec.space,
+        weight=jnp.moveaxis(spec.weight, (-1, -2), (0, 1)),
+        bias=None if spec.bias is None else spec.bias.reshape(-1, *[1] * spec.space),
+        in_channels=spec.channels,
+        out_channels=out,
+        kernel_size=tuple(kernel),
+        stride=spec.strides,
+        padding=spec.padding,
+        dilation=spec.kernel_dilation,
+        groups=spec.groups,
+        use_bias=spec.bias is not None,
+        padding_mode="ZEROS",
     )
 
 
@@ -289,7 +340,7 @@ def read_batch_norm(node, ctx):
         momentum=m.momentum,
         epsilon=m.eps,
         use_fast_variance=False,
-        spatial_dims=0,
+        spatial_dims=None,
         output_dtype=specs.promoted_dtype(mean, m.weight, m.bias),
     )
 
@@ -308,11 +359,6 @@ def build_batch_norm(spec, ctx):
         ctx.refuse("dtype", None, f"Equinox returns {promoted} for a half-precision input")
     if not 0 <= np.float32(spec.momentum) < 1:
         ctx.refuse("momentum", spec.momentum, "Equinox divides by 1 - momentum**counter")
-    spatial_dims = spec.spatial_dims
-    if spatial_dims is None:
-        spatial_dims = len(ctx.require_shape()) - 1
-    if spatial_dims != 0:
-        ctx.refuse("spatial_dims", spatial_dims, "only examples of one axis convert")
     return _make(
         eqx.nn.BatchNorm,
         weight=spec.scale,
@@ -375,6 +421,56 @@ def _single(axis: int, option: str, ctx) -> int:
     if axis == 0:
         ctx.refuse(option, axis, "it is the batch axis, and an Equinox module sees one example")
     return axis - 1 if axis > 0 else axis
+
+
+@adapter.reads(eqx.nn.LSTMCell, specs.LSTMCell, fixed={"use_bias": True})
+def read_lstm_cell(node, ctx):
+    m = node.module
+    return specs.LSTMCell(weight_x=m.weight_ih.T, weight_h=m.weight_hh.T, bias=m.bias)
+
+
+@adapter.builds(specs.LSTMCell)
+def build_lstm_cell(spec, ctx):
+    return _make(
+        eqx.nn.LSTMCell,
+        weight_ih=spec.weight_x.T,
+        weight_hh=spec.weight_h.T,
+        bias=spec.bias,
+        input_size=spec.weight_x.shape[0],
+        hidden_size=spec.hidden,
+        use_bias=True,
+    )
+
+
+_POOLS = {
+    False: (eqx.nn.MaxPool1d, eqx.nn.MaxPool2d, eqx.nn.MaxPool3d),
+    True: (eqx.nn.AvgPool1d, eqx.nn.AvgPool2d, eqx.nn.AvgPool3d),
+}
+
+
+@adapter.reads(eqx.nn.MaxPool1d, specs.Pool, fixed={"use_ceil": False})
+@adapter.reads(eqx.nn.MaxPool2d, specs.Pool, fixed={"use_ceil": False})
+@adapter.reads(eqx.nn.MaxPool3d, specs.Pool, fixed={"use_ceil": False})
+@adapter.reads(eqx.nn.AvgPool1d, specs.Pool, fixed={"use_ceil": False})
+@adapter.reads(eqx.nn.AvgPool2d, specs.Pool, fixed={"use_ceil": False})
+@adapter.reads(eqx.nn.AvgPool3d, specs.Pool, fixed={"use_ceil": False})
+def read_pool(node, ctx):
+    m = node.module
+    return specs.pool(isinstance(m, _POOLS[True]), True, m.kernel_size, m.stride, m.padding)
+
+
+@adapter.builds(specs.Pool, carries=("counts_padding",))
+def build_pool(spec, ctx):
+    if spec.space > 3:
+        ctx.refuse("window_shape", spec.window, "Equinox has 1 to 3 axes of space")
+    pads = ((0, 0),) * spec.space
+    if spec.padding != "VALID":
+        pads = spec.pads(ctx.require_shape()[1:] if spec.padding == "SAME" else ())
+    if spec.mean and any(map(any, pads)) and not spec.counts_padding:
+        ctx.refuse("padding", spec.padding, "Equinox counts padding in the mean")
+    if any(max(pair) > size for pair, size in zip(pads, spec.window, strict=True)):
+        ctx.refuse("padding", pads, "Equinox takes no padding wider than the window")
+    return _POOLS[spec.mean][spec.space - 1](spec.window, spec.strides, pads)
 
 
 @adapter.builds(specs.Activation)

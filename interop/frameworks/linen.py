@@ -15,11 +15,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 from flax.linen import dtypes
 
 from .. import formulas, specs
 from ..errors import ArgumentError, ConversionError, UnsupportedStructureError
 from ..registry import Adapter
+from .nnx import (
+    build_pool,
+    conv_fields,
+    conv_options,
+    lstm_functions,
+    lstm_options,
+    lstm_parts,
+    read_pool,
+)
 
 Key = tuple[str, ...]
 
@@ -51,8 +61,13 @@ class Linen(Adapter):
                 path="model",
                 remedy='Pass what model.init(...) returned, {"params": ...}',
             )
-        _check_variables(model, params)
         return Node(model, params)
+
+    def check(self, root):
+        _check_variables(root.module, root.variables)
+
+    def read_function(self, fn):
+        return read_pool(fn)
 
     def close(self, built, options):
         if not isinstance(built, Node):
@@ -108,7 +123,8 @@ def _in_mode(layer: Any, train: bool, memo: dict[int, Any]) -> Any:
         return layer
     if id(layer) not in memo:
         if isinstance(layer, nn.Sequential):
-            changes = {"layers": tuple(_in_mode(x, train, memo) for x in layer.layers)}
+            layers = tuple(_in_mode(x, train, memo) for x in layer.layers)
+            changes: dict[str, Any] = {"layers": layers}
         else:
             modes = _MODES.keys() & _fields(type(layer))
             changes = {name: train is _MODES[name] for name in modes}
@@ -128,6 +144,12 @@ _VARIABLES: dict[type, Any] = {
         ("params", "kernel"): ("in", m.features),
         ("params", "bias"): (m.features,) if m.use_bias else None,
     },
+    nn.Conv: lambda m: {
+        ("params", "kernel"): (*_kernel_size(m), "in", m.features),
+        ("params", "bias"): (m.features,) if m.use_bias else None,
+    },
+    nn.LSTMCell: lambda m: _lstm_variables(m),
+    nn.OptimizedLSTMCell: lambda m: _lstm_variables(m),
     nn.Embed: lambda m: {("params", "embedding"): (m.num_embeddings, m.features)},
     nn.LayerNorm: lambda m: {
         ("params", "scale"): _feature_names(m) if m.use_scale else None,
@@ -146,6 +168,21 @@ _VARIABLES: dict[type, Any] = {
     },
     nn.Dropout: lambda m: {},
 }
+
+
+def _lstm_variables(m: nn.LSTMCell | nn.OptimizedLSTMCell) -> dict[Key, Any]:
+    return {
+        **{("params", f"i{gate}", "kernel"): ("in", m.features) for gate in _GATES},
+        **{("params", f"h{gate}", "kernel"): (m.features, m.features) for gate in _GATES},
+        **{("params", f"h{gate}", "bias"): (m.features,) for gate in _GATES},
+    }
+
+
+_GATES = ("i", "f", "g", "o")
+
+
+def _kernel_size(m: nn.Conv) -> tuple[int, ...]:
+    return _axes(m.kernel_size)
 
 
 def _feature_names(m: nn.LayerNorm | nn.RMSNorm) -> tuple[str, ...]:
@@ -179,8 +216,8 @@ def _check_variables(model: nn.Module, variables: Mapping[str, Any]) -> None:
                 path="model",
                 remedy="Use it twice in one stack, or wrap the model live with shims.wrap",
             )
-        for (collection, name), shape in shapes.items():
-            key = (collection, *scope, name)
+        for (collection, *names), shape in shapes.items():
+            key = (collection, *scope, *names)
             wanted[key] = tuple(
                 n if isinstance(n, int) else f"{n} of {'/'.join(scope)}" for n in shape
             )
@@ -322,6 +359,30 @@ def build_dense(spec, ctx):
         param_dtype=spec.weight.dtype,
         precision=spec.precision,
     )
+    return _node(module, {"kernel": spec.weight, "bias": spec.bias})
+
+
+@adapter.reads(
+    nn.Conv,
+    specs.Conv,
+    fixed={
+        "promote_dtype": dtypes.promote_dtype,
+        "conv_general_dilated": None,
+        "conv_general_dilated_cls": None,
+    },
+)
+def read_conv(node, ctx):
+    m = node.module
+    return specs.Conv(
+        weight=node.array("kernel"),
+        bias=node.array("bias"),
+        **conv_fields(m, len(_kernel_size(m)), ctx),
+    )
+
+
+@adapter.builds(specs.Conv, carries=("input_dilation", "mask", "dtype", "precision"))
+def build_conv(spec, ctx):
+    module = nn.Conv(spec.weight.shape[-1], **conv_options(spec))
     return _node(module, {"kernel": spec.weight, "bias": spec.bias})
 
 
@@ -488,6 +549,39 @@ def build_dropout(spec, ctx):
         ),
         {},
     )
+
+
+@adapter.reads(nn.LSTMCell, specs.LSTMCell, fixed={"carry_init": nn.LSTMCell.carry_init})
+@adapter.reads(
+    nn.OptimizedLSTMCell,
+    specs.LSTMCell,
+    fixed={"carry_init": nn.OptimizedLSTMCell.carry_init},
+)
+def read_lstm_cell(node, ctx):
+    inputs = [node.array(f"i{gate}")["kernel"] for gate in _GATES]
+    hidden = [node.array(f"h{gate}") for gate in _GATES]
+    return specs.LSTMCell(
+        weight_x=jnp.concatenate(inputs, axis=-1),
+        weight_h=jnp.concatenate([part["kernel"] for part in hidden], axis=-1),
+        bias=jnp.concatenate([part["bias"] for part in hidden]),
+        **lstm_functions(node.module),
+    )
+
+
+@adapter.builds(specs.LSTMCell, carries=("activation", "gate", "dtype"))
+def build_lstm_cell(spec, ctx):
+    params: dict[str, Any] = {}
+    for gate, (inputs, hidden, bias) in zip(_GATES, lstm_parts(spec), strict=True):
+        params[f"i{gate}"] = {"kernel": inputs}
+        params[f"h{gate}"] = {"kernel": hidden, "bias": bias}
+    options = lstm_options(spec)
+    if not specs.is_wide(spec.weight_h.dtype):
+        # Linen traces the initialiser at each call, and the usual one takes no such dtype
+        options["recurrent_kernel_init"] = nn.linear.default_kernel_init
+    return _node(nn.LSTMCell(spec.hidden, **options), params)
+
+
+adapter.builds(specs.Pool, carries=("counts_padding",))(build_pool)  # the same functions
 
 
 @adapter.builds(specs.Activation)

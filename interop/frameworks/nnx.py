@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
@@ -41,8 +42,7 @@ class Nnx(Adapter):
         return nnx.merge(definition, parameters, rest, copy=True)
 
     def container(self, leaves):
-        params = [(path, nnx.Param(leaf)) for path, leaf in leaves.items()]
-        return nnx.State.from_flat_path(dict(params))
+        return nnx.from_flat_state([(path, nnx.Param(leaf)) for path, leaf in leaves.items()])
 
     def run(self, node, inputs, train):
         model = nnx.clone(node)
@@ -51,6 +51,9 @@ class Nnx(Adapter):
         else:
             model.eval()
         return model(*inputs)
+
+    def read_function(self, fn):
+        return read_pool(fn)
 
     def close(self, built, options):
         rngs = options.get("rngs")
@@ -134,6 +137,93 @@ def build_linear(spec, ctx):
         dtype=spec.dtype,
         param_dtype=spec.weight.dtype,
         precision=spec.precision,
+        preferred_element_type=spec.preferred_element_type,
+        kernel_init=_given(spec.weight),
+        bias_init=_given(spec.bias),
+        rngs=_NO_RNGS,
+    )
+
+
+@adapter.reads(
+    nnx.Conv,
+    specs.Conv,
+    state=("kernel", "bias"),
+    fixed={
+        "conv_general_dilated": jax.lax.conv_general_dilated,
+        "promote_dtype": dtypes.promote_dtype,
+    },
+)
+def read_conv(m, ctx):
+    return specs.Conv(
+        weight=_array(m, ctx, "kernel"),
+        bias=_array(m, ctx, "bias"),
+        **conv_fields(m, len(m.kernel_size), ctx),
+        preferred_element_type=specs.dtype(m.preferred_element_type),
+    )
+
+
+def conv_fields(m, space: int, ctx) -> dict[str, Any]:
+    """The options of a convolution, which Flax spells alike in NNX and in Linen."""
+
+    def each(value: Any) -> tuple[int, ...]:
+        return (
+            (value or 1,) * space if value is None or isinstance(value, int) else tuple(value)
+        )
+
+    input_dilation, kernel_dilation = each(m.input_dilation), each(m.kernel_dilation)
+    padding = m.padding.upper() if isinstance(m.padding, str) else m.padding
+    if padding in ("CIRCULAR", "REFLECT"):
+        ctx.refuse(
+            "padding",
+            padding,
+            "other frameworks pad with zeros",
+            "Pad with jnp.pad in a function before the layer, and give it padding='VALID'",
+        )
+    if padding == "CAUSAL":
+        (size,) = m.kernel_size if isinstance(m.kernel_size, tuple) else [m.kernel_size]
+        padding = (((size - 1) * kernel_dilation[0] * input_dilation[0], 0),)
+    elif not isinstance(padding, str):
+        pairs = [padding] * space if isinstance(padding, int) else padding
+        padding = tuple((p, p) if isinstance(p, int) else tuple(p) for p in pairs)
+    return {
+        "strides": each(m.strides),
+        "padding": padding,
+        "kernel_dilation": kernel_dilation,
+        "groups": m.feature_group_count,
+        "in_shape": None,
+        "input_dilation": None if set(input_dilation) == {1} else input_dilation,
+        "mask": m.mask,
+        "dtype": specs.dtype(m.dtype),
+        "precision": m.precision,
+    }
+
+
+def conv_options(spec) -> dict[str, Any]:
+    """The same options, as both constructors take them."""
+    return {
+        "kernel_size": tuple(spec.weight.shape[: spec.space]),
+        "strides": spec.strides,
+        "padding": spec.padding,
+        "input_dilation": spec.input_dilation or 1,
+        "kernel_dilation": spec.kernel_dilation,
+        "feature_group_count": spec.groups,
+        "use_bias": spec.bias is not None,
+        "mask": spec.mask,
+        "dtype": spec.dtype,
+        "param_dtype": spec.weight.dtype,
+        "precision": spec.precision,
+    }
+
+
+_CONV = ("input_dilation", "mask", "dtype", "precision")
+
+
+@adapter.builds(specs.Conv, carries=(*_CONV, "preferred_element_type"))
+def build_conv(spec, ctx):
+    return nnx.Conv(
+        spec.channels,
+        spec.weight.shape[-1],
+        **conv_options(spec),
         preferred_element_type=spec.preferred_element_type,
         kernel_init=_given(spec.weight),
         bias_init=_given(spec.bias),
@@ -343,6 +433,101 @@ def build_dropout(spec, ctx):
         rng_collection=spec.rng_collection,
         rngs=ctx.options.get("rngs"),
     )
+
+
+_LSTM = {
+    "state": ("ii", "if_", "ig", "io", "hi", "hf", "hg", "ho", "dense_i", "dense_h", "rngs"),
+    "fixed": {"promote_dtype": dtypes.promote_dtype, "carry_init": None},
+}
+
+
+@adapter.reads(nnx.LSTMCell, specs.LSTMCell, **_LSTM)
+@adapter.reads(nnx.OptimizedLSTMCell, specs.LSTMCell, **_LSTM)
+def read_lstm_cell(m, ctx):
+    if isinstance(m, nnx.OptimizedLSTMCell):
+        inputs, hidden = [m.dense_i], [m.dense_h]
+    else:
+        inputs, hidden = [m.ii, m.if_, m.ig, m.io], [m.hi, m.hf, m.hg, m.ho]
+    return specs.LSTMCell(
+        weight_x=_joined([_array(layer, ctx, "kernel") for layer in inputs]),
+        weight_h=_joined([_array(layer, ctx, "kernel") for layer in hidden]),
+        bias=_joined([_array(layer, ctx, "bias") for layer in hidden]),
+        **lstm_functions(m),
+    )
+
+
+def _joined(arrays: list[Any]) -> Any:
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=-1)
+
+
+def lstm_functions(m) -> dict[str, Any]:
+    """The functions of a cell, None for the usual ones, and its dtype."""
+    return {
+        "activation": None if m.activation_fn in (jnp.tanh, jax.nn.tanh) else m.activation_fn,
+        "gate": None if m.gate_fn is jax.nn.sigmoid else m.gate_fn,
+        "dtype": specs.dtype(m.dtype),
+    }
+
+
+def lstm_options(spec) -> dict[str, Any]:
+    """The same options, as both constructors take them."""
+    return {
+        "gate_fn": spec.gate or jax.nn.sigmoid,
+        "activation_fn": spec.activation or jnp.tanh,
+        "dtype": spec.dtype,
+        "param_dtype": spec.weight_x.dtype,
+    }
+
+
+@adapter.builds(specs.LSTMCell, carries=("activation", "gate", "dtype"))
+def build_lstm_cell(spec, ctx):
+    empty = jnp.zeros(())  # every array is replaced
+    cell = nnx.LSTMCell(
+        spec.weight_x.shape[0],
+        spec.hidden,
+        **lstm_options(spec),
+        kernel_init=_given(empty),
+        recurrent_kernel_init=_given(empty),
+        bias_init=_given(empty),
+        rngs=_NO_RNGS,
+    )
+    inputs: Any
+    hidden: Any
+    inputs, hidden = (cell.ii, cell.if_, cell.ig, cell.io), (cell.hi, cell.hf, cell.hg, cell.ho)
+    for i, parts in enumerate(lstm_parts(spec)):
+        inputs[i].kernel.set_value(parts[0])
+        hidden[i].kernel.set_value(parts[1])
+        hidden[i].bias.set_value(parts[2])
+    return cell
+
+
+def lstm_parts(spec) -> list[tuple[Any, Any, Any]]:
+    """The three arrays of each gate, in order."""
+    arrays = (spec.weight_x, spec.weight_h, spec.bias)
+    return list(zip(*(jnp.split(array, 4, axis=-1) for array in arrays), strict=True))
+
+
+def read_pool(fn: Any) -> specs.Pool | None:
+    """Flax's ``max_pool`` or ``avg_pool`` with its options in a ``functools.partial``."""
+    if not isinstance(fn, functools.partial) or fn.args:
+        return None
+    if fn.func not in (nnx.max_pool, nnx.avg_pool) or "window_shape" not in fn.keywords:
+        return None
+    options: dict[str, Any] = {"strides": None, "padding": "VALID", "count_include_pad": True}
+    options |= fn.keywords
+    window = options["window_shape"]
+    strides = options["strides"] or (1,) * len(window)
+    mean = fn.func is nnx.avg_pool
+    return specs.pool(mean, options["count_include_pad"], window, strides, options["padding"])
+
+
+@adapter.builds(specs.Pool, carries=("counts_padding",))
+def build_pool(spec, ctx):
+    options = {"window_shape": spec.window, "strides": spec.strides, "padding": spec.padding}
+    if not spec.mean:
+        return functools.partial(nnx.max_pool, **options)
+    options["count_include_pad"] = spec.counts_padding
+    return functools.partial(nnx.avg_pool, **options)
 
 
 @adapter.builds(specs.Activation)

@@ -5,6 +5,8 @@ users of the framework hold: ``(module, variables)`` in Linen, ``(model, state)`
 
 ===================================  =====================================================
 ``linear(weight, bias)`` …           build one layer from arrays in canonical layout
+``lstm(weight_x, weight_h, bias)``   a cell with its gates in the order i, f, g, o
+``steps(model, xs, h, c)``           run a cell: hidden states over time, last cell state
 ``sequential(*layers)``              a stack of such layers and plain callables
 ``activation(fn)``                   a weight-less function of one array, as a layer
 ``subclass(weight, bias)``           a subclass of the linear layer with another forward
@@ -66,8 +68,11 @@ class Constructor:
         x: shape of an input, with its batch axis; or the input, where it must be integers.
         base: options that every instance needs.
         options: an `Option`, or the reason why the option is irrelevant.
+        images: whether inputs and outputs are images, whose channels each framework has
+            where it wants them; ``x`` is in the layout of the layer's own.
     """
 
     x: tuple[int, ...] | Any
     base: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Option | str] = field(default_factory=dict)
+    images: bool = False

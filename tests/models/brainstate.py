@@ -1,5 +1,7 @@
 """BrainState models."""
 
+import math
+
 import brainstate
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,48 @@ def layer_norm(scale, bias, epsilon, use_fast_variance=False):
     return layer
 
 
+def conv(weight, bias, shape, strides=1, padding="SAME", dilation=1, groups=1):
+    space = weight.ndim - 2
+    return getattr(nn, f"Conv{space}d")(
+        shape,
+        weight.shape[-1],
+        weight.shape[:space],
+        stride=strides,
+        padding=padding,
+        rhs_dilation=dilation,
+        groups=groups,
+        w_init=weight,
+        b_init=None if bias is None else bias.reshape(*[1] * space, -1),
+    )
+
+
+def lstm(weight_x, weight_h, bias):
+    """The cell has its gates in the order i, g, f, o, and adds 1 to f."""
+    hidden = weight_h.shape[0]
+    weight = jnp.concatenate([weight_x, weight_h])
+    order = jnp.arange(4 * hidden).reshape(4, hidden)[jnp.array([0, 2, 1, 3])].ravel()
+    return nn.LSTMCell(
+        len(weight_x),
+        hidden,
+        w_init=weight[:, order],
+        b_init=(bias - jnp.repeat(jnp.array([0.0, 1.0, 0.0, 0.0]), hidden))[order],
+    )
+
+
+def steps(model, xs, h, c):
+    model.init_state(len(h))
+    model.h.value, model.c.value = h, c
+    return jnp.stack([model(x) for x in xs]), model.c.value
+
+
+def max_pool(window, strides, padding):
+    return getattr(nn, f"MaxPool{len(window)}d")(window, strides, padding)
+
+
+def avg_pool(window, strides):
+    return getattr(nn, f"AvgPool{len(window)}d")(window, strides)
+
+
 def embedding(weight):
     return nn.Embedding(*weight.shape, embedding_init=weight)
 
@@ -58,9 +102,12 @@ def group_norm(scale, bias, groups, epsilon):
     )
 
 
-def batch_norm(scale, bias, mean, var, epsilon, momentum, use_fast_variance=False):
-    layer = nn.BatchNorm0d(
-        scale.shape,
+def batch_norm(scale, bias, mean, var, epsilon, momentum, use_fast_variance=False, shape=None):
+    shape = shape or scale.shape
+    ones = [1] * (len(shape) - 1)
+    scale, bias, mean, var = (a.reshape(*ones, -1) for a in (scale, bias, mean, var))
+    layer = getattr(nn, f"BatchNorm{len(ones)}d")(
+        shape,
         epsilon=epsilon,
         momentum=momentum,
         use_fast_variance=use_fast_variance,
@@ -156,6 +203,8 @@ def _named(value):
 def _arrays(layer):
     state = _state(layer)
     arrays = dict(_named(state.value)) if state is not None else {}
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and "bias" in arrays:
+        arrays["bias"] = arrays["bias"].reshape(-1)
     if hasattr(layer, "running_mean"):
         arrays |= {"mean": layer.running_mean.value, "var": layer.running_var.value}
     return arrays
@@ -166,7 +215,7 @@ def read(model):
 
 
 _OPTIONS = ("in_size", "out_size", "epsilon", "momentum", "use_fast_variance", "prob")
-_OPTIONS += ("num_groups", "num_embeddings")
+_OPTIONS += ("num_groups", "num_embeddings", "stride", "rhs_dilation", "groups", "padding")
 
 
 def options(model):
@@ -188,7 +237,8 @@ def gradient(model, x):
     states, grads = _gradients(model, x)
     by_state = {id(state): grads[key] for key, state in states.items()}
     found = [_state(layer) for layer in _leaves(model)]
-    return [_named(by_state[id(state)]) for state in found if state is not None]
+    grads = [dict(_named(by_state[id(state)])) for state in found if state is not None]
+    return [{k: v.reshape(-1) if k == "bias" else v for k, v in g.items()} for g in grads]
 
 
 def step(model, x):
@@ -219,10 +269,6 @@ _FEW = ("equinox",)
 _IMAGE = {0: (4,), 1: (5, 4), 2: (2, 5, 4), 3: (2, 2, 5, 4)}
 
 
-def _without_space(dims):
-    return {} if dims == 0 else {"refused": _FEW, "named": "spatial_dims"}
-
-
 def _batch_norm_options(dims):
     shape = _IMAGE[dims]
     return Constructor(
@@ -237,9 +283,9 @@ def _batch_norm_options(dims):
             "track_running_stats": Option(
                 {"track_running_stats": False, "affine": False}, refused=ALL
             ),
-            "epsilon": Option(0.1, **_without_space(dims)),
-            "momentum": Option(0.5, **_without_space(dims)),
-            "affine": Option(False, **_without_space(dims)),
+            "epsilon": Option(0.1),
+            "momentum": Option(0.5),
+            "affine": Option(False),
             "bias_initializer": INITIAL,
             "scale_initializer": INITIAL,
             "axis_name": Option("batch", refused=_FEW, attribute=True),
@@ -249,17 +295,50 @@ def _batch_norm_options(dims):
                 named="axis_name",
                 attribute=True,
             ),
-            "use_fast_variance": Option(False, **_without_space(dims)),
+            "use_fast_variance": Option(False),
             "name": NAME,
             "dtype": Option(jax.numpy.bfloat16, refused=ALL, named="statistics_dtype"),
             "param_type": Option(FrozenState, refused=ALL),
             "mean_type": Option(brainstate.ShortTermState, refused=ALL),
         },
+        images=True,
     )
 
 
 def _plain(x=(6, 4), **options):
     return Constructor(x, {}, {"name": NAME} | options)
+
+
+def _conv_options(dims):
+    shape = {1: (5, 4), 2: (6, 5, 4), 3: (6, 5, 3, 4)}[dims]
+    kernel = (3, 2, 3)[:dims]
+    return Constructor(
+        (2, *shape),
+        {"in_size": shape, "out_channels": 6, "kernel_size": kernel},
+        {
+            "in_size": SHAPE,
+            "out_channels": SHAPE,
+            "kernel_size": SHAPE,
+            "stride": Option(2),
+            "padding": Option([(1, 0)] * dims),
+            "lhs_dilation": Option(
+                {"lhs_dilation": 2, "padding": 1}, refused=_FEW, named="input_dilation"
+            ),
+            "rhs_dilation": Option(2, x=(2, *shape)),
+            "groups": Option(2),
+            "w_init": INITIAL,
+            "b_init": Option(jax.numpy.arange(6.0).reshape(*[1] * dims, 6)),
+            "w_mask": Option(
+                (jax.numpy.arange(4 * 6 * math.prod(kernel)) % 3.0).reshape(*kernel, 4, 6),
+                refused=_FEW,
+                named="mask",
+            ),
+            "channel_first": Option(True, refused=ALL),
+            "name": NAME,
+            "param_type": Option(FrozenState, refused=ALL),
+        },
+        images=True,
+    )
 
 
 def _norm():
@@ -296,6 +375,23 @@ _LAYER_NORM = _norm() | {
     ),
 }
 
+
+def _pool_options(kind, dims):
+    options = {
+        "kernel_size": Option((3, 2, 3)[:dims]),
+        "stride": Option(3),
+        "padding": Option(
+            [(1, 0)] * dims, refused=_FEW if kind == "Avg" else (), named="padding"
+        ),
+        "channel_axis": Option(1, refused=ALL),
+        "name": NAME,
+        "in_size": SHAPE,
+    }
+    if kind == "Max":
+        options["return_indices"] = Option(True, refused=ALL)
+    return Constructor((2, 7, 6, 5, 4)[: dims + 1] + (4,), {"kernel_size": 2}, options, True)
+
+
 CONSTRUCTORS = {
     nn.Sequential: "its layers are tested in stacks",
     nn.Linear: Constructor(
@@ -318,6 +414,27 @@ CONSTRUCTORS = {
             "param_type": Option(FrozenState, refused=ALL),
         },
     ),
+    nn.Conv1d: _conv_options(1),
+    nn.Conv2d: _conv_options(2),
+    nn.Conv3d: _conv_options(3),
+    nn.LSTMCell: Constructor(
+        (6, 3),
+        {"num_in": 3, "num_out": 4},
+        {
+            "num_in": SHAPE,
+            "num_out": SHAPE,
+            "w_init": INITIAL,
+            "b_init": Option(None, refused=ALL),
+            "state_init": Option(brainstate.nn.init.Constant(1.0), refused=ALL),
+            "activation": Option("relu", refused=_FEW),
+            "name": NAME,
+        },
+    ),
+    **{
+        getattr(nn, f"{kind}Pool{dims}d"): _pool_options(kind, dims)
+        for kind in ("Max", "Avg")
+        for dims in (1, 2, 3)
+    },
     nn.Embedding: Constructor(
         jnp.arange(6) % 5,
         {"num_embeddings": 5, "embedding_size": 3},

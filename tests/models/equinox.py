@@ -8,7 +8,7 @@ import shims
 
 from .. import live
 from ..cases import array
-from . import ALL, MODE, SHAPE, Constructor, Option
+from . import ALL, INITIAL, MODE, SHAPE, Constructor, Option
 
 LACKS = {
     "ties": "an Equinox tree has no identity: the same layer twice is two layers",
@@ -40,6 +40,44 @@ def layer_norm(scale, bias, epsilon, use_fast_variance=False):
     return _set(eqx.nn.LayerNorm(scale.shape, eps=epsilon), weight=scale, bias=bias)
 
 
+def conv(weight, bias, shape, strides=1, padding="SAME", dilation=1, groups=1):
+    *kernel, _, out = weight.shape
+    layer = getattr(eqx.nn, f"Conv{len(kernel)}d")(
+        shape[-1],
+        out,
+        tuple(kernel),
+        strides,
+        padding,
+        dilation,
+        groups,
+        use_bias=bias is not None,
+        key=jax.random.key(0),
+    )
+    column = None if bias is None else bias.reshape(-1, *[1] * len(kernel))
+    return _set(layer, weight=jnp.moveaxis(weight, (-1, -2), (0, 1)), bias=column)
+
+
+def lstm(weight_x, weight_h, bias):
+    cell = eqx.nn.LSTMCell(*weight_x.shape[:1], len(weight_h), key=jax.random.key(0))
+    return _set(cell, weight_ih=weight_x.T, weight_hh=weight_h.T, bias=bias)
+
+
+def steps(model, xs, h, c):
+    module, outs = model[0] if isinstance(model, tuple) else model, []
+    for x in xs:
+        h, c = jax.vmap(module)(x, (h, c))
+        outs.append(h)
+    return jnp.stack(outs), c
+
+
+def max_pool(window, strides, padding):
+    return getattr(eqx.nn, f"MaxPool{len(window)}d")(window, strides, padding)
+
+
+def avg_pool(window, strides):
+    return getattr(eqx.nn, f"AvgPool{len(window)}d")(window, strides)
+
+
 def embedding(weight):
     return eqx.nn.Embedding(weight=weight)
 
@@ -53,7 +91,7 @@ def group_norm(scale, bias, groups, epsilon):
     return _set(eqx.nn.GroupNorm(groups, *scale.shape, eps=epsilon), weight=scale, bias=bias)
 
 
-def batch_norm(scale, bias, mean, var, epsilon, momentum, use_fast_variance=False):
+def batch_norm(scale, bias, mean, var, epsilon, momentum, use_fast_variance=False, shape=None):
     """Statistics are stored with a bias that ``1 - momentum**counter`` takes out."""
     layer = eqx.nn.BatchNorm(
         scale.shape[0], "batch", eps=epsilon, momentum=momentum, mode="batch", dtype=mean.dtype
@@ -157,6 +195,9 @@ def _arrays(layer, state):
         arrays = {"weight": weight.T}
     if isinstance(layer, eqx.nn.Embedding):
         arrays = {"weight": weight}
+    if isinstance(layer, eqx.nn.Conv):
+        arrays = {"weight": jnp.moveaxis(weight, (0, 1), (-1, -2))}
+        bias = None if bias is None else bias.reshape(-1)
     if isinstance(layer, eqx.nn.BatchNorm) and state is not None:
         statistics = state.get(layer.batch_state_index)
         counter = state.get(layer.batch_counter)
@@ -172,7 +213,7 @@ def read(model):
 
 _OPTIONS = ("in_features", "out_features", "use_bias", "shape", "p", "input_size", "eps")
 _OPTIONS += ("momentum", "mode", "axis_name", "channelwise_affine", "fn")
-_OPTIONS += ("num_embeddings", "embedding_size", "groups", "channels")
+_OPTIONS += ("num_embeddings", "embedding_size", "groups", "channels", "stride", "dilation")
 
 
 def options(model):
@@ -215,6 +256,44 @@ def construct(cls, x, **options):
 
 _KEY = jax.random.key(0)
 
+
+def _conv_options(dims, **base):
+    shape, kernel = (4, 6, 5, 3)[: dims + 1], (3, 2, 3)[:dims]
+    return Constructor(
+        (2, *shape),
+        {"in_channels": 4, "out_channels": 6, "kernel_size": kernel, "key": _KEY} | base,
+        {
+            "in_channels": SHAPE,
+            "out_channels": SHAPE,
+            "kernel_size": SHAPE,
+            "stride": Option(2),
+            "padding": Option("SAME_LOWER"),
+            "dilation": Option(2),
+            "groups": Option(2),
+            "use_bias": Option(False),
+            "padding_mode": Option({"padding_mode": "CIRCULAR", "padding": 1}, refused=ALL),
+            "dtype": INITIAL,
+            "key": INITIAL,
+        },
+        images=True,
+    )
+
+
+def _pool_options(kind, dims):
+    refused = {"refused": ("brainstate",), "named": "counts_padding"} if kind == "Avg" else {}
+    return Constructor(
+        (2, 4, 7, 6, 5)[: dims + 2],
+        {"kernel_size": 2},
+        {
+            "kernel_size": Option((3, 2, 3)[:dims]),
+            "stride": Option(3),
+            "padding": Option(((1, 0),) * dims, **refused),
+            "use_ceil": Option(True, refused=ALL),
+        },
+        images=True,
+    )
+
+
 CONSTRUCTORS = {
     eqx.nn.Sequential: "its layers are tested in stacks",
     eqx.nn.Linear: Constructor(
@@ -240,6 +319,26 @@ CONSTRUCTORS = {
             "elementwise_affine": "the old name of use_weight and use_bias",
         },
     ),
+    eqx.nn.Conv: _conv_options(2, num_spatial_dims=2),
+    eqx.nn.Conv1d: _conv_options(1),
+    eqx.nn.Conv2d: _conv_options(2),
+    eqx.nn.Conv3d: _conv_options(3),
+    eqx.nn.LSTMCell: Constructor(
+        (6, 3),
+        {"input_size": 3, "hidden_size": 4, "key": _KEY},
+        {
+            "input_size": SHAPE,
+            "hidden_size": SHAPE,
+            "use_bias": Option(False, refused=ALL),
+            "dtype": Option(jnp.bfloat16, refused=("brainstate",), named="bias.dtype"),
+            "key": INITIAL,
+        },
+    ),
+    **{
+        getattr(eqx.nn, f"{kind}Pool{dims}d"): _pool_options(kind, dims)
+        for kind in ("Max", "Avg")
+        for dims in (1, 2, 3)
+    },
     eqx.nn.Embedding: Constructor(
         jnp.arange(6) % 5,
         {"num_embeddings": 5, "embedding_size": 3, "key": _KEY},
@@ -366,10 +465,9 @@ class Host:
         return eqx.nn.inference_mode(self.shim, value=not train)
 
     def call(self, x, train=False):
-        result = self._mode(train)(x, state=self.state, key=self._key())
         if not self.shim.is_stateful():
-            return result
-        out, self.state = result
+            return self._mode(train)(x, key=self._key())
+        out, self.state = self._mode(train)(x, state=self.state, key=self._key())
         return out
 
     def jit(self, x, train=False):

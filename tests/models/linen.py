@@ -34,6 +34,45 @@ def layer_norm(scale, bias, epsilon, use_fast_variance=False):
     return module, {"params": {"scale": scale, "bias": bias}}
 
 
+def conv(weight, bias, shape, strides=1, padding="SAME", dilation=1, groups=1):
+    module = nn.Conv(
+        weight.shape[-1],
+        weight.shape[:-2],
+        strides if isinstance(strides, tuple) else (strides,) * (weight.ndim - 2),
+        padding=padding,
+        kernel_dilation=dilation if isinstance(dilation, tuple) else (1,) * (weight.ndim - 2),
+        feature_group_count=groups,
+        use_bias=bias is not None,
+    )
+    return module, {"params": {"kernel": weight} | ({} if bias is None else {"bias": bias})}
+
+
+def lstm(weight_x, weight_h, bias):
+    hidden, params = len(weight_h), {}
+    for i, gate in enumerate("ifgo"):
+        part = slice(i * hidden, (i + 1) * hidden)
+        params[f"i{gate}"] = {"kernel": weight_x[:, part]}
+        params[f"h{gate}"] = {"kernel": weight_h[:, part], "bias": bias[part]}
+    return nn.LSTMCell(hidden), {"params": params}
+
+
+def steps(model, xs, h, c):
+    module, variables = model
+    carry, outs = (c, h), []
+    for x in xs:
+        carry, y = module.apply(variables, carry, x)
+        outs.append(y)
+    return jnp.stack(outs), carry[0]
+
+
+def max_pool(window, strides, padding):
+    return functools.partial(nn.max_pool, window_shape=window, strides=strides, padding=padding)
+
+
+def avg_pool(window, strides):
+    return functools.partial(nn.avg_pool, window_shape=window, strides=strides)
+
+
 def embedding(weight):
     module = nn.Embed(*weight.shape, param_dtype=weight.dtype)
     return module, {"params": {"embedding": weight}}
@@ -48,7 +87,7 @@ def group_norm(scale, bias, groups, epsilon):
     return module, {"params": {"scale": scale, "bias": bias}}
 
 
-def batch_norm(scale, bias, mean, var, epsilon, momentum, use_fast_variance=False):
+def batch_norm(scale, bias, mean, var, epsilon, momentum, use_fast_variance=False, shape=None):
     module = nn.BatchNorm(
         use_running_average=True,
         epsilon=epsilon,
@@ -202,9 +241,10 @@ def count(model):
 def construct(cls, x, **options):
     module = cls(**options)
     alone = {name: v for name, v in options.items() if not name.startswith("axis_")}
-    variables = _in_mode(cls(**alone), False, {}).init(
-        jax.random.key(0), x if not isinstance(x, tuple) else array(*x)
-    )
+    inputs = [array(*x) if isinstance(x, tuple) else x]
+    if cls in (nn.LSTMCell, nn.OptimizedLSTMCell):
+        inputs.insert(0, (jnp.zeros((x[0], 4)),) * 2)
+    variables = _in_mode(cls(**alone), False, {}).init(jax.random.key(0), *inputs)
     if "params" in variables:
         variables["params"] = jax.tree.map(
             lambda a: a + array(*a.shape).astype(a.dtype), variables["params"]
@@ -218,6 +258,10 @@ def _promote(*args, dtype=None, inexact=True):
 
 def _dot_general(*args, **keywords):
     return jax.lax.dot_general(*args, **keywords)
+
+
+def _dilated(*args, **keywords):
+    return jax.lax.conv_general_dilated(*args, **keywords)
 
 
 _MODULE = {"parent": NAME, "name": NAME}
@@ -246,6 +290,22 @@ _LAYER_NORM = {
     "axis_name": Option("batch", refused=("equinox",)),
 }
 
+_LSTM = _MODULE | {
+    "features": SHAPE,
+    "gate_fn": Option(jax.nn.hard_sigmoid, ("brainstate", "equinox"), named="gate"),
+    "activation_fn": Option(jax.nn.relu, refused=("equinox",), named="activation"),
+    "kernel_init": INITIAL,
+    "recurrent_kernel_init": INITIAL,
+    "bias_init": INITIAL,
+    "dtype": Option(jnp.bfloat16, refused=("brainstate", "equinox")),
+    "param_dtype": Option(
+        {"param_dtype": jnp.bfloat16, "recurrent_kernel_init": jax.nn.initializers.normal()},
+        refused=("brainstate",),
+        named="bias.dtype",
+    ),
+    "carry_init": Option(nn.initializers.ones, refused=ALL),
+}
+
 CONSTRUCTORS = {
     nn.Sequential: "its layers are tested in stacks",
     nn.Dense: Constructor(
@@ -265,6 +325,33 @@ CONSTRUCTORS = {
             "dot_general_cls": Option(lambda: _dot_general, refused=ALL),
         },
     ),
+    nn.Conv: Constructor(
+        (2, 6, 5, 4),
+        {"features": 6, "kernel_size": (3, 2)},
+        _MODULE
+        | {
+            "features": SHAPE,
+            "kernel_size": Option(3, x=(2, 5, 4)),
+            "strides": Option((2, 1)),
+            "padding": Option([(1, 0), (2, 1)]),
+            "input_dilation": Option({"input_dilation": 2, "padding": 1}, refused=("equinox",)),
+            "kernel_dilation": Option((1, 2)),
+            "feature_group_count": Option(2),
+            "use_bias": Option(False),
+            "mask": Option((jnp.arange(144) % 3.0).reshape(3, 2, 4, 6), refused=("equinox",)),
+            "dtype": Option(jnp.bfloat16, refused=("brainstate", "equinox")),
+            "param_dtype": INITIAL,
+            "precision": Option("highest", refused=("brainstate", "equinox"), attribute=True),
+            "kernel_init": INITIAL,
+            "bias_init": INITIAL,
+            "promote_dtype": Option(_promote, refused=ALL),
+            "conv_general_dilated": Option(_dilated, refused=ALL),
+            "conv_general_dilated_cls": Option(lambda: _dilated, refused=ALL),
+        },
+        images=True,
+    ),
+    nn.LSTMCell: Constructor((6, 3), {"features": 4}, _LSTM),
+    nn.OptimizedLSTMCell: Constructor((6, 3), {"features": 4}, _LSTM),
     nn.Embed: Constructor(
         jnp.arange(6) % 5,
         {"num_embeddings": 5, "features": 3},

@@ -1,5 +1,7 @@
 """Flax NNX models."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -44,6 +46,53 @@ def layer_norm(scale, bias, epsilon, use_fast_variance=False):
     return layer
 
 
+def conv(weight, bias, shape, strides=1, padding="SAME", dilation=1, groups=1):
+    layer = nnx.Conv(
+        shape[-1],
+        weight.shape[-1],
+        weight.shape[:-2],
+        strides,
+        padding=padding,
+        kernel_dilation=dilation,
+        feature_group_count=groups,
+        use_bias=bias is not None,
+        rngs=nnx.Rngs(0),
+    )
+    layer.kernel.set_value(weight)
+    if bias is not None:
+        layer.bias.set_value(bias)
+    return layer
+
+
+def lstm(weight_x, weight_h, bias):
+    cell = nnx.LSTMCell(*weight_x.shape[:1], len(weight_h), rngs=nnx.Rngs(0))
+    inputs, hidden = (cell.ii, cell.if_, cell.ig, cell.io), (cell.hi, cell.hf, cell.hg, cell.ho)
+    for i in range(4):
+        part = slice(i * len(weight_h), (i + 1) * len(weight_h))
+        inputs[i].kernel.set_value(weight_x[:, part])
+        hidden[i].kernel.set_value(weight_h[:, part])
+        hidden[i].bias.set_value(bias[part])
+    return cell
+
+
+def steps(model, xs, h, c):
+    carry, outs = (c, h), []
+    for x in xs:
+        carry, y = model(carry, x)
+        outs.append(y)
+    return jnp.stack(outs), carry[0]
+
+
+def max_pool(window, strides, padding):
+    return functools.partial(
+        nnx.max_pool, window_shape=window, strides=strides, padding=padding
+    )
+
+
+def avg_pool(window, strides):
+    return functools.partial(nnx.avg_pool, window_shape=window, strides=strides)
+
+
 def embedding(weight):
     layer = nnx.Embed(*weight.shape, param_dtype=weight.dtype, rngs=nnx.Rngs(0))
     layer.embedding.set_value(weight)
@@ -65,7 +114,7 @@ def group_norm(scale, bias, groups, epsilon):
     return layer
 
 
-def batch_norm(scale, bias, mean, var, epsilon, momentum, use_fast_variance=False):
+def batch_norm(scale, bias, mean, var, epsilon, momentum, use_fast_variance=False, shape=None):
     layer = nnx.BatchNorm(
         *scale.shape,
         epsilon=epsilon,
@@ -178,7 +227,7 @@ def read(model):
 
 _OPTIONS = ("in_features", "out_features", "num_features", "use_bias", "rate")
 _OPTIONS += ("param_dtype", "epsilon", "momentum", "axis", "use_fast_variance")
-_OPTIONS += ("num_embeddings", "features", "num_groups")
+_OPTIONS += ("num_embeddings", "features", "num_groups", "feature_group_count")
 
 
 def options(model):
@@ -231,6 +280,10 @@ def _dot_general(*args, **keywords):
     return jax.lax.dot_general(*args, **keywords)
 
 
+def _dilated(*args, **keywords):
+    return jax.lax.conv_general_dilated(*args, **keywords)
+
+
 _RNGS = nnx.Rngs(0)
 _KEYS = "the random streams, which the result gets by to_nnx(rngs=)"
 
@@ -272,6 +325,30 @@ _LAYER_NORM = {
     "axis_name": Option("batch", refused=("equinox",)),
 }
 
+_CELL = {"in_features": 3, "hidden_features": 4, "rngs": _RNGS}
+_LSTM = {
+    "in_features": SHAPE,
+    "hidden_features": SHAPE,
+    "gate_fn": Option(jax.nn.hard_sigmoid, ("brainstate", "equinox"), named="gate"),
+    "activation_fn": Option(jax.nn.relu, refused=("equinox",), named="activation"),
+    "kernel_init": INITIAL,
+    "recurrent_kernel_init": INITIAL,
+    "bias_init": INITIAL,
+    "dtype": Option(jnp.bfloat16, refused=("brainstate", "equinox")),
+    "param_dtype": Option(
+        {"param_dtype": jnp.bfloat16, "recurrent_kernel_init": jax.nn.initializers.normal()},
+        refused=("brainstate",),
+        named="bias.dtype",
+    ),
+    "carry_init": "it warns: the initial state is an argument of initialize_carry",
+    "promote_dtype": Option(_promote, refused=ALL),
+    "keep_rngs": "it warns: the streams are an argument of initialize_carry",
+    "rngs": INITIAL,
+    "kernel_metadata": _note("kernel_metadata", "kernel"),
+    "recurrent_kernel_metadata": _note("recurrent_kernel_metadata", "kernel"),
+    "bias_metadata": _note("bias_metadata", "bias"),
+}
+
 CONSTRUCTORS = {
     nnx.Sequential: "its layers are tested in stacks",
     nnx.Linear: Constructor(
@@ -296,6 +373,38 @@ CONSTRUCTORS = {
             "bias_metadata": _note("bias_metadata", "bias"),
         },
     ),
+    nnx.Conv: Constructor(
+        (2, 6, 5, 4),
+        {"in_features": 4, "out_features": 6, "kernel_size": (3, 2), "rngs": _RNGS},
+        {
+            "in_features": SHAPE,
+            "out_features": SHAPE,
+            "kernel_size": Option(3, x=(2, 5, 4)),
+            "strides": Option((2, 1)),
+            "padding": Option([(1, 0), (2, 1)]),
+            "input_dilation": Option({"input_dilation": 2, "padding": 1}, refused=("equinox",)),
+            "kernel_dilation": Option((1, 2)),
+            "feature_group_count": Option(2),
+            "use_bias": Option(False),
+            "mask": Option((jnp.arange(144) % 3.0).reshape(3, 2, 4, 6), refused=("equinox",)),
+            "dtype": Option(jnp.bfloat16, refused=("brainstate", "equinox")),
+            "param_dtype": INITIAL,
+            "precision": Option("highest", refused=("brainstate", "equinox"), attribute=True),
+            "kernel_init": INITIAL,
+            "bias_init": INITIAL,
+            "promote_dtype": Option(_promote, refused=ALL),
+            "conv_general_dilated": Option(_dilated, refused=ALL),
+            "preferred_element_type": Option(
+                jnp.float32, refused=("brainstate", "equinox", "linen")
+            ),
+            "rngs": INITIAL,
+            "kernel_metadata": _note("kernel_metadata", "kernel"),
+            "bias_metadata": _note("bias_metadata", "bias"),
+        },
+        images=True,
+    ),
+    nnx.LSTMCell: Constructor((6, 3), _CELL, _LSTM),
+    nnx.OptimizedLSTMCell: Constructor((6, 3), _CELL, _LSTM),
     nnx.Embed: Constructor(
         jnp.arange(6) % 5,
         {"num_embeddings": 5, "features": 3, "rngs": _RNGS},

@@ -53,6 +53,7 @@ class ToyStructure(Structure):
             type(module),
             type(module).__call__,
         )
+        self.base_type = toy.Module
         self.kinds = dict.fromkeys(paths, Kind.PARAMETER)
 
     def build(self, values):

@@ -1,0 +1,386 @@
+"""Whether two models compute the same: outputs, gradients, and layer by layer."""
+
+# jax declares some of its types only in part.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import specs
+from .api import open_model
+from .correspondence import WeightMapping, mapping
+from .errors import ArgumentError, ConversionError, InteropError, NotEquivalentError
+from .layout import cross
+from .parameters import arrays, name
+from .registry import Adapter, registry
+from .walk import Reading
+
+__all__ = ["Comparison", "Difference", "LayerDifference", "assert_equivalent", "compare"]
+
+_TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "float16": 1e-2, "bfloat16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two arrays are apart.
+
+    Attributes:
+        absolute: the largest difference of two elements.
+        relative: the same, as a share of the largest element of the first array.
+    """
+
+    absolute: float
+    relative: float
+
+    def within(self, rtol: float, atol: float) -> bool:
+        """Whether ``absolute <= atol + rtol * largest element``."""
+        if self.absolute <= atol:  # also where the first array is all zeros
+            return True
+        return self.absolute - atol <= rtol * (self.absolute / self.relative)
+
+    def __str__(self) -> str:
+        return f"{self.absolute:.1e} absolute, {self.relative:.1e} relative"
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """One layer of both models, on the same input: what the first model gives it.
+
+    Attributes:
+        path, other_path: where it is in each model.
+        outputs: the difference of its outputs.
+    """
+
+    path: str
+    other_path: str
+    outputs: Difference
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare` found.
+
+    Attributes:
+        outputs: the difference of the outputs.
+        inputs: for each input that of its gradients, None for one that has none.
+        parameters: for each parameter of the second model, by its path, that of its gradients.
+        layers: layer by layer, where both are stacks of as many layers.
+        unmapped: why ``parameters`` is empty, or None.
+        rtol, atol: the tolerances for the models' dtype.
+    """
+
+    outputs: Difference
+    inputs: tuple[Difference | None, ...]
+    parameters: dict[str, Difference]
+    layers: tuple[LayerDifference, ...]
+    unmapped: InteropError | None
+    rtol: float
+    atol: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is within the tolerances."""
+        return not self.beyond(self.rtol, self.atol) and self.unmapped is None
+
+    @property
+    def departs(self) -> LayerDifference | None:
+        """The first layer beyond the tolerances, or None."""
+        return next(
+            (x for x in self.layers if not x.outputs.within(self.rtol, self.atol)), None
+        )
+
+    def beyond(self, rtol: float, atol: float) -> list[str]:
+        """What is beyond these tolerances, in words."""
+        return [
+            f"{label}: {difference}"
+            for label, difference in self._differences()
+            if not difference.within(rtol, atol)
+        ]
+
+    def _differences(self) -> Iterator[tuple[str, Difference]]:
+        yield "outputs", self.outputs
+        for i, difference in enumerate(self.inputs):
+            if difference is not None:
+                yield f"gradient of input {i}", difference
+        for path, difference in self.parameters.items():
+            yield f"gradient of {path}", difference
+        for layer in self.layers:
+            where = layer.path
+            if layer.other_path != where:
+                where += f" / {layer.other_path}"
+            yield f"outputs of {where}", layer.outputs
+
+    def __str__(self) -> str:
+        rows = list(self._differences())
+        width = max(len(label) for label, _ in rows)
+        lines = [f"  {label:<{width}}  {difference}" for label, difference in rows]
+        head = f"{'equal' if self.ok else 'different'} (rtol={self.rtol:g}, atol={self.atol:g})"
+        if self.departs is not None:
+            head += f"; the first layer that departs is {self.departs.path}"
+        if self.unmapped is not None:
+            lines.append(f"  no parameter gradients: {self.unmapped}")
+        return "\n".join([head, *lines])
+
+
+def compare(a: Any, b: Any, *inputs: Any, train: bool = False) -> Comparison:
+    """Measure how far two models' outputs and gradients are apart.
+
+    Gradients are of a fixed random combination of the outputs. Neither model is changed.
+
+    Args:
+        a, b: models of any framework; ``(module, variables)`` for Linen, ``(model, state)``
+            for an Equinox model with state.
+        inputs: batches, as ``a`` takes them: ``(batch, *example)``. They are mapped over the
+            batch for a model that takes single examples, and their channels are moved for a
+            framework that has them elsewhere.
+        train: compare in training mode, in which batch normalisation uses the batch.
+
+    Returns:
+        A :class:`Comparison`; ``print`` it. ``comparison.departs`` is the first layer that
+        does not compute the same.
+
+    Raises:
+        ArgumentError: ``a`` or ``b`` is no model, there is no input, or ``train`` is asked for
+            models with dropout, whose masks differ between frameworks.
+        ConversionError: the outputs have different shapes.
+
+    Example:
+        >>> import brainstate, interop, jax.numpy as jnp
+        >>> model = brainstate.nn.Linear(3, 4)
+        >>> comparison = interop.compare(model, interop.to_equinox(model), jnp.ones((2, 3)))
+        >>> comparison.ok, sorted(comparison.parameters)
+        (True, ['bias', 'weight'])
+    """
+    if not inputs:
+        raise ArgumentError("compare needs at least one batch of inputs")
+    batch: tuple[Any, ...] = tuple(map(jnp.asarray, inputs))
+    first, second = _Runner(a, train), _Runner(b, train)
+    moves = _moves_channels(first, second, batch[0].shape[1:])
+    out, grads, input_grads = first.run(batch)
+    others = tuple(_moved(x, second.adapter) for x in batch) if moves else batch
+    other, other_grads, other_input_grads = second.run(others, like=out, moves=moves)
+    unmapped, parameters = None, dict[str, Difference]()
+    try:
+        links = mapping(a, b, sample_input=batch[0].shape[1:])
+        parameters = _of_parameters(links, grads, other_grads)
+    except InteropError as e:
+        unmapped = e
+    back = [_moved(x, first.adapter) if moves else x for x in other_input_grads]
+    rtol = max(_tolerance(leaf) for leaf in jax.tree.leaves((out, grads, other_grads)))
+    return Comparison(
+        _worst(out, other),
+        tuple(
+            _difference(x, y) if jnp.issubdtype(given.dtype, jnp.inexact) else None
+            for given, x, y in zip(batch, input_grads, back, strict=True)
+        ),
+        parameters,
+        () if moves or len(batch) > 1 else tuple(_by_layer(first, second, *batch)),
+        unmapped,
+        rtol,
+        rtol,
+    )
+
+
+def assert_equivalent(
+    a: Any,
+    b: Any,
+    *inputs: Any,
+    train: bool = False,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> None:
+    """Fail unless two models have equal outputs and gradients.
+
+    Args:
+        a, b, inputs, train: as in :func:`compare`.
+        rtol, atol: tolerances, relative to the largest element of each array; by default by
+            the narrowest dtype of outputs and gradients (float32: 2e-5, bfloat16: 5e-2).
+
+    Raises:
+        NotEquivalentError: they differ; an ``AssertionError`` that shows everything beyond the
+            tolerances and names the first layer that departs.
+        ArgumentError, ConversionError: as :func:`compare`; also if the models' weights do not
+            correspond.
+
+    Example:
+        >>> import brainstate, interop, jax.numpy as jnp
+        >>> model = brainstate.nn.Linear(3, 4)
+        >>> interop.assert_equivalent(model, interop.to_nnx(model), jnp.ones((2, 3)))
+    """
+    comparison = compare(a, b, *inputs, train=train)
+    if comparison.unmapped is not None:
+        raise comparison.unmapped
+    rtol = comparison.rtol if rtol is None else rtol
+    atol = comparison.atol if atol is None else atol
+    found = comparison.beyond(rtol, atol)
+    if found:
+        layers = comparison.layers
+        first = next((x.path for x in layers if not x.outputs.within(rtol, atol)), None)
+        raise NotEquivalentError(comparison, found, first, rtol, atol)
+
+
+class _Runner:
+    """A model with what is needed to call it."""
+
+    def __init__(self, model: Any, train: bool):
+        self.adapter, self.node = open_model(model)
+        self.train = train
+        self.layers: list[tuple[str, Any]] = []
+        self.spec: specs.Spec | None = None
+        self.reading = _Listing(self.adapter, self.layers)
+        try:
+            self.spec = self.reading.read(self.node, "model")
+        except InteropError:  # a model that does not convert is compared as a whole
+            self.layers.clear()
+        random = [x for x in _leaves(self.spec) if isinstance(x, specs.Dropout) and x.rate]
+        if train and random:
+            raise ArgumentError(
+                "masks of dropout differ between frameworks, so that training cannot be "
+                "compared",
+                path=self.reading.origins[id(random[0])][0],
+                remedy="Compare with rate 0, or in evaluation mode",
+            )
+
+    def run(
+        self, inputs: tuple[Any, ...], like: Any = None, moves: bool = False
+    ) -> tuple[Any, Any, tuple[Any, ...]]:
+        """Outputs in the layout of ``like``, gradients of parameters, gradients of inputs."""
+
+        def call(parameters: Any, inputs: tuple[Any, ...]) -> Any:
+            node = self.adapter.with_parameters(self.node, parameters)
+            out = self.adapter.run(node, inputs, self.train)
+            return out if like is None else _aligned(out, like, moves)
+
+        out, pull = jax.vjp(call, self.adapter.parameters(self.node), inputs)
+        rng = np.random.default_rng(0)
+
+        def seed(y: Any) -> Any:
+            return jnp.asarray(rng.normal(size=y.shape), y.dtype)
+
+        seeds = jax.tree.map(seed, out)
+        parameters, given = pull(seeds)
+        return out, parameters, given
+
+    def run_layer(self, node: Any, x: Any) -> Any:
+        fn: Any = self.adapter.module(node)
+        if isinstance(fn, self.adapter.module_type):
+            return self.adapter.run(node, (x,), self.train)
+        return (jax.vmap(fn) if self.adapter.per_example else fn)(x)
+
+
+class _Listing(Reading):
+    """A reading that lists the layers of nested stacks in order."""
+
+    def __init__(self, adapter: Adapter, layers: list[tuple[str, Any]]):
+        super().__init__(adapter, registry)
+        self._layers = layers
+
+    def read(self, node: Any, path: str) -> specs.Spec:
+        spec = super().read(node, path)
+        if not isinstance(spec, specs.Sequential):
+            self._layers.append((path, node))
+        return spec
+
+
+def _leaves(spec: specs.Spec | None) -> Iterator[specs.Spec]:
+    if isinstance(spec, specs.Sequential):
+        for layer in spec.layers:
+            yield from _leaves(layer)
+    elif spec is not None:
+        yield spec
+
+
+def _by_layer(first: _Runner, second: _Runner, x: Any) -> Iterator[LayerDifference]:
+    if len(first.layers) != len(second.layers):
+        return
+    for (path, node), (other_path, other) in zip(first.layers, second.layers, strict=True):
+        y, z = first.run_layer(node, x), second.run_layer(other, x)
+        same_tree = jax.tree.structure(y) == jax.tree.structure(z)
+        if not same_tree or jax.tree.map(jnp.shape, y) != jax.tree.map(jnp.shape, z):
+            return
+        yield LayerDifference(path, other_path, _worst(y, z))
+        x = y
+
+
+def _moves_channels(first: _Runner, second: _Runner, shape: specs.Shape) -> bool:
+    """Whether the second model takes its inputs with the channels elsewhere."""
+    to_first = second.adapter.channels_first
+    if first.adapter.channels_first == to_first or first.spec is None or len(shape) < 2:
+        return False
+    origins = dict(first.reading.origins)
+    target = second.adapter.name
+    _, moved = cross(first.spec, origins, shape, to_first=to_first, target=target)
+    has_space = any(leaf.space for leaf in _leaves(first.spec))
+    return moved == specs.move_channels(shape, to_first=to_first) and (
+        moved != shape or has_space
+    )
+
+
+def _moved(x: Any, to: Adapter) -> Any:
+    """A batch with its channels where ``to`` has them."""
+    if x.ndim < 3:
+        return x
+    return jnp.moveaxis(x, -1, 1) if to.channels_first else jnp.moveaxis(x, 1, -1)
+
+
+def _aligned(out: Any, like: Any, moves: bool) -> Any:
+    """``out`` in the layout of ``like``.
+
+    Raises:
+        ConversionError: it has another shape.
+    """
+
+    def align(y: Any, z: Any) -> Any:
+        if moves and y.ndim > 2:
+            for moved in (jnp.moveaxis(y, 1, -1), jnp.moveaxis(y, -1, 1)):
+                if moved.shape == z.shape:
+                    return moved
+        if y.shape != z.shape:
+            raise ConversionError(
+                f"the models' outputs have different shapes, {z.shape} and {y.shape}",
+                path="model",
+                remedy="Compare models of the same task, on inputs that the first one takes",
+            )
+        return y
+
+    if jax.tree.structure(out) != jax.tree.structure(like):
+        raise ConversionError("the models' outputs have different structures", path="model")
+    return jax.tree.map(align, out, like)
+
+
+def _of_parameters(links: WeightMapping, grads: Any, other_grads: Any) -> dict[str, Difference]:
+    moved = arrays(links.apply(grads, weights=False))
+    found = arrays(other_grads)
+    return {name(path): _difference(moved[path], found[path]) for path in found}
+
+
+def _worst(a: Any, b: Any) -> Difference:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max((_difference(x, y) for x, y in pairs), key=lambda d: d.relative)
+
+
+def _difference(a: Any, b: Any) -> Difference:
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if not x.size:
+        return Difference(0.0, 0.0)
+    same = (x == y) | (np.isnan(x) & np.isnan(y))
+    with np.errstate(invalid="ignore"):
+        apart = np.where(same, 0.0, np.abs(x - y))
+    absolute = float(np.nan_to_num(apart, nan=np.inf, posinf=np.inf).max())
+    finite = np.abs(x[np.isfinite(x)])
+    largest = float(finite.max()) if finite.size else 0.0
+    if not absolute:
+        return Difference(0.0, 0.0)
+    return Difference(absolute, absolute / largest if largest else np.inf)
+
+
+def _tolerance(leaf: Any) -> float:
+    return _TOLERANCES.get(str(leaf.dtype), 0.0)

@@ -1,0 +1,416 @@
+"""What a conversion will do to each layer, found out before it is done."""
+
+from __future__ import annotations
+
+import html
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from . import formulas, specs
+from .api import adapter_of, keywords_of, open_model, sample_shape
+from .correspondence import arrays_of, changes_of
+from .errors import ConversionError, InteropError, MissingShapeError
+from .layout import cross
+from .registry import Adapter, registry
+from .walk import Building, Reading
+
+__all__ = ["Report", "Row", "explain"]
+
+_COLUMNS = ("layer", "source", "target", "how", "shape", "shared", "copied", "what changes")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer of the source.
+
+    Attributes:
+        path: where it is, ``model[2]``.
+        source, target: the classes, or the names of functions; ``target`` is None if refused.
+        how: ``"native"``, a class of the target framework; ``"composite"``, a class of this
+            library; ``"function"``, a plain callable; ``"refused"``; or ``"unknown"``, if
+            that depends on a layer that was refused.
+        changes: what is transposed or moved, one line for each array.
+        shared, copied: bytes of the arrays that are the source's own objects, and that are not.
+        shapes: of one example before and after the layer, where they are known.
+        problem: why it is refused, or None.
+    """
+
+    path: str
+    source: str
+    target: str | None
+    how: str
+    changes: tuple[str, ...] = ()
+    shared: int = 0
+    copied: int = 0
+    shapes: tuple[specs.Shape | None, specs.Shape | None] = (None, None)
+    problem: InteropError | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text."""
+        known = [str(shape) for shape in self.shapes if shape is not None]
+        what = self.problem.problem if self.problem else "; ".join(self.changes)
+        sizes = _size(self.shared), _size(self.copied)
+        return (
+            self.path,
+            self.source,
+            self.target or "",
+            self.how,
+            " -> ".join(dict.fromkeys(known)),
+            *sizes,
+            what,
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`explain` found out. ``print`` it, or show it in a notebook.
+
+    Attributes:
+        source, target: the frameworks.
+        rows: one for each layer, in order.
+        problems: everything that stands in the way, each with ``path`` and ``remedy``.
+    """
+
+    source: str
+    target: str
+    rows: tuple[Row, ...]
+    problems: tuple[InteropError, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the model converts."""
+        return not self.problems
+
+    @property
+    def shared(self) -> int:
+        """Bytes of the arrays that both models will hold."""
+        return sum(row.shared for row in self.rows)
+
+    @property
+    def copied(self) -> int:
+        """Bytes of the arrays that are made anew."""
+        return sum(row.copied for row in self.rows)
+
+    @property
+    def summary(self) -> str:
+        """One line: the verdict and the totals."""
+        verdict = "converts" if self.ok else f"does not convert: {_count(self.problems)}"
+        sizes = f"{_size(self.shared) or '0 B'} shared, {_size(self.copied) or '0 B'} copied"
+        return f"{self.source} -> {self.target} {verdict}; {len(self.rows)} layers, {sizes}"
+
+    def __str__(self) -> str:
+        width = max(60, min(shutil.get_terminal_size().columns, 160))
+        console = Console(width=width, color_system=None, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self._table())
+            for problem in self.problems:
+                console.print(f"- {problem}", markup=False, highlight=False)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+    def _table(self) -> Table:
+        shown = self._shown()
+        table = Table(title=self.summary, title_justify="left", title_style="", box=None)
+        for i in shown:
+            table.add_column(_COLUMNS[i], overflow="fold")
+        for row in self.rows:
+            cells = row.cells() if row.problem is None else (*row.cells()[:-1], "see below")
+            table.add_row(*(cells[i].replace("[", r"\[") for i in shown))
+        return table
+
+    def _shown(self) -> list[int]:
+        """The columns in which some row has something to say."""
+        cells = [row.cells() for row in self.rows]
+        return [i for i in range(len(_COLUMNS)) if i < 4 or any(row[i] for row in cells)]
+
+    def to_markdown(self) -> str:
+        """The report for an issue or a pull request."""
+        shown = self._shown()
+        lines = [
+            f"**{self.summary}**",
+            "",
+            f"| {' | '.join(_COLUMNS[i] for i in shown)} |",
+            "|---" * len(shown) + "|",
+        ]
+        for row in self.rows:
+            cells = [cell.replace("|", r"\|").replace("\n", " ") for cell in row.cells()]
+            lines.append(f"| {' | '.join(cells[i] for i in shown)} |")
+        if self.problems:
+            lines += ["", *(f"- {str(problem)}" for problem in self.problems)]
+        return "\n".join(lines) + "\n"
+
+    def _repr_html_(self) -> str:
+        shown = self._shown()
+        head = "".join(f"<th>{_COLUMNS[i]}</th>" for i in shown)
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(row.cells()[i])}</td>" for i in shown) + "</tr>"
+            for row in self.rows
+        )
+        problems = "".join(f"<li>{html.escape(str(problem))}</li>" for problem in self.problems)
+        return (
+            f"<p><b>{html.escape(self.summary)}</b></p>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+            + (f"<ul>{problems}</ul>" if problems else "")
+        )
+
+
+def explain(
+    model: Any, to: str, *, params: Any = None, state: Any = None, sample_input: Any = None
+) -> Report:
+    """Tell what :func:`convert` will do with each layer, and all that stands in its way.
+
+    Layers of the target are made one by one and dropped again; no random number is drawn, and
+    nothing is changed.
+
+    Args:
+        model: as in :func:`convert`, or a pair: ``(module, variables)`` for Linen, ``(model,
+            state)`` for Equinox.
+        to: the target framework.
+        params, state, sample_input: as in :func:`convert`.
+
+    Returns:
+        A :class:`Report`. The problems of a model are in it, and raise nothing.
+
+    Raises:
+        ArgumentError: ``model`` is no model, ``to`` is no framework, or ``sample_input`` is no
+            shape.
+        MissingDependencyError, BrokenDependencyError: a framework cannot be imported.
+
+    Example:
+        >>> import brainstate, interop
+        >>> stack = brainstate.nn.Sequential(brainstate.nn.Linear(3, 4), brainstate.nn.ReLU())
+        >>> report = interop.explain(stack, to="equinox")
+        >>> report.ok, [(row.path, row.target, row.how) for row in report.rows]
+        (True, [('model[0]', 'Linear', 'native'), ('model[1]', 'relu', 'function')])
+    """
+    module, keywords = keywords_of(model)
+    adapter, target = adapter_of(module), registry.adapter(to)
+    shape = sample_shape(sample_input)
+    keywords = {"params": params, "state": state} | keywords
+    problems: list[InteropError] = []
+    fits = True
+    try:
+        node = adapter.open(module, **keywords)
+    except InteropError as e:
+        return Report(adapter.name, to, (), (e,))
+    try:
+        adapter.check(node)
+    except ConversionError as e:
+        problems.append(e)
+        fits = False
+    except InteropError:
+        pass  # the survey finds it again, with all others
+    survey = _Survey(adapter, problems, fits)
+    spec = survey.read(node, "model")
+    again = _Survey(adapter, [], fits)
+    twice = again.read(node, "model")
+    try:
+        if adapter.channels_first != target.channels_first:
+            first = target.channels_first
+            spec, moved = cross(spec, survey.origins, shape, to_first=first, target=to)
+            twice, _ = cross(twice, again.origins, shape, to_first=first, target=to)
+            shape = moved
+    except InteropError as e:
+        if not problems:
+            problems.append(e)
+        return Report(adapter.name, to, _unbuilt(spec, survey, problems), tuple(problems))
+    trial = _Trial(target, survey, shape, _own_arrays(spec, twice))
+    trial.build(spec)
+    order = {id(row.problem): i for i, row in enumerate(trial.rows)}
+    problems.sort(key=lambda problem: order.get(id(problem), -1))
+    return Report(adapter.name, to, tuple(trial.rows), tuple(problems))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Refused(specs.Spec):
+    """Stands for a layer that cannot be read; ``error`` is None where that is no news."""
+
+    error: InteropError | None
+
+    @property
+    def space(self) -> int | None:
+        return None
+
+    def output_shape(self, shape: specs.Shape | None) -> specs.Shape | None:
+        return None
+
+
+class _Survey(Reading):
+    """A reading that goes on after a problem."""
+
+    def __init__(self, adapter: Adapter, problems: list[InteropError], fits: bool):
+        super().__init__(adapter, registry)
+        self.problems, self._fits = problems, fits
+        self.nodes: dict[int, Any] = {}
+
+    def read(self, node: Any, path: str) -> specs.Spec:
+        try:
+            spec = super().read(node, path)
+        except InteropError as e:
+            self.problems.append(e)
+            spec = self._refused(node, path, e)
+        except Exception:
+            if self._fits:
+                raise
+            spec = self._refused(node, path, None)  # its weights are not those it needs
+        self.nodes.setdefault(id(spec), node)
+        return spec
+
+    def _refused(self, node: Any, path: str, error: InteropError | None) -> specs.Spec:
+        found: object = self.adapter.module(node)
+        return self._remember(_Refused(error=error), path, type(found))
+
+
+class _Trial(Building):
+    """A building that goes on after a problem, and takes down what became of each layer."""
+
+    def __init__(
+        self, target: Adapter, survey: _Survey, shape: specs.Shape | None, own: set[int]
+    ):
+        super().__init__(target, survey.origins, shape, {})
+        self.rows: list[Row] = []
+        self._survey, self._own = survey, own
+        self._rowed: set[int] = set()
+        self._depth = 0
+
+    def build(self, spec: specs.Spec) -> Any:
+        if isinstance(spec, specs.Sequential):
+            return self._stack(spec)
+        if self._depth:  # what a registered layer is built of
+            return super().build(spec)
+        before, error, built = self._shape_here(), None, None
+        self._depth += 1
+        try:
+            if isinstance(spec, _Refused):
+                error = spec.error
+            else:
+                built = super().build(spec)
+        except InteropError as e:
+            error = e
+        finally:
+            self._depth -= 1
+        if built is None:
+            self.passed(spec)
+        self._take_down(spec, built, error, (before, self._shape_here()))
+        return formulas.identity if built is None else built
+
+    def _stack(self, spec: specs.Sequential) -> Any:
+        try:
+            return super().build(spec)
+        except InteropError as e:
+            self._survey.problems.append(e)
+            path, found = self._origins[id(spec)]
+            self.rows.append(Row(path, found.__qualname__, None, "refused", problem=e))
+            return formulas.identity
+
+    def _shape_here(self) -> specs.Shape | None:
+        try:
+            return self.shape
+        except InteropError:
+            return None
+
+    def _take_down(
+        self, spec: specs.Spec, built: Any, error: InteropError | None, shapes: Any
+    ) -> None:
+        path, found = self._origins.get(id(spec), ("model", type(spec)))
+        source = _name(self._survey.nodes.get(id(spec)), found)
+        if isinstance(error, MissingShapeError) and self._after_refused():
+            error = None
+        if built is None:
+            how = "refused" if error else "unknown"
+            self.rows.append(Row(path, source, None, how, shapes=shapes, problem=error))
+            if error is not None and error not in self._survey.problems:
+                self._survey.problems.append(error)
+        elif id(spec) not in self._rowed:
+            self._rowed.add(id(spec))
+            target, how = self._target(built)
+            changes, sizes = self._arrays(spec, built)
+            self.rows.append(Row(path, source, target, how, changes, *sizes, shapes))
+
+    def _after_refused(self) -> bool:
+        return self.sample is not None and any(row.target is None for row in self.rows)
+
+    def _target(self, built: Any) -> tuple[str, str]:
+        made: object = self.adapter.module(built)
+        cls = type(made)
+        if not isinstance(made, self.adapter.module_type):
+            return _name(made, cls), "function"
+        if cls.__module__.startswith(f"{__package__}."):
+            return cls.__qualname__, "composite"
+        rule = self.adapter.readers.get(cls)
+        if rule is not None and rule.spec_type is specs.Function:
+            return _name(getattr(made, "fn", made), cls), "function"
+        return cls.__qualname__, "native"
+
+    def _arrays(self, spec: specs.Spec, built: Any) -> tuple[tuple[str, ...], tuple[int, int]]:
+        """What moves, and how many bytes are shared and copied."""
+        node = self._survey.nodes.get(id(spec))
+        if isinstance(spec, specs.Deferred):
+            return ("by registered callbacks",), (0, 0)
+        if not arrays_of(spec):
+            return (), (0, 0)
+        _, made = open_model(self.adapter.close(built, {}))
+        back = Reading(self.adapter, registry).read(made, self.path)
+        sizes = [0, 0]
+        given = {id(array) for array in arrays_of(spec).values()} & self._own
+        for array in arrays_of(back).values():
+            sizes[id(array) not in given] += array.size * array.dtype.itemsize
+        if node is None:
+            return ("reordered for the other order of axes",), (sizes[0], sizes[1])
+        return changes_of(self._survey.adapter, node, self.adapter, made), (sizes[0], sizes[1])
+
+
+def _own_arrays(spec: specs.Spec, twice: specs.Spec) -> set[int]:
+    """The arrays that the source holds as they are: they come out of two readings alike."""
+
+    def ids(root: specs.Spec) -> set[int]:
+        parts = [part for part in _leaves(root) if not isinstance(part, specs.Deferred)]
+        return {id(array) for part in parts for array in arrays_of(part).values()}
+
+    return ids(spec) & ids(twice)
+
+
+def _leaves(spec: specs.Spec) -> Iterable[specs.Spec]:
+    if isinstance(spec, specs.Sequential):
+        for layer in spec.layers:
+            yield from _leaves(layer)
+    else:
+        yield spec
+
+
+def _unbuilt(
+    spec: specs.Spec, survey: _Survey, problems: list[InteropError]
+) -> tuple[Row, ...]:
+    """Rows for a model whose order of axes cannot be worked out."""
+    by_path = {problem.path: problem for problem in problems}
+    rows: list[Row] = []
+    for leaf in _leaves(spec):
+        path, found = survey.origins.get(id(leaf), ("model", type(leaf)))
+        problem = by_path.get(path)
+        source = _name(survey.nodes.get(id(leaf)), found)
+        rows.append(
+            Row(path, source, None, "refused" if problem else "unknown", problem=problem)
+        )
+    return tuple(rows)
+
+
+def _name(part: Any, cls: type) -> str:
+    """What users call a layer: a function's own name, or a module's class."""
+    part = getattr(part, "func", part)
+    return getattr(part, "__name__", cls.__qualname__)
+
+
+def _size(n: int) -> str:
+    for unit in ("B", "KB", "MB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}" if n else ""
+        n = n / 1000  # pyright: ignore[reportAssignmentType]
+    return f"{n:.3g} GB"
+
+
+def _count(problems: tuple[InteropError, ...]) -> str:
+    return "1 problem" if len(problems) == 1 else f"{len(problems)} problems"

@@ -1,0 +1,161 @@
+"""Two models are compared by outputs, gradients, and layer by layer."""
+
+import brainstate
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import interop
+
+from .cases import (
+    BIAS,
+    EPSILON,
+    MEAN,
+    MOMENTUM,
+    SCALE,
+    SHIFT,
+    VAR,
+    WEIGHT,
+    WEIGHT_2,
+    X,
+    array,
+)
+from .conftest import Framework
+
+
+def stack(fw):
+    return fw.sequential(
+        fw.batch_norm(SCALE, SHIFT, MEAN, VAR, EPSILON, MOMENTUM),
+        fw.linear(WEIGHT, BIAS),
+        fw.activation(jnp.tanh),
+        fw.sequential(fw.linear(WEIGHT_2)),
+    )
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_converted_models_are_equivalent(source, target, train):
+    source.needs("batch_norm")
+    target.needs("batch_norm")
+    model = stack(source)
+    converted = target.convert_from(source, model, sample_input=(3,))
+    before = [dict(arrays) for arrays in source.read(model)]
+    comparison = interop.compare(model, converted, X, train=train)
+    assert comparison.ok, str(comparison)
+    assert comparison.unmapped is None
+    assert len(comparison.layers) == 4
+    assert len(comparison.parameters) == 5
+    assert comparison.inputs[0].absolute < 1e-3
+    same = jax.tree.map(np.array_equal, before, source.read(model))
+    assert all(jax.tree.leaves(same))  # running statistics stayed, also in training
+    interop.assert_equivalent(model, converted, X, train=train)
+
+
+def with_change(fw, change):
+    """Two linear layers; ``change`` is added to one element of the second's weight."""
+    weight = WEIGHT_2.at[0, 1].add(change)
+    layers = fw.linear(WEIGHT, BIAS), fw.activation(jnp.tanh), fw.linear(weight)
+    return fw.sequential(*layers, fw.activation(jnp.tanh))
+
+
+def test_the_first_layer_that_departs_is_named():
+    a, b = with_change(Framework("nnx"), 0.0), with_change(Framework("equinox"), 0.1)
+    comparison = interop.compare(a, b, X)
+    assert not comparison.ok
+    assert comparison.departs.path == "model[2]"
+    hidden = np.tanh(np.float64(X) @ WEIGHT + BIAS)
+    absolute = np.abs(0.1 * hidden[:, 0]).max()
+    assert comparison.departs.outputs.absolute == pytest.approx(absolute, rel=1e-4)
+    largest = np.abs(hidden @ np.float64(WEIGHT_2)).max()
+    assert comparison.departs.outputs.relative == pytest.approx(absolute / largest, rel=1e-4)
+    with pytest.raises(AssertionError, match="the first layer that departs is model") as e:
+        interop.assert_equivalent(a, b, X)
+    assert isinstance(e.value, interop.NotEquivalentError)
+    assert any(line.startswith("outputs: ") for line in e.value.beyond)
+    assert "model[2]" in str(comparison)
+    interop.assert_equivalent(a, b, X, rtol=1.0, atol=1.0)
+
+
+def test_equal_outputs_with_other_gradients_are_not_equivalent():
+    """The straight-through trick: the value of one function, the gradient of another."""
+
+    def tanh(x):
+        return x + jax.lax.stop_gradient(jnp.tanh(x) - x)
+
+    a = Framework("nnx").sequential(Framework("nnx").linear(WEIGHT, BIAS), jnp.tanh)
+    b = Framework("nnx").sequential(Framework("nnx").linear(WEIGHT, BIAS), tanh)
+    comparison = interop.compare(a, b, X)
+    assert comparison.outputs.absolute < 1e-6
+    assert comparison.departs is None
+    beyond = comparison.beyond(1e-3, 1e-3)
+    assert [line.partition(":")[0] for line in beyond] == [
+        "gradient of input 0",
+        "gradient of layers[0].bias",
+        "gradient of layers[0].kernel",
+    ]
+
+
+def test_models_of_their_own_forward_logic_are_compared_as_a_whole():
+    comparison = interop.compare(
+        Framework("nnx").custom(WEIGHT, BIAS), Framework("nnx").custom(WEIGHT, BIAS), X
+    )
+    assert comparison.outputs.absolute == 0
+    assert comparison.layers == ()
+    assert isinstance(comparison.unmapped, interop.UnsupportedStructureError)
+    with pytest.raises(interop.UnsupportedStructureError):
+        interop.assert_equivalent(
+            Framework("nnx").custom(WEIGHT, BIAS), Framework("nnx").custom(WEIGHT, BIAS), X
+        )
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [("bfloat16", 5e-2), ("float16", 1e-2)])
+def test_tolerances_follow_the_narrowest_dtype(dtype, rtol):
+    model = Framework("nnx").linear(WEIGHT.astype(dtype), BIAS.astype(dtype))
+    comparison = interop.compare(model, interop.from_nnx(model), X.astype(dtype))
+    assert (comparison.rtol, comparison.atol) == (rtol, rtol)
+    assert comparison.ok, str(comparison)
+    assert interop.compare(stack(Framework("nnx")), stack(Framework("nnx")), X).rtol == 2e-5
+
+
+def test_not_a_number_differs_from_a_number_alone():
+    model = Framework("nnx").linear(WEIGHT, BIAS.at[0].set(jnp.nan))
+    assert interop.compare(model, interop.from_nnx(model), X).ok
+    comparison = interop.compare(Framework("nnx").linear(WEIGHT, BIAS), model, X)
+    assert comparison.outputs.absolute == np.inf
+    assert not comparison.ok
+
+
+def dropout():
+    return nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Dropout(0.5))
+
+
+LINEAR = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+BAD = {
+    "no input": (lambda: interop.compare(LINEAR, LINEAR), "at least one batch"),
+    "no model": (lambda: interop.compare(LINEAR, 3.0, X), "not a module"),
+    "masks": (
+        lambda: interop.compare(dropout(), dropout(), X, train=True),
+        r"^model\[1\]: masks of dropout differ",
+    ),
+    "other outputs": (
+        lambda: interop.compare(LINEAR, nnx.Linear(3, 5, rngs=nnx.Rngs(0)), X),
+        "different shapes, \\(5, 4\\) and \\(5, 5\\)",
+    ),
+    "linen alone": (lambda: interop.compare(nn.Dense(4), LINEAR, X), "weights outside"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_compared_is_refused_with_the_reason(name):
+    call, words = BAD[name]
+    with pytest.raises(interop.InteropError, match=words):
+        call()
+
+
+def test_dropout_is_compared_in_evaluation():
+    model = dropout()
+    assert interop.compare(model, interop.from_nnx(model), X).ok
+    half = brainstate.nn.Dropout(1.0)
+    assert interop.compare(half, interop.to_nnx(half), array(5, 3), train=True).ok

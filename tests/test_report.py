@@ -1,0 +1,212 @@
+"""What a conversion will do, told before it is done."""
+
+import brainstate
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import interop
+
+from .cases import BIAS, BIAS_2, EPSILON, MEAN, MOMENTUM, SCALE, SHIFT, VAR, WEIGHT, WEIGHT_2
+from .conftest import Framework
+
+
+def stack(fw):
+    return fw.sequential(
+        fw.layer_norm(SCALE, SHIFT, EPSILON),
+        fw.linear(WEIGHT, BIAS),
+        fw.activation(jnp.tanh),
+        fw.sequential(fw.linear(WEIGHT_2, BIAS_2)),
+    )
+
+
+def bad():
+    """Three things that Equinox cannot take, two that it can."""
+    return brainstate.nn.Sequential(
+        brainstate.nn.Linear(3, 4),
+        brainstate.nn.Dropout(0.5, broadcast_dims=(1,)),
+        brainstate.nn.Sequential(brainstate.nn.GRUCell(4, 4), brainstate.nn.ReLU()),
+        brainstate.nn.Linear(4, 2, w_mask=jnp.ones((4, 2))),
+    )
+
+
+def test_each_layer_has_a_row_with_what_becomes_of_it():
+    report = interop.explain(stack(Framework("brainstate")), "equinox", sample_input=(3,))
+    facts = [(row.path, row.source, row.target, row.how, row.shapes) for row in report.rows]
+    assert report.ok
+    assert facts == [
+        ("model[0]", "LayerNorm", "LayerNorm", "native", ((3,), (3,))),
+        ("model[1]", "Linear", "Linear", "native", ((3,), (4,))),
+        ("model[2]", "Tanh", "tanh", "function", ((4,), (4,))),
+        ("model[3][0]", "Linear", "Linear", "native", ((4,), (2,))),
+    ]
+    assert [row.changes for row in report.rows] == [
+        (),
+        ("weight: transpose (1, 0)",),
+        (),
+        ("weight: transpose (1, 0)",),
+    ]
+    assert [(row.shared, row.copied) for row in report.rows] == [
+        (24, 0),
+        (16, 48),
+        (0, 0),
+        (8, 32),
+    ]
+    assert (report.shared, report.copied) == (48, 80)
+
+
+def test_a_report_is_of_any_pair(source, target):
+    source.needs("layer_norm")
+    target.needs("layer_norm")
+    module, keywords = source.arguments(stack(source))
+    report = interop.explain(module, target.name, sample_input=(3,), **keywords)
+    assert report.ok
+    assert (report.source, report.target) == (source.name, target.name)
+    assert [row.path for row in report.rows] == [
+        "model[0]",
+        "model[1]",
+        "model[2]",
+        "model[3][0]",
+    ]
+    assert report.shared + report.copied == 4 * (3 + 3 + 12 + 4 + 8 + 2)
+    if "equinox" not in (source.name, target.name):
+        assert report.copied == 0
+
+
+def test_a_pair_may_stand_for_a_model():
+    module, variables = stack(Framework("linen"))
+    assert interop.explain((module, variables), "nnx").rows == (
+        interop.explain(module, "nnx", params=variables).rows
+    )
+
+
+def test_all_problems_are_reported_at_once_in_order():
+    report = interop.explain(bad(), "equinox", sample_input=(3,))
+    assert not report.ok
+    assert [problem.path for problem in report.problems] == [
+        "model[1]",
+        "model[2][0]",
+        "model[3]",
+    ]
+    assert [row.how for row in report.rows] == [
+        "native",
+        "refused",
+        "refused",
+        "function",
+        "refused",
+    ]
+    with pytest.raises(interop.InteropError) as e:
+        interop.convert(bad(), to="equinox", sample_input=(3,))
+    assert str(e.value) in {str(problem) for problem in report.problems}
+
+
+def test_an_unknown_shape_after_a_refused_layer_is_no_problem_of_its_own():
+    model = nnx.Sequential(
+        nnx.GRUCell(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    )
+    report = interop.explain(model, "brainstate", sample_input=(3,))
+    assert [problem.path for problem in report.problems] == ["model[0]"]
+    assert [row.how for row in report.rows] == ["refused", "unknown"]
+    report = interop.explain(nnx.Sequential(model.layers[1]), "brainstate")
+    assert [type(problem) for problem in report.problems] == [interop.MissingShapeError]
+
+
+def test_weights_that_do_not_fit_are_a_problem_beside_the_layers():
+    module = nn.Sequential([nn.Dense(4), nn.relu])
+    report = interop.explain(module, "nnx", params={"params": {"layers_0": {"bias": BIAS}}})
+    (problem,) = report.problems
+    assert problem.missing == ("params/layers_0/kernel",)
+    assert [row.how for row in report.rows] == ["unknown", "function"]
+    report = interop.explain(module, "nnx")
+    assert (report.ok, report.rows) == (False, ())
+
+
+def test_a_stack_that_the_target_cannot_tie_is_a_problem():
+    layer = brainstate.nn.Linear(3, 3)
+    stacks = [brainstate.nn.Sequential(layer, brainstate.nn.ReLU()) for _ in range(2)]
+    report = interop.explain(brainstate.nn.Sequential(*stacks), "linen")
+    assert [type(problem) for problem in report.problems] == [interop.UnsupportedStructureError]
+    report = interop.explain(brainstate.nn.Sequential(layer, layer), "equinox")
+    assert "second time" in str(report.problems[0])
+
+
+def test_an_error_carries_the_report_of_its_model():
+    with pytest.raises(interop.UnmappedLayerError) as e:
+        interop.to_equinox(bad())
+    assert len(e.value.report.problems) == 3
+    assert interop.ArgumentError("x").report is None
+    with pytest.raises(interop.ConversionError) as e:
+        interop.from_linen(nn.Dense(4), {"params": {"kernel": WEIGHT}})
+    assert e.value.report.problems[0].missing == ("params/bias",)
+
+
+def test_a_failing_conversion_does_not_work_out_the_report(monkeypatch):
+    monkeypatch.setattr("interop.report.explain", None)
+    with pytest.raises(interop.UnmappedLayerError):
+        interop.to_equinox(bad())
+
+
+def test_a_report_is_printed_as_a_table_that_fits(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    text = str(interop.explain(bad(), "equinox", sample_input=(3,)))
+    assert max(map(len, text.splitlines())) <= 70
+    joined = " ".join(text.split())
+    for word in ("model[2][0]", "GRUCell", "refused", "(3,) ->", "3 problems"):
+        assert word in joined
+    assert "broadcast_dims=(1,)" in joined
+
+
+def test_a_report_is_markdown_and_html():
+    report = interop.explain(bad(), "equinox", sample_input=(3,))
+    lines = report.to_markdown().splitlines()
+    assert lines[0].startswith("**brainstate -> equinox does not convert: 3 problems; 5 layers")
+    assert lines[4].startswith("| model[0] | Linear | Linear | native |")
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    html = report._repr_html_()
+    assert html.count("<tr>") == 6
+    assert html.count("<li>") == 3
+    stack = brainstate.nn.Sequential(brainstate.nn.ReLU(), lambda x: x)
+    assert "&lt;lambda&gt;" in interop.explain(stack, "nnx")._repr_html_()
+
+
+def test_explaining_draws_nothing_and_changes_nothing(source, target):
+    source.needs("batch_norm")
+    target.needs("batch_norm")
+    model = source.sequential(
+        source.batch_norm(SCALE, SHIFT, MEAN, VAR, EPSILON, MOMENTUM), source.dropout(0.3)
+    )
+    before = [dict(arrays) for arrays in source.read(model)]
+    key = brainstate.random.DEFAULT.value
+    module, keywords = source.arguments(model)
+    assert interop.explain(module, target.name, sample_input=(3,), **keywords).ok
+    assert brainstate.random.DEFAULT.value is key
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), before, source.read(model))
+    assert all(jax.tree.leaves(same))
+
+
+def test_a_registered_layer_is_in_the_report():
+    from .test_registration import GAIN, MAPPINGS, Gain
+
+    model = brainstate.nn.Sequential(brainstate.nn.Linear(3, 4), Gain(GAIN))
+    with interop.registered(MAPPINGS["nnx"]):
+        (_, row), other = (
+            interop.explain(model, "nnx").rows,
+            interop.explain(model, "linen"),
+        )
+    assert (row.source, row.target, row.how) == ("Gain", "NnxGain", "native")
+    assert row.changes == ("by registered callbacks",)
+    assert [problem.path for problem in other.problems] == ["model[1]"]
+
+
+def test_bad_arguments_are_errors_and_no_reports():
+    for call in (
+        lambda: interop.explain(3.0, "nnx"),
+        lambda: interop.explain(bad(), "torch"),
+        lambda: interop.explain(eqx.nn.Linear, "nnx"),
+        lambda: interop.explain(bad(), "nnx", sample_input="abc"),
+    ):
+        with pytest.raises(interop.ArgumentError):
+            call()
