@@ -407,10 +407,11 @@ class LayerNorm(Norm):
 class RMSNorm(LayerNorm):
     """``y = x * rsqrt(mean(x ** 2) + epsilon) * scale`` over ``reduction_axes``.
 
-    As :class:`LayerNorm`, with neither mean nor bias; ``use_fast_variance`` has no effect.
+    As :class:`LayerNorm`, without the mean; ``use_fast_variance`` has no effect. A bias is an
+    option that few frameworks have.
     """
 
-    bias: None = None
+    bias: Array | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

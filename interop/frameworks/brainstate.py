@@ -7,6 +7,7 @@ Dropout's ``prob`` is the probability to keep. Normalisation layers round ``epsi
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -109,6 +110,8 @@ def _real(value: Any) -> float:
 
 @adapter.reads(nn.Sequential, specs.Sequential, state=("layers",))
 def read_sequential(m, ctx):
+    if [type(layer) for layer in m.layers] == [nn.RMSNorm, nn.OneToOne]:
+        return _read_rms_norm_with_bias(*m.layers, ctx)
     return specs.Sequential(layers=ctx.read_all(m.layers))
 
 
@@ -288,7 +291,6 @@ _NORM = ("axis_name", "axis_index_groups", "output_dtype")
 
 
 @adapter.builds(specs.LayerNorm, carries=(*_AXES, *_NORM))
-@adapter.builds(specs.RMSNorm, carries=(*_AXES, *_NORM))
 def build_layer_norm(spec, ctx):
     if spec.feature_axes != tuple(range(-len(spec.feature_axes), 0)):
         ctx.refuse("feature_axes", spec.feature_axes, "only trailing axes convert")
@@ -306,6 +308,38 @@ def build_layer_norm(spec, ctx):
     )
     layer.dtype = spec.output_dtype  # the constructor takes None for the default dtype
     return layer
+
+
+@adapter.builds(specs.RMSNorm, carries=(*_AXES, *_NORM, "bias"))
+def build_rms_norm(spec, ctx):
+    """One layer; with a bias two, as BrainState's has none."""
+    if spec.bias is None:
+        return build_layer_norm(spec, ctx)
+    if spec.scale is None or not specs.is_wide(spec.bias.dtype):
+        ctx.refuse(
+            "use_bias",
+            True,
+            "BrainState's RMSNorm has no bias, and a layer after it would have another dtype "
+            "or one more weight",
+            "Build it with use_bias=False",
+        )
+    norm = dataclasses.replace(
+        spec, scale=None, bias=None, output_dtype=spec.output_dtype or spec.bias.dtype
+    )
+    affine = nn.OneToOne(spec.bias.shape, w_init=spec.scale, b_init=spec.bias)
+    return nn.Sequential(build_layer_norm(norm, ctx), affine)
+
+
+def _read_rms_norm_with_bias(norm, affine, ctx):
+    """What :func:`build_rms_norm` makes of a normalisation with a bias."""
+    arrays = _arrays(affine, ctx, weight=tuple(affine.in_size), bias=tuple(affine.in_size))
+    spec = read_layer_norm(norm, ctx)
+    if spec.scale is not None or "bias" not in arrays or affine.in_size != spec.feature_shape:
+        ctx.refuse("OneToOne", affine, "only one that scales and shifts an RMSNorm converts")
+    dtype = jnp.promote_types(spec.output_dtype, arrays["weight"].dtype)
+    return dataclasses.replace(
+        spec, scale=arrays["weight"], bias=arrays["bias"], output_dtype=jnp.dtype(dtype)
+    )
 
 
 @adapter.reads(nn.GroupNorm, specs.GroupNorm, state=("weight",), fixed={"reduction_axes": None})

@@ -237,10 +237,6 @@ def build_embedding(spec, ctx):
 @adapter.reads(eqx.nn.RMSNorm, specs.RMSNorm)
 def read_layer_norm(node, ctx):
     m, is_rms = node.module, isinstance(node.module, eqx.nn.RMSNorm)
-    if is_rms and m.bias is not None:
-        ctx.refuse(
-            "use_bias", True, "no other RMSNorm has a bias", "Build it with use_bias=False"
-        )
     axes = tuple(range(-len(m.shape), 0))
     return (specs.RMSNorm if is_rms else specs.LayerNorm)(
         scale=m.weight,
@@ -262,7 +258,7 @@ _NORM = ("reduction_axes", "feature_axes", "output_dtype")
 
 
 @adapter.builds(specs.LayerNorm, carries=_NORM)
-@adapter.builds(specs.RMSNorm, carries=_NORM)
+@adapter.builds(specs.RMSNorm, carries=(*_NORM, "bias"))
 def build_layer_norm(spec, ctx):
     _check_output_dtype(spec, ctx)
     trailing = tuple(range(-len(spec.feature_axes), 0))

@@ -357,7 +357,7 @@ CONSTRUCTORS = {
             "shape": Option((3, 4), x=(6, 3, 4)),
             "eps": Option(0.1),
             "use_weight": Option(False, refused=("brainstate",), named="use_scale, use_bias"),
-            "use_bias": Option(True, refused=ALL),
+            "use_bias": Option(True, refused=("linen", "nnx"), named="bias"),
             "dtype": Option(jnp.bfloat16),
         },
     ),
