@@ -111,7 +111,8 @@ def _real(value: Any) -> float:
 @adapter.reads(nn.Sequential, specs.Sequential, state=("layers",))
 def read_sequential(m, ctx):
     if [type(layer) for layer in m.layers] == [nn.RMSNorm, nn.OneToOne]:
-        return _read_rms_norm_with_bias(*m.layers, ctx)
+        norm, affine = m.layers
+        return _read_rms_norm_with_bias(norm, affine, ctx)
     return specs.Sequential(layers=ctx.read_all(m.layers))
 
 
@@ -326,7 +327,8 @@ def build_rms_norm(spec, ctx):
     norm = dataclasses.replace(
         spec, scale=None, bias=None, output_dtype=spec.output_dtype or spec.bias.dtype
     )
-    affine = nn.OneToOne(spec.bias.shape, w_init=spec.scale, b_init=spec.bias)
+    scale: Any = spec.scale
+    affine = nn.OneToOne(spec.bias.shape, w_init=scale, b_init=spec.bias)
     return nn.Sequential(build_layer_norm(norm, ctx), affine)
 
 
@@ -336,7 +338,8 @@ def _read_rms_norm_with_bias(norm, affine, ctx):
     spec = read_layer_norm(norm, ctx)
     if spec.scale is not None or "bias" not in arrays or affine.in_size != spec.feature_shape:
         ctx.refuse("OneToOne", affine, "only one that scales and shifts an RMSNorm converts")
-    dtype = jnp.promote_types(spec.output_dtype, arrays["weight"].dtype)
+    own: Any = spec.output_dtype
+    dtype = jnp.promote_types(own, arrays["weight"].dtype)
     return dataclasses.replace(
         spec, scale=arrays["weight"], bias=arrays["bias"], output_dtype=jnp.dtype(dtype)
     )
