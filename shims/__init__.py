@@ -9,7 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .api import wrap
+from .api import explain, wrap
+from .report import ArrayRow, LinkReport
 
 if TYPE_CHECKING:
     from .frameworks.brainstate import FromEquinox, FromLinen, FromNNX
@@ -18,12 +19,15 @@ if TYPE_CHECKING:
     from .frameworks.nnx import ToNNX
 
 __all__ = [
+    "ArrayRow",
     "FromEquinox",
     "FromLinen",
     "FromNNX",
+    "LinkReport",
     "ToEquinox",
     "ToLinen",
     "ToNNX",
+    "explain",
     "wrap",
 ]
 

@@ -25,6 +25,8 @@ from interop.api import convert_with
 from interop.errors import ArgumentError, ConversionError, UnsupportedStructureError
 from interop.registry import registry
 
+from .report import ArrayRow, LinkReport
+
 __all__ = [
     "Call",
     "Cell",
@@ -41,6 +43,7 @@ __all__ = [
     "nest",
     "path_of",
     "path_text",
+    "report_of",
     "side_of",
 ]
 
@@ -362,6 +365,30 @@ def materialize(
     native = structure.build(values)
     arguments = structure.convert_arguments(native)
     return convert_with(structure.module(native), to, options=options, **arguments)
+
+
+def report_of(
+    shim: Any, structure: Structure, shown: Mapping[Path, tuple[Any, str, bool]], *, live: bool
+) -> LinkReport:
+    """The report of a shim.
+
+    Args:
+        shim: the shim.
+        structure: its guest.
+        shown: for each path the value, the host's container, and whether the guest owns it.
+        live: whether a change on one side shows on the other at once.
+    """
+    rows = tuple(
+        ArrayRow(
+            path_text(path),
+            structure.kinds[path].value,
+            "in the state" if value is None else _described(value),
+            "guest" if is_guests else "shim",
+            container,
+        )
+        for path, (value, container, is_guests) in shown.items()
+    )
+    return LinkReport(structure.guest_type.__qualname__, type(shim).__qualname__, live, rows)
 
 
 def side_of(framework: str, side: str) -> Callable[..., Any] | None:

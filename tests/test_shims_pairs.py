@@ -1,10 +1,12 @@
 """Every ordered pair of frameworks: one guest with forward logic of its own, batch
 normalisation and dropout, inside every other framework, against plain JAX."""
 
+import brainstate
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
 import interop
@@ -165,6 +167,24 @@ def test_a_stack_of_layers_is_live_in_every_host(source, target):
     host = target.Host(module, **keywords)
     expected = np.maximum(X @ p["w1"] + p["b1"], 0) @ p["w2"] + p["b2"]
     assert_allclose(host.call(X), expected, **TOLERANCE)
+
+
+def test_explain_shows_each_array_once_with_its_owner(source, hosted):
+    model, host = hosted()
+    report = shims.explain(host.shim)
+    assert len({row.path for row in report.rows}) == len(report.rows) >= 8
+    assert sum(row.kind == "parameter" for row in report.rows) == 6
+    assert sum(row.kind == "running statistic" for row in report.rows) >= 2
+    live = isinstance(model, nnx.Module | brainstate.nn.Module)
+    mutable_host = isinstance(host.shim, nnx.Module | brainstate.nn.Module)
+    assert report.live is (live and mutable_host)
+    for text in (str(report), report.to_markdown()):
+        assert all(row.path in text and row.array in text for row in report.rows)
+
+
+def test_explain_of_anything_else_is_refused():
+    with pytest.raises(interop.ArgumentError, match="not a live shim"):
+        shims.explain(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
 
 
 def test_wrapping_in_its_own_framework_returns_the_module(source):

@@ -36,6 +36,7 @@ from ...core import (
     materialize,
     nest,
     path_text,
+    report_of,
 )
 from ...forwarding import (
     OfInstance,
@@ -44,6 +45,7 @@ from ...forwarding import (
     refuse_attribute,
     signature_with,
 )
+from ...report import LinkReport
 
 __all__ = ["FromEquinox", "FromLinen", "FromNNX", "Wrapped"]
 
@@ -294,6 +296,19 @@ class Wrapped(brainstate.nn.Module):
         )
 
     # -- private: every name has the prefix _shim_ --
+
+    def _shim_report(self) -> LinkReport:
+        guest = _guests.get(self)
+        if guest is not None:
+            self._shim_show(guest)
+        live = guest is not None
+        shown = self._shim_states()
+        return report_of(
+            self,
+            self._shim_structure,
+            {p: (s.value, type(s).__name__, live) for p, s in shown.items()},
+            live=live,
+        )
 
     def _shim_run(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         guest = _guests.get(self)

@@ -27,8 +27,10 @@ from ...core import (
     materialize,
     nest,
     path_text,
+    report_of,
 )
 from ...forwarding import check_names
+from ...report import LinkReport
 
 __all__ = ["ToEquinox"]
 
@@ -224,6 +226,17 @@ class ToEquinox(eqx.nn.StatefulLayer):
             cell.set(values[cell.path])
 
     # -- private: every name has the prefix _shim_ --
+
+    def _shim_report(self) -> LinkReport:
+        structure, guest = self._shim_structure, self._shim_link.guest
+        own = {} if guest is None else guest.values()
+        shown: dict[Path, tuple[Any, str, bool]] = {}
+        for path in _paths(structure, trainable=True):
+            leaf = at(self.params, _place(path))
+            shown[path] = leaf, ".".join(("params", *_place(path))), own.get(path) is leaf
+        for path in _paths(structure, trainable=False):
+            shown[path] = own.get(path), "eqx.nn.State", False
+        return report_of(self, structure, shown, live=False)
 
     def _shim_values(self, state: Any) -> dict[Path, Any]:
         structure = self._shim_structure

@@ -16,8 +16,20 @@ import jax.numpy as jnp
 
 from interop.errors import ArgumentError, ConversionError, MissingKeyError
 
-from ...core import Call, Guest, Kind, LiveGuest, Path, Structure, guest_of, materialize, nest
+from ...core import (
+    Call,
+    Guest,
+    Kind,
+    LiveGuest,
+    Path,
+    Structure,
+    guest_of,
+    materialize,
+    nest,
+    report_of,
+)
 from ...forwarding import OfInstance, check_names, signature_with
+from ...report import LinkReport
 
 __all__ = ["ToLinen"]
 
@@ -196,6 +208,16 @@ class ToLinen(nn.Module):
             cell.set(values[cell.path])
 
     # -- private: every name has the prefix _shim_ --
+
+    @nn.nowrap
+    def _shim_report(self) -> LinkReport:
+        structure, own = self._shim_structure, self._shim_guest.values()
+        return report_of(
+            self,
+            structure,
+            {p: (v, "/".join(_place(structure, p)), True) for p, v in own.items()},
+            live=False,
+        )
 
     @property
     def _shim_guest(self) -> Guest:

@@ -29,6 +29,7 @@ from ...core import (
     materialize,
     nest,
     path_text,
+    report_of,
 )
 from ...forwarding import (
     OfInstance,
@@ -38,6 +39,7 @@ from ...forwarding import (
     signature_with,
     without_self,
 )
+from ...report import LinkReport
 from .views import check_link, owned, view_of
 
 __all__ = ["ToNNX"]
@@ -276,6 +278,19 @@ class ToNNX(nnx.Module):
     @property
     def _shim_first(self) -> Structure:
         return self._shim_anchor.first
+
+    def _shim_report(self) -> LinkReport:
+        anchor, live = self._shim_anchor, self._shim_anchor.guest is not None
+        if live:
+            self._shim_show(anchor.guest.cells())
+        structure = anchor.structure
+        shown = {path: self._shim_variable(path) for path in structure.kinds}
+        return report_of(
+            self,
+            structure,
+            {p: (v.get_raw_value(), type(v).__name__, live) for p, v in shown.items()},
+            live=live,
+        )
 
     def _shim_run(
         self,
