@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from interop.api import convert_with
 from interop.errors import ArgumentError, ConversionError, UnsupportedStructureError
@@ -34,10 +35,13 @@ __all__ = [
     "Kind",
     "LiveGuest",
     "Path",
+    "Probe",
     "Structure",
     "Views",
     "at",
+    "attribute_path",
     "guest_of",
+    "is_traced",
     "leaves",
     "materialize",
     "nest",
@@ -158,6 +162,31 @@ def path_text(path: Path) -> str:
     return "".join(parts).removeprefix(".")
 
 
+class Probe:
+    """Stands for a cell when a host tries at first use that its views work."""
+
+    kind = Kind.PARAMETER
+
+    def __init__(self) -> None:
+        self.value: Any = np.zeros(2, np.float32)
+
+    def get(self) -> Any:
+        return self.value
+
+    def set(self, value: Any) -> None:
+        self.value = value
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a tree holds a value of a transformation in progress."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
+
+
+def attribute_path(path: Path) -> tuple[Any, ...]:
+    """Where a value stands in a shim whose attributes hold it: the first part is a name."""
+    return (str(path[0]), *path[1:])
+
+
 def path_of(keys: Any) -> Path:
     """A path of JAX's tree functions as one of ours."""
     return tuple(map(_part, keys))
@@ -276,11 +305,9 @@ class Guest(ABC):
 
     Attributes:
         native: what the user gave: the module, or the module with its weights.
-        is_live: whether its arrays can be changed in place, so that a shim can show them.
     """
 
     native: Any
-    is_live: bool
 
     @abstractmethod
     def structure(self) -> Structure:
@@ -293,8 +320,6 @@ class Guest(ABC):
 
 class LiveGuest(Guest):
     """A guest whose arrays stand in mutable containers."""
-
-    is_live = True
 
     @abstractmethod
     def cells(self) -> Sequence[Cell]:

@@ -94,17 +94,16 @@ def check_names(
 
 
 def _own_methods(structure: Structure) -> set[str]:
-    """Public methods of the guest's class that its framework's base does not have."""
-    base = structure.base_type
+    """Public methods of the guest's class, but its call, that its framework's base lacks."""
+    classes = structure.guest_type.__mro__
     return {
         name
-        for cls in structure.guest_type.__mro__[: structure.guest_type.__mro__.index(base)]
+        for cls in classes[: classes.index(structure.base_type)]
         for name, value in vars(cls).items()
-        if inspect.isroutine(value) and not name.startswith("_") and not hasattr(base, name)
-    } - {"update"} | {
-        name
-        for name, value in vars(structure.guest_type).items()
-        if name == "update" and value is not structure.forward
+        if inspect.isroutine(value)
+        and not name.startswith("_")
+        and name != structure.forward.__name__
+        and not hasattr(structure.base_type, name)
     }
 
 

@@ -19,11 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from brainstate import graph
 from brainstate.random import DEFAULT
-from jax.core import Tracer
 
 from interop.errors import ArgumentError, ConversionError, UnsupportedStructureError
 
-from ...core import Call, Cell, Kind, LiveGuest, Structure, leaves, path_text
+from ...core import Call, Cell, Kind, LiveGuest, Structure, is_traced, leaves, path_text
 
 StatePath = tuple[str | int, ...]
 
@@ -193,11 +192,7 @@ class _ArrayKey:
         self.array = array.copy() if isinstance(array, np.ndarray) else array
 
     def __eq__(self, other):
-        if (
-            not isinstance(other, _ArrayKey)
-            or _is_traced(self.array)
-            or _is_traced(other.array)
-        ):
+        if not isinstance(other, _ArrayKey) or is_traced(self.array) or is_traced(other.array):
             return isinstance(other, _ArrayKey) and self.array is other.array
         a, b = self.array, other.array
         same_kind = a.shape == b.shape and a.dtype == b.dtype
@@ -218,10 +213,6 @@ class _SameObject:
 
     def __hash__(self):
         return id(self.value)
-
-
-def _is_traced(array: Any) -> bool:
-    return isinstance(array, Tracer)
 
 
 def _comparable(value: Any) -> Any:

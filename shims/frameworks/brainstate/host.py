@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import brainstate
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from interop.errors import ArgumentError, ConversionError, InteropError
 from interop.registry import registry
@@ -29,10 +28,13 @@ from ...core import (
     Kind,
     LiveGuest,
     Path,
+    Probe,
     Structure,
     Views,
     at,
+    attribute_path,
     guest_of,
+    is_traced,
     materialize,
     nest,
     path_text,
@@ -71,7 +73,7 @@ class _View(_Base):
     def _value(self, value):
         own: Any = vars(self)
         cell = own.get("_shim_cell")
-        if cell is None or _is_traced(value):
+        if cell is None or is_traced(value):
             own["_shim_own"] = value
             return
         if value is not cell.get():
@@ -98,10 +100,6 @@ class _View(_Base):
 
     def __deepcopy__(self, memo):
         return self.copy()
-
-
-def _is_traced(value: Any) -> bool:
-    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
 
 
 def _detached(copy: Any, value: Any) -> Any:
@@ -147,16 +145,6 @@ def _check_link() -> None:
     Raises:
         InteropError: it does not; the message names the version.
     """
-
-    class Probe:
-        kind = Kind.PARAMETER
-        value = jnp.zeros(2)
-
-        def get(self) -> Any:
-            return self.value
-
-        def set(self, value: Any) -> None:
-            self.value = value
 
     probe, written = Probe(), jnp.ones(2)
     view = _linked(probe)  # type: ignore[arg-type]
@@ -269,9 +257,7 @@ class Wrapped(brainstate.nn.Module):
             UnmappedLayerError, UnsupportedLayerError, UnsupportedStructureError: a part of
                 the guest cannot be rebuilt; ``error.path`` names it. Nothing was changed.
         """
-        guest = _guests.get(self)
-        if guest is not None:
-            self._shim_show(guest)
+        self._shim_refresh()
         return materialize(
             self._shim_structure, self._shim_values(), "brainstate", {}, copy=copy
         )
@@ -298,10 +284,7 @@ class Wrapped(brainstate.nn.Module):
     # -- private: every name has the prefix _shim_ --
 
     def _shim_report(self) -> LinkReport:
-        guest = _guests.get(self)
-        if guest is not None:
-            self._shim_show(guest)
-        live = guest is not None
+        live = self._shim_refresh()
         shown = self._shim_states()
         return report_of(
             self,
@@ -311,9 +294,7 @@ class Wrapped(brainstate.nn.Module):
         )
 
     def _shim_run(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        guest = _guests.get(self)
-        if guest is not None:
-            self._shim_show(guest)
+        self._shim_refresh()
         states = self._shim_states()
         values = {path: state.value for path, state in states.items()}
         call = Call(
@@ -335,7 +316,7 @@ class Wrapped(brainstate.nn.Module):
     def _shim_states(self) -> dict[Path, brainstate.State]:
         found: dict[Path, brainstate.State] = {}
         for path in self._shim_structure.kinds:
-            state = at(vars(self), _place(path))
+            state = at(vars(self), attribute_path(path))
             if not isinstance(state, brainstate.State):
                 raise ConversionError(
                     "a value of the guest is missing from the shim",
@@ -344,6 +325,13 @@ class Wrapped(brainstate.nn.Module):
                 )
             found[path] = state
         return found
+
+    def _shim_refresh(self) -> bool:
+        """Show a live guest as it is now; whether there is one."""
+        guest = _guests.get(self)
+        if guest is not None:
+            self._shim_show(guest)
+        return guest is not None
 
     def _shim_show(self, guest: LiveGuest) -> None:
         """Show the guest as it is now: its mode and options, and Variables it has replaced."""
@@ -365,14 +353,9 @@ class Wrapped(brainstate.nn.Module):
     ) -> None:
         for path in vars(self).get("_shim_structure", structure).kinds:
             vars(self).pop(str(path[0]), None)
-        placed = nest({_place(path): state for path, state in states.items()})
+        placed = nest({attribute_path(path): state for path, state in states.items()})
         vars(self).update(placed)
         self._shim_structure = structure
-
-
-def _place(path: Path) -> tuple[Any, ...]:
-    """Where a value stands in the shim: the first part is an attribute."""
-    return (str(path[0]), *path[1:])
 
 
 def _checked(framework: str, module: Any) -> Any:

@@ -36,8 +36,6 @@ def _kind(leaf: Any) -> Kind:
 class EquinoxGuest(Guest):
     """An Equinox module and its state, seen from a shim."""
 
-    is_live = False
-
     def __init__(
         self,
         module: eqx.Module,

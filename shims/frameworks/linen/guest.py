@@ -40,8 +40,6 @@ def _kind(path: Any, leaf: Any) -> Kind:
 class LinenGuest(Guest):
     """A Linen module and its variables, seen from a shim."""
 
-    is_live = False
-
     def __init__(self, module: nn.Module, params: Any = None):
         if not isinstance(params, Mapping):
             raise ArgumentError(

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.core import Tracer
 
 from interop.errors import ArgumentError, ConversionError, MissingKeyError
 
@@ -25,7 +24,9 @@ from ...core import (
     Path,
     Structure,
     at,
+    attribute_path,
     guest_of,
+    is_traced,
     materialize,
     nest,
     path_text,
@@ -324,8 +325,7 @@ class ToNNX(nnx.Module):
             if new[path] is not values[path]:
                 self._shim_variable(path).set_value(new[path])
         # State that appears in a call is kept, unless it was traced: it is gone with the trace.
-        is_traced = any(isinstance(value, Tracer) for value in new.values())
-        if after != structure and not is_traced:
+        if after != structure and not is_traced(new):
             self._shim_place(
                 {
                     path: self._shim_variable(path)
@@ -341,7 +341,7 @@ class ToNNX(nnx.Module):
         return {path: self._shim_variable(path).get_value() for path in structure.kinds}
 
     def _shim_variable(self, path: Path) -> Any:
-        found = at(vars(self), _place(path))
+        found = at(vars(self), attribute_path(path))
         if not isinstance(found, nnx.Variable):
             raise ConversionError(
                 "a value of the guest is missing from the shim",
@@ -366,18 +366,13 @@ class ToNNX(nnx.Module):
 
     def _shim_place(self, variables: Mapping[Path, nnx.Variable]) -> None:
         """Set the attributes that hold ``variables``, and delete those that hold none now."""
-        tree = nest({_place(path): variable for path, variable in variables.items()})
+        tree = nest({attribute_path(path): variable for path, variable in variables.items()})
         anchor = self._shim_anchor
         for path in (*anchor.first.kinds, *anchor.views):
-            if _place(path)[0] not in tree and _place(path)[0] in vars(self):
-                delattr(self, _place(path)[0])
+            if attribute_path(path)[0] not in tree and attribute_path(path)[0] in vars(self):
+                delattr(self, attribute_path(path)[0])
         for name, value in tree.items():
             super().__setattr__(name, nnx.data(value))
-
-
-def _place(path: Path) -> tuple[Any, ...]:
-    """Where a value stands in the shim: the first part is an attribute."""
-    return (str(path[0]), *path[1:])
 
 
 def _stream(rngs: Any) -> Any:

@@ -16,7 +16,7 @@ from flax import nnx
 
 from interop.errors import InteropError
 
-from ...core import Cell, Kind, Views
+from ...core import Cell, Kind, Probe, Views
 
 __all__ = ["Buffer", "HiddenState", "cell_of", "check_link", "owned", "view_of"]
 
@@ -102,16 +102,6 @@ def check_link() -> None:
     Raises:
         InteropError: it does not; the message names the version.
     """
-
-    class Probe:
-        kind = Kind.PARAMETER
-        value = jnp.zeros(2)
-
-        def get(self) -> Any:
-            return self.value
-
-        def set(self, value: Any) -> None:
-            self.value = value
 
     probe, written = Probe(), jnp.ones(2)
     view = _linked(probe)  # type: ignore[arg-type]
