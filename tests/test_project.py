@@ -16,7 +16,8 @@ import shims
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = [interop, shims]
-SHARED = [path for package in ("interop", "shims") for path in (ROOT / package).glob("*.py")]
+FOLDERS = ("interop", "interop/formulas", "interop/specs", "shims")
+SHARED = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
 NAMES = ("brainstate", "equinox", "eqx", "flax", "linen", "nnx")
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
@@ -60,7 +61,8 @@ def judged(path):
     if path.name != "__init__.py":
         return [tree]
     functions = [node for node in tree.body if isinstance(node, FUNCTIONS)]
-    public = importlib.import_module(path.parent.name).__all__
+    package = ".".join(path.parent.relative_to(ROOT).parts)
+    public = importlib.import_module(package).__all__
     return [
         statement
         for function in functions
@@ -69,7 +71,7 @@ def judged(path):
     ]
 
 
-@pytest.mark.parametrize("path", SHARED, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", SHARED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_shared_code_names_no_framework(path):
     found = [
         f"{path.name}:{line}: {word}"

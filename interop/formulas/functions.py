@@ -1,4 +1,4 @@
-"""Pure functions for layers that some framework lacks: arrays in, arrays out.
+"""Weight-less functions.
 
 ``ACTIVATIONS`` names every weight-less function that converts by name. Where JAX has the
 function, the entry *is* JAX's, so that a converted model holds what its author would write.

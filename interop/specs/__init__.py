@@ -1,0 +1,56 @@
+"""Neutral layer descriptions. Array layouts are defined here and nowhere else.
+
+A field without a default is always carried. A field with a default is an option, and its
+default is the plain behaviour: a builder that cannot express another value does not list the
+option in its ``carries``, and the walk then refuses the layer by the option's name.
+
+Shapes name the batch axes ``*batch``; ``x`` is the input of the layer.
+"""
+
+from .base import (
+    Array,
+    Deferred,
+    Sequential,
+    Shape,
+    Spec,
+    common_dtype,
+    dtype,
+    is_wide,
+    move_channels,
+    moved_axis,
+    promoted_dtype,
+)
+from .functions import Activation, Dropout, Flatten, Function
+from .linear import Embedding, Linear
+from .norms import BatchNorm, GroupNorm, LayerNorm, Norm, RMSNorm
+from .recurrent import LSTMCell
+from .spatial import Conv, Pool, pool
+
+__all__ = [
+    "Activation",
+    "Array",
+    "BatchNorm",
+    "Conv",
+    "Deferred",
+    "Dropout",
+    "Embedding",
+    "Flatten",
+    "Function",
+    "GroupNorm",
+    "LSTMCell",
+    "LayerNorm",
+    "Linear",
+    "Norm",
+    "Pool",
+    "RMSNorm",
+    "Sequential",
+    "Shape",
+    "Spec",
+    "common_dtype",
+    "dtype",
+    "is_wide",
+    "move_channels",
+    "moved_axis",
+    "pool",
+    "promoted_dtype",
+]

@@ -1,0 +1,174 @@
+"""What every spec is, and the arithmetic of shapes and dtypes that specs share."""
+
+# jax.numpy declares some of its types only in part.
+# pyright: reportUnknownMemberType=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from ..walk import Building
+
+__all__ = [
+    "Array",
+    "DType",
+    "Deferred",
+    "Sequential",
+    "Shape",
+    "Spec",
+    "common_dtype",
+    "dtype",
+    "is_wide",
+    "mismatches_of",
+    "move_channels",
+    "moved_axis",
+    "promoted_dtype",
+    "shape_of",
+]
+
+Array = Any  # jax.Array or numpy.ndarray: a spec holds what the source held
+DType = Any
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Spec:
+    """Base of all specs. Specs compare by identity: one spec twice is one layer used twice."""
+
+    keeps_shape: ClassVar[bool] = False
+    """Whether the output has the shape of the input, and each axis its meaning."""
+    has_channels: ClassVar[bool] = False
+    """Whether one axis has another meaning than the rest, however many there are."""
+    counts_axes: ClassVar[bool] = False
+    """Whether the result depends on the order of the axes, and ``moved`` changes that."""
+
+    @property
+    def space(self) -> int | None:
+        """Axes that an example has beside that of its channels; None where any will do."""
+        return 0
+
+    @property
+    def holds_state(self) -> bool:
+        """Whether using the layer at two places ties something."""
+        return False
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether it does the same to each element, wherever that stands."""
+        return False
+
+    def moved(self, axes: int | None, to_first: bool) -> Spec:
+        """The same layer for examples of so many axes whose channels are moved.
+
+        Args:
+            axes: number of axes of an example; 0 where nothing moves, None where not known.
+            to_first: whether the last axis is moved to the front, or the first to the end.
+        """
+        return self
+
+    def with_rows(self, order: np.ndarray[Any, Any]) -> Spec:
+        """The same layer for inputs ``x[..., order]``."""
+        raise NotImplementedError
+
+    def output_shape(self, shape: Shape | None) -> Shape | None:
+        """Shape of one output example for one input example; None where it is not known."""
+        return shape
+
+    def mismatches(self) -> list[str]:
+        """One line for each array that is none, or does not fit the others."""
+        return []
+
+
+class Deferred(Spec):
+    """A layer that only its own rule knows how to build, once the target is known."""
+
+    @property
+    def space(self) -> int | None:
+        return None
+
+    @property
+    def holds_state(self) -> bool:
+        return True
+
+    def build(self, ctx: Building) -> Any:
+        """The layer in the framework of ``ctx``; tells ``ctx.passed`` what it did itself."""
+        raise NotImplementedError
+
+    def parameters(self) -> Mapping[str, Array]:
+        """Its trainable arrays by name, named alike whatever framework it came from."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Sequential(Spec):
+    """Layers applied one after the other. The same spec twice is one layer used twice."""
+
+    layers: tuple[Spec, ...]
+
+    @property
+    def holds_state(self) -> bool:
+        return any(layer.holds_state for layer in self.layers)
+
+    def output_shape(self, shape: Shape | None) -> Shape | None:
+        for layer in self.layers:
+            shape = layer.output_shape(shape)
+        return shape
+
+
+def move_channels(shape: Shape, to_first: bool) -> Shape:
+    """``shape`` with its last axis in front, or its first at the end."""
+    return (*shape[-1:], *shape[:-1]) if to_first else (*shape[1:], *shape[:1])
+
+
+def moved_axis(axis: int, axes: int, to_first: bool) -> int:
+    """Where a negative ``axis`` of so many axes is after :func:`move_channels`."""
+    return (axis + (1 if to_first else -1)) % axes - axes
+
+
+def dtype(value: Any) -> DType | None:
+    """``value`` in one form, so that dtypes compare; None stays None."""
+    return None if value is None else jnp.dtype(value)
+
+
+def is_wide(dtype: DType | None) -> bool:
+    """Whether ``dtype`` is float32 or wider: a cast to it loses nothing that float32 keeps."""
+    return dtype is not None and jnp.promote_types(dtype, jnp.float32) == dtype
+
+
+def common_dtype(*arrays: Array | None) -> DType:
+    """The dtype that the given arrays promote to; float32 where there are none."""
+    given = [a.dtype for a in arrays if a is not None]
+    return jnp.result_type(*given) if given else jnp.dtype(jnp.float32)
+
+
+def promoted_dtype(statistics: Array, *parameters: Array | None) -> DType | None:
+    """``output_dtype`` of a layer that promotes its input with its statistics as well.
+
+    None where its parameters promote the input as far anyway.
+    """
+    given = [array for array in parameters if array is not None]
+    widest = common_dtype(statistics, *given)
+    return None if given and common_dtype(*given) == widest else widest
+
+
+def mismatches_of(**arrays: tuple[Array | None, Shape | None]) -> list[str]:
+    """Compare arrays with the shapes they must have; None where any will do."""
+    lines: list[str] = []
+    for name, (array, shape) in arrays.items():
+        if array is not None and not hasattr(array, "__array__"):
+            lines.append(f"{name} is a {type(array).__qualname__}, not an array")
+        elif array is not None and shape not in (None, array.shape):
+            lines.append(f"{name} has shape {array.shape}, wanted {shape}")
+    return lines
+
+
+def shape_of(fn: Callable[..., Any], example: Shape) -> Shape | None:
+    out = jax.eval_shape(fn, jax.ShapeDtypeStruct((1, *example), "float32"))
+    return tuple(out.shape[1:]) if hasattr(out, "shape") else None

@@ -1,0 +1,81 @@
+"""Layers that multiply with a matrix."""
+
+# jax.numpy declares some of its types only in part.
+# pyright: reportUnknownMemberType=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .base import Array, DType, Shape, Spec, mismatches_of
+
+__all__ = [
+    "Embedding",
+    "Linear",
+]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Linear(Spec):
+    """``y = x @ weight + bias``.
+
+    Shapes:
+        x       (*batch, in)
+        weight  (in, out)
+        bias    (out,) or None
+        mask    (in, out) or None, multiplied with the weight
+
+    Options: ``dtype`` is what the operands are cast to; None means their common dtype.
+    ``leading_shape`` is that of the axes of one example before the last.
+    """
+
+    weight: Array
+    bias: Array | None
+    leading_shape: Shape = ()
+    mask: Array | None = None
+    dtype: DType | None = None
+    precision: Any = None
+    preferred_element_type: DType | None = None
+
+    @property
+    def holds_state(self) -> bool:
+        return True
+
+    def output_shape(self, shape: Shape | None) -> Shape | None:
+        return (*(shape[:-1] if shape else self.leading_shape), self.weight.shape[1])
+
+    def with_rows(self, order: np.ndarray[Any, Any]) -> Spec:
+        mask = None if self.mask is None else self.mask[order]
+        return replace(self, weight=self.weight[order], mask=mask)
+
+    def mismatches(self) -> list[str]:
+        out = self.weight.shape[1:]
+        return mismatches_of(weight=(self.weight, None), bias=(self.bias, out))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Embedding(Spec):
+    """``y = weight[x]``, for integers ``x`` in ``[0, number)``.
+
+    Shapes:
+        x       (*batch,)
+        weight  (number, features)
+
+    ``dtype`` is what the result is cast to; None means the weight's.
+    """
+
+    weight: Array
+    dtype: DType | None = None
+
+    @property
+    def holds_state(self) -> bool:
+        return True
+
+    def output_shape(self, shape: Shape | None) -> Shape | None:
+        return None if shape is None else (*shape, self.weight.shape[-1])
+
+    def mismatches(self) -> list[str]:
+        return mismatches_of(weight=(self.weight, None))
