@@ -24,6 +24,7 @@ from jax.core import Tracer
 
 from interop.api import convert_with
 from interop.errors import ArgumentError, ConversionError, UnsupportedStructureError
+from interop.partitioning import Partitioning
 from interop.registry import registry
 
 from .report import ArrayRow, LinkReport
@@ -40,6 +41,7 @@ __all__ = [
     "Views",
     "at",
     "attribute_path",
+    "check_partitionings",
     "guest_of",
     "is_traced",
     "leaves",
@@ -182,6 +184,25 @@ def is_traced(value: Any) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
 
 
+def check_partitionings(structure: Structure, values: Mapping[Path, Any]) -> None:
+    """Compare ``values`` with the axes that the guest has names for.
+
+    Raises:
+        ConversionError: an array has gained or lost axes, as under ``vmap``, and no names.
+    """
+    mismatched = [
+        f"{path_text(path)} has {np.ndim(values[path])} axes, and the names {found.names}"
+        for path, found in structure.partitionings.items()
+        if np.ndim(values[path]) != len(found.names)
+    ]
+    if mismatched:
+        raise ConversionError(
+            "the names of mesh axes do not fit the values, which were stacked or taken apart",
+            mismatched=mismatched,
+            remedy="Take one member, or leave the names out of the wrapped module",
+        )
+
+
 def attribute_path(path: Path) -> tuple[Any, ...]:
     """Where a value stands in a shim whose attributes hold it: the first part is a name."""
     return (str(path[0]), *path[1:])
@@ -262,6 +283,8 @@ class Structure(ABC):
             key, so that a host's keyword of that name means the same.
         reduces_over_names: whether a layer takes statistics over a named axis, such as that
             of ``jax.vmap``.
+        partitionings: what the guest notes of how to split its arrays, by path; those without
+            a note are left out.
     """
 
     guest_type: type
@@ -270,6 +293,7 @@ class Structure(ABC):
     base_type: type
     fills: frozenset[str] = frozenset()
     reduces_over_names: bool = False
+    partitionings: Mapping[Path, Partitioning] = {}
 
     @abstractmethod
     def build(self, values: Mapping[Path, Any]) -> Any:
@@ -284,6 +308,10 @@ class Structure(ABC):
         Returns:
             The output, the copy's values by path, and its structure, after the call.
         """
+
+    def partitioned(self, partitionings: Mapping[Path, Partitioning]) -> Structure:
+        """The same with other ``partitionings``."""
+        return self
 
     def module(self, native: Any) -> Any:
         """The module of a native object, where that is more than the module."""

@@ -20,6 +20,7 @@ from flax.linen import dtypes
 
 from .. import formulas, specs
 from ..errors import ArgumentError, ConversionError, UnsupportedStructureError
+from ..partitioning import Partitioning
 from ..registry import Adapter
 from .nnx import (
     build_pool,
@@ -112,6 +113,29 @@ class Linen(Adapter):
 
 
 adapter = Linen()
+
+
+def is_box(value: Any) -> bool:
+    """Whether ``value`` is an array in one of Linen's own boxes of names."""
+    return type(value) in (nn.Partitioned, nn.LogicallyPartitioned)
+
+
+def partitioning_of(box: Any) -> Partitioning | None:
+    """What a box says of how to split its array; None where it has too many names."""
+    logical = isinstance(box, nn.LogicallyPartitioned)
+    rules = box.rules if logical else None
+    return Partitioning.of(box.value, box.names, box.mesh, logical, rules)
+
+
+def boxed(value: Any, partitioning: Partitioning | None) -> Any:
+    """``value`` in a box that says the same, or as it is."""
+    if partitioning is None:
+        return value
+    if not partitioning.logical:
+        return nn.Partitioned(value, partitioning.names, partitioning.mesh)
+    return nn.LogicallyPartitioned(
+        value, partitioning.names, partitioning.mesh, partitioning.rules
+    )
 
 
 _MODES = {"use_running_average": False, "deterministic": False, "train": True}

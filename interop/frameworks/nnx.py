@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,6 +18,7 @@ from flax.nnx.nn import dtypes
 
 from .. import formulas, specs
 from ..errors import ArgumentError
+from ..partitioning import Partitioning
 from ..registry import Adapter
 
 
@@ -66,6 +68,32 @@ class Nnx(Adapter):
 
 
 adapter = Nnx()
+
+
+def partitioning_of(variable: nnx.Variable) -> Partitioning | None:
+    """What a Variable's metadata say of how to split its array; None where they don't."""
+    metadata = variable.get_metadata()
+    names, mesh = metadata.get("out_sharding"), metadata.get("mesh")
+    if isinstance(names, jax.sharding.NamedSharding):
+        names, mesh = names.spec, names.mesh
+    if not isinstance(names, tuple | list | jax.sharding.PartitionSpec) or not tuple(names):
+        return None
+    rules, box = metadata.get("sharding_rules"), metadata.get("linen_meta_type")
+    logical = bool(rules) or (box is not None and issubclass(box, nn.LogicallyPartitioned))
+    return Partitioning.of(variable.get_raw_value(), names, mesh, logical, rules)
+
+
+def metadata_of(partitioning: Partitioning | None) -> dict[str, Any]:
+    """The same as a Variable's metadata, as ``nnx.bridge`` writes them."""
+    if partitioning is None:
+        return {}
+    metadata: dict[str, Any] = {"out_sharding": partitioning.names}
+    if partitioning.mesh is not None:
+        metadata["mesh"] = partitioning.mesh
+    if partitioning.logical:
+        metadata["sharding_rules"] = partitioning.rules
+        metadata["linen_meta_type"] = nn.LogicallyPartitioned
+    return metadata
 
 
 def _array(layer, ctx, name: str, wanted: type[nnx.Variable] = nnx.Param) -> Any:

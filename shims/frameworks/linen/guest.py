@@ -5,11 +5,12 @@ gets them, and every collection but ``params`` may change. The mode is passed as
 ``training``, ``is_training``, ``deterministic`` or ``use_running_average``, where the method
 takes one; layers with a mode of their own keep it, and one that would train while the host
 evaluates is refused. Keys are given for ``dropout`` and ``params``, to which other streams
-fall back.
+fall back. A box of partition names is part of the structure, and its array a value.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Mapping
@@ -20,8 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from interop.errors import ArgumentError, MissingKeyError
+from interop.frameworks.linen import boxed, is_box, partitioning_of
+from interop.partitioning import Partitioning
 
-from ...core import Call, Guest, Kind, Structure, leaves
+from ...core import Call, Guest, Kind, Path, Structure, check_partitionings, leaves, path_of
 
 _RESULTS = ("intermediates", "perturbations")
 _TRAINING = ("train", "training", "is_training")
@@ -65,7 +68,23 @@ class LinenGuest(Guest):
         return LinenStructure(module, variables)
 
     def values(self):
-        return dict(leaves((), self._variables))
+        return dict(_leaves(self._variables))
+
+
+def _leaves(variables: Mapping[str, Any]) -> list[tuple[Path, Any]]:
+    """The arrays with their paths, in the order of the tree; a box is its array."""
+    flat: Any = jax.tree_util.tree_leaves_with_path(variables, is_leaf=is_box)
+    return [
+        pair
+        for keys, leaf in flat
+        for pair in leaves(path_of(keys), leaf.value if is_box(leaf) else leaf)
+    ]
+
+
+def _partitionings(variables: Mapping[str, Any]) -> dict[Path, Partitioning]:
+    flat: Any = jax.tree_util.tree_leaves_with_path(variables, is_leaf=is_box)
+    found = {path_of(keys): partitioning_of(leaf) for keys, leaf in flat if is_box(leaf)}
+    return {path: partitioning for path, partitioning in found.items() if partitioning}
 
 
 class LinenStructure(Structure):
@@ -76,9 +95,10 @@ class LinenStructure(Structure):
         self.forward = type(module).__call__
         self._module = module
         self._tree = jax.tree.structure(variables)
-        flat = leaves((), variables)
+        flat = _leaves(variables)
         self._paths = [path for path, _ in flat]
         self.kinds = {path: _kind(path, leaf) for path, leaf in flat}
+        self.partitionings = _partitionings(variables)
         self.base_type = nn.Module
         self.fills = frozenset((*_TRAINING, *_EVALUATION))
 
@@ -91,7 +111,22 @@ class LinenStructure(Structure):
         return hash((self.guest_type, self._tree))
 
     def build(self, values):
+        check_partitionings(self, values)
         return self._module, self._unflatten(values)
+
+    def partitioned(self, partitionings):
+        def box(keys: Any, leaf: Any) -> Any:
+            is_known = path_of(keys) in self.partitionings
+            return boxed(leaf.value, partitionings.get(path_of(keys))) if is_known else leaf
+
+        numbered = self._unflatten({path: i for i, path in enumerate(self._paths)})
+        tree_util: Any = jax.tree_util
+        other = copy.copy(self)
+        other._tree = jax.tree.structure(
+            tree_util.tree_map_with_path(box, numbered, is_leaf=is_box)
+        )
+        other.partitionings = partitionings
+        return other
 
     def _unflatten(self, values):
         return jax.tree.unflatten(self._tree, [values[path] for path in self._paths])
@@ -108,7 +143,7 @@ class LinenStructure(Structure):
                 rngs=_rngs(call),
                 **(_mode(method, call) | dict(call.kwargs)),
             )
-        return out, dict(leaves((), {**variables, **changed})), self
+        return out, dict(_leaves({**variables, **changed})), self
 
     def module(self, native):
         return native[0]

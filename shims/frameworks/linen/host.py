@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from interop.errors import ArgumentError, ConversionError, MissingKeyError
+from interop.frameworks.linen import boxed, is_box
 
 from ...core import (
     Call,
@@ -231,14 +232,16 @@ class ToLinen(nn.Module):
         """The values that the variables hold; at ``init`` the guest's own."""
         own = self._shim_guest.values()
         if self.is_initializing():
-            for collection, tree in _tree(structure, own).items():
+            names = structure.partitionings
+            shown = {path: boxed(value, names.get(path)) for path, value in own.items()}
+            for collection, tree in _tree(structure, shown).items():
                 for name, value in tree.items():
                     self._shim_variable(collection, name, value)
-        return _values(structure, nn.unbox(self.variables), own)
+        return _values(structure, nn.meta.map_axis_meta(_constrained, self.variables), own)
 
     def _shim_variable(self, collection: str, name: str, value: Any) -> Any:
         if collection == "params":
-            return self.param(name, lambda key: value)
+            return self.param(name, lambda key: value, unbox=False)
         return self.variable(collection, name, lambda: value)
 
     def _shim_store(
@@ -280,6 +283,18 @@ def _flatten(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any
     return {k: v for name, sub in tree.items() for k, v in _flatten(sub, (*path, name)).items()}
 
 
+def _unboxed(box: Any) -> Any:
+    return box.value if is_box(box) else box.unbox()
+
+
+def _constrained(box: Any) -> Any:
+    """The array of a box, split as Linen's own layers do it: not over explicit axes."""
+    if not is_box(box):
+        return box.unbox()
+    mesh = jax.sharding.get_abstract_mesh() if box.mesh is None else box.mesh
+    return box.unbox(apply_constraint=mesh.are_all_axes_auto)
+
+
 def _values(
     structure: Structure, variables: Mapping[str, Any], own: Mapping[Path, Any]
 ) -> dict[Path, Any]:
@@ -289,7 +304,8 @@ def _values(
         ConversionError: keys, shapes or dtypes differ; all are reported together. Of hidden
             state the leading axis, that of the batch, may differ.
     """
-    given = {k: v for k, v in _flatten(nn.unbox(variables)).items() if k[0] not in _RESULTS}
+    plain = nn.meta.map_axis_meta(_unboxed, variables)
+    given = {k: v for k, v in _flatten(plain).items() if k[0] not in _RESULTS}
     places = {_place(structure, path): path for path in own}
     mismatched: list[str] = []
     for place, path in sorted(places.items()):

@@ -16,9 +16,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from interop.errors import ArgumentError, MissingKeyError, UnsupportedStructureError
+from interop.frameworks.nnx import partitioning_of
 from interop.walk import captured
 
-from ...core import Call, Cell, Kind, LiveGuest, Path, Structure, leaves, path_text
+from ...core import (
+    Call,
+    Cell,
+    Kind,
+    LiveGuest,
+    Path,
+    Structure,
+    check_partitionings,
+    leaves,
+    path_text,
+)
 from .views import cell_of
 
 _RESULTS = (nnx.Intermediate, nnx.Perturbation)
@@ -135,6 +146,8 @@ class NnxStructure(Structure):
         self.reduces_over_names = any(
             getattr(part, "axis_name", None) is not None for _, part in nnx.iter_modules(module)
         )
+        found = {path: partitioning_of(variable) for path, variable in flat}
+        self.partitionings = {path: names for path, names in found.items() if names}
         trees = tuple((path, tree) for path, (_, _, tree) in self._makers.items())
         self._key = (self._definition, trees)
 
@@ -145,6 +158,7 @@ class NnxStructure(Structure):
         return hash(self._key)
 
     def build(self, values):
+        check_partitionings(self, values)
         flat = {
             path: cls.from_metadata(
                 jax.tree.unflatten(tree, [values[leaf] for leaf in self._paths[path]]), metadata

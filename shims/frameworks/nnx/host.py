@@ -16,6 +16,7 @@ import jax
 from flax import nnx
 
 from interop.errors import ArgumentError, ConversionError, MissingKeyError
+from interop.frameworks.nnx import partitioning_of
 
 from ...core import (
     Call,
@@ -184,8 +185,10 @@ class ToNNX(nnx.Module):
             self._shim_show(guest.cells())
         else:
             self._shim_anchor = _Anchor(structure)
-            values = guest.values()
-            self._shim_place({p: owned(kind, values[p]) for p, kind in structure.kinds.items()})
+            values, names = guest.values(), structure.partitionings
+            self._shim_place(
+                {p: owned(kind, values[p], names.get(p)) for p, kind in structure.kinds.items()}
+            )
 
     __signature__ = OfInstance(
         lambda shim: signature_with(shim._shim_first, _KEYWORDS), without_self(__init__)
@@ -226,7 +229,7 @@ class ToNNX(nnx.Module):
         anchor = self._shim_anchor
         if anchor.guest is not None:
             return anchor.guest.native
-        return anchor.first.build(self._shim_values(anchor.first))
+        return self._shim_partitioned(anchor.first).build(self._shim_values(anchor.first))
 
     def materialize(self, *, copy: bool = False) -> nnx.Module:
         """Turn the shim into a plain NNX module.
@@ -250,6 +253,7 @@ class ToNNX(nnx.Module):
         """
         structure = self._shim_anchor.structure
         values = self._shim_values(structure)
+        structure = self._shim_partitioned(structure)
         model = materialize(structure, values, "nnx", {"rngs": self.rngs}, copy=copy)
         if self.deterministic:
             model.eval()
@@ -339,6 +343,11 @@ class ToNNX(nnx.Module):
 
     def _shim_values(self, structure: Structure) -> dict[Path, Any]:
         return {path: self._shim_variable(path).get_value() for path in structure.kinds}
+
+    def _shim_partitioned(self, structure: Structure) -> Structure:
+        """``structure`` with the names of mesh axes that the Variables have by now."""
+        found = {p: partitioning_of(self._shim_variable(p)) for p in structure.partitionings}
+        return structure.partitioned({p: names for p, names in found.items() if names})
 
     def _shim_variable(self, path: Path) -> Any:
         found = at(vars(self), attribute_path(path))

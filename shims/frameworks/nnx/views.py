@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from interop.errors import InteropError
+from interop.frameworks.nnx import metadata_of
+from interop.partitioning import Partitioning
 
 from ...core import Cell, Kind, Probe, Views
 
@@ -69,9 +71,10 @@ _TYPES = {
 }
 
 
-def owned(kind: Kind, value: Any) -> nnx.Variable:
+def owned(kind: Kind, value: Any, partitioning: Partitioning | None = None) -> nnx.Variable:
     """A Variable for a value of that kind, linked to nothing."""
-    return _TYPES[kind](value, hijax=False, ref=False, eager_sharding=False)
+    metadata = metadata_of(partitioning)
+    return _TYPES[kind](value, hijax=False, ref=False, eager_sharding=False, **metadata)
 
 
 def _linked(cell: Cell) -> nnx.Variable:
