@@ -8,7 +8,7 @@ from typing import Any
 
 from . import specs
 from .errors import ArgumentError, InteropError
-from .layout import cross
+from .layout import crossed
 from .registry import Adapter, registry
 from .walk import Building, Reading
 
@@ -131,12 +131,9 @@ def _convert(
     adapter.check(node)
     reading = Reading(adapter, registry)
     spec = reading.read(node, "model")
-    if adapter.channels_first != target.channels_first:
-        spec, shape = cross(
-            spec, reading.origins, shape, to_first=target.channels_first, target=to
-        )
-    building = Building(target, reading.origins, shape, options)
-    return target.close(building.build(spec), options)
+    there = crossed(spec, reading.origins, shape, adapter, target)
+    building = Building(target, reading.origins, there.sample, options)
+    return target.close(building.build(there.spec), options)
 
 
 def adapter_of(model: Any) -> Adapter:

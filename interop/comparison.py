@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,10 @@ from . import specs
 from .api import open_model
 from .correspondence import WeightMapping, mapping
 from .errors import ArgumentError, ConversionError, InteropError, NotEquivalentError
-from .layout import cross
+from .formulas import identity
+from .layout import Place, crossed
 from .parameters import arrays, name
-from .registry import Adapter, registry
+from .registry import Adapter, Registry, registry
 from .walk import Reading
 
 __all__ = ["Comparison", "Difference", "LayerDifference", "assert_equivalent", "compare"]
@@ -163,17 +165,20 @@ def compare(a: Any, b: Any, *inputs: Any, train: bool = False) -> Comparison:
         raise ArgumentError("compare needs at least one batch of inputs")
     batch: tuple[Any, ...] = tuple(map(jnp.asarray, inputs))
     first, second = _Runner(a, train), _Runner(b, train)
-    moves = _moves_channels(first, second, batch[0].shape[1:])
+    places = _places(first, second, batch[0].shape[1:])
+    to_first = second.adapter.channels_first
     out, grads, input_grads = first.run(batch)
-    others = tuple(_moved(x, second.adapter) for x in batch) if moves else batch
-    other, other_grads, other_input_grads = second.run(others, like=out, moves=moves)
+    others = tuple(places[0].there(x, to_first=to_first) for x in batch)
+    other, other_grads, other_input_grads = second.run(
+        others, lambda y: _aligned(places[-1].here(y, to_first=to_first), out)
+    )
     unmapped, parameters = None, dict[str, Difference]()
     try:
         links = mapping(a, b, sample_input=batch[0].shape[1:])
         parameters = _of_parameters(links, grads, other_grads)
     except InteropError as e:
         unmapped = e
-    back = [_moved(x, first.adapter) if moves else x for x in other_input_grads]
+    back = [places[0].here(x, to_first=to_first) for x in other_input_grads]
     rtol = max(_tolerance(leaf) for leaf in jax.tree.leaves((out, grads, other_grads)))
     return Comparison(
         _worst(out, other),
@@ -182,7 +187,7 @@ def compare(a: Any, b: Any, *inputs: Any, train: bool = False) -> Comparison:
             for given, x, y in zip(batch, input_grads, back, strict=True)
         ),
         parameters,
-        () if moves or len(batch) > 1 else tuple(_by_layer(first, second, *batch)),
+        () if len(batch) > 1 else tuple(_by_layer(first, second, places, *batch)),
         unmapped,
         rtol,
         rtol,
@@ -233,14 +238,12 @@ class _Runner:
     def __init__(self, model: Any, train: bool):
         self.adapter, self.node = open_model(model)
         self.train = train
-        self.layers: list[tuple[str, Any]] = []
         self.spec: specs.Spec | None = None
-        self.reading = _Listing(self.adapter, self.layers)
-        try:
+        self.reading = _Listing(self.adapter, registry)
+        with contextlib.suppress(InteropError):  # what does not convert is compared as a whole
             self.spec = self.reading.read(self.node, "model")
-        except InteropError:  # a model that does not convert is compared as a whole
-            self.layers.clear()
-        random = [x for x in _leaves(self.spec) if isinstance(x, specs.Dropout) and x.rate]
+        self.layers = list(_layers(self.spec, "model"))
+        random = [x for _, x in self.layers if isinstance(x, specs.Dropout) and x.rate]
         if train and random:
             raise ArgumentError(
                 "masks of dropout differ between frameworks, so that training cannot be "
@@ -250,14 +253,13 @@ class _Runner:
             )
 
     def run(
-        self, inputs: tuple[Any, ...], like: Any = None, moves: bool = False
+        self, inputs: tuple[Any, ...], after: Callable[[Any], Any] = identity
     ) -> tuple[Any, Any, tuple[Any, ...]]:
-        """Outputs in the layout of ``like``, gradients of parameters, gradients of inputs."""
+        """Outputs, after what ``after`` does to them, gradients of parameters and inputs."""
 
         def call(parameters: Any, inputs: tuple[Any, ...]) -> Any:
             node = self.adapter.with_parameters(self.node, parameters)
-            out = self.adapter.run(node, inputs, self.train)
-            return out if like is None else _aligned(out, like, moves)
+            return after(self.adapter.run(node, inputs, self.train))
 
         out, pull = jax.vjp(call, self.adapter.parameters(self.node), inputs)
         rng = np.random.default_rng(0)
@@ -269,7 +271,8 @@ class _Runner:
         parameters, given = pull(seeds)
         return out, parameters, given
 
-    def run_layer(self, node: Any, x: Any) -> Any:
+    def run_layer(self, spec: specs.Spec, x: Any) -> Any:
+        node = self.reading.nodes[id(spec)]
         fn: Any = self.adapter.module(node)
         if isinstance(fn, self.adapter.module_type):
             return self.adapter.run(node, (x,), self.train)
@@ -277,72 +280,62 @@ class _Runner:
 
 
 class _Listing(Reading):
-    """A reading that lists the layers of nested stacks in order."""
+    """A reading that notes the node of each spec."""
 
-    def __init__(self, adapter: Adapter, layers: list[tuple[str, Any]]):
+    def __init__(self, adapter: Adapter, registry: Registry):
         super().__init__(adapter, registry)
-        self._layers = layers
+        self.nodes: dict[int, Any] = {}
 
     def read(self, node: Any, path: str) -> specs.Spec:
         spec = super().read(node, path)
-        if not isinstance(spec, specs.Sequential):
-            self._layers.append((path, node))
+        self.nodes.setdefault(id(spec), node)
         return spec
 
 
-def _leaves(spec: specs.Spec | None) -> Iterator[specs.Spec]:
+def _layers(spec: specs.Spec | None, path: str) -> Iterator[tuple[str, specs.Spec]]:
+    """The layers of nested stacks in order, each with its place."""
     if isinstance(spec, specs.Sequential):
-        for layer in spec.layers:
-            yield from _leaves(layer)
+        for i, layer in enumerate(spec.layers):
+            yield from _layers(layer, f"{path}[{i}]")
     elif spec is not None:
-        yield spec
+        yield path, spec
 
 
-def _by_layer(first: _Runner, second: _Runner, x: Any) -> Iterator[LayerDifference]:
+def _by_layer(
+    first: _Runner, second: _Runner, places: tuple[Place, ...], x: Any
+) -> Iterator[LayerDifference]:
+    """Both models' layers on what the first model gives them, until the shapes differ."""
     if len(first.layers) != len(second.layers):
         return
-    for (path, node), (other_path, other) in zip(first.layers, second.layers, strict=True):
-        y, z = first.run_layer(node, x), second.run_layer(other, x)
-        same_tree = jax.tree.structure(y) == jax.tree.structure(z)
-        if not same_tree or jax.tree.map(jnp.shape, y) != jax.tree.map(jnp.shape, z):
+    to_first = second.adapter.channels_first
+    pairs = zip(first.layers, second.layers, strict=True)
+    for i, ((path, layer), (other_path, other)) in enumerate(pairs):
+        y = first.run_layer(layer, x)
+        z = second.run_layer(other, places[i].there(x, to_first=to_first))
+        try:
+            z = _aligned(places[i + 1].here(z, to_first=to_first), y)
+        except ConversionError:
             return
         yield LayerDifference(path, other_path, _worst(y, z))
         x = y
 
 
-def _moves_channels(first: _Runner, second: _Runner, shape: specs.Shape) -> bool:
-    """Whether the second model takes its inputs with the channels elsewhere."""
-    to_first = second.adapter.channels_first
-    if first.adapter.channels_first == to_first or first.spec is None or len(shape) < 2:
-        return False
+def _places(first: _Runner, second: _Runner, shape: specs.Shape) -> tuple[Place, ...]:
+    """How the first model's data lie in the second, before each layer and at the end."""
+    if first.spec is None:
+        return (Place(), Place())
     origins = dict(first.reading.origins)
-    target = second.adapter.name
-    _, moved = cross(first.spec, origins, shape, to_first=to_first, target=target)
-    has_space = any(leaf.space for leaf in _leaves(first.spec))
-    return moved == specs.move_channels(shape, to_first=to_first) and (
-        moved != shape or has_space
-    )
+    return crossed(first.spec, origins, shape, first.adapter, second.adapter).places
 
 
-def _moved(x: Any, to: Adapter) -> Any:
-    """A batch with its channels where ``to`` has them."""
-    if x.ndim < 3:
-        return x
-    return jnp.moveaxis(x, -1, 1) if to.channels_first else jnp.moveaxis(x, 1, -1)
-
-
-def _aligned(out: Any, like: Any, moves: bool) -> Any:
-    """``out`` in the layout of ``like``.
+def _aligned(out: Any, like: Any) -> Any:
+    """``out``, if it is shaped as ``like``.
 
     Raises:
-        ConversionError: it has another shape.
+        ConversionError: it is not.
     """
 
     def align(y: Any, z: Any) -> Any:
-        if moves and y.ndim > 2:
-            for moved in (jnp.moveaxis(y, 1, -1), jnp.moveaxis(y, -1, 1)):
-                if moved.shape == z.shape:
-                    return moved
         if y.shape != z.shape:
             raise ConversionError(
                 f"the models' outputs have different shapes, {z.shape} and {y.shape}",

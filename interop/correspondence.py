@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from . import rearrangement, specs
 from .api import convert_with, keywords_of, open_model, sample_shape
 from .errors import ArgumentError, ConversionError, InteropError
-from .layout import cross
+from .layout import crossed
 from .parameters import Path, arrays, is_empty, leaves, name
 from .rearrangement import Piece, Rearrangement
 from .registry import Adapter, registry
@@ -28,6 +29,7 @@ from .walk import Reading
 __all__ = ["WeightMapping", "arrays_of", "changes_of", "mapping"]
 
 Shapes = dict[Path, tuple[int, ...]]
+Change = Callable[[specs.Spec, Reading], specs.Spec]
 
 
 @dataclass(frozen=True)
@@ -292,8 +294,13 @@ def mapping(
         module, keywords = keywords_of(a)
         b = convert_with(module, to, sample_input=sample_input, options={}, **keywords)
     other, other_node = open_model(b)
-    first = _Numbered(adapter, node, other, sample_shape(sample_input))
-    second = _Numbered(other, other_node, other, None)
+    shape = sample_shape(sample_input)
+
+    def change(spec: specs.Spec, reading: Reading) -> specs.Spec:
+        return crossed(spec, reading.origins, shape, adapter, other).spec
+
+    first = _Numbered(adapter, node, change)
+    second = _Numbered(other, other_node, _unchanged)
     ids, shifts = _match(first, second)
     return WeightMapping(
         first.adapter.name,
@@ -305,13 +312,20 @@ def mapping(
     )
 
 
-def changes_of(source: Adapter, node: Any, target: Adapter, built: Any) -> tuple[str, ...]:
-    """How the parameters of one layer are laid out anew, where they are; in words."""
+def _unchanged(spec: specs.Spec, reading: Reading) -> specs.Spec:
+    return spec
+
+
+def changes_of(
+    source: Adapter, node: Any, target: Adapter, built: Any, change: Any = None
+) -> tuple[str, ...]:
+    """How the parameters of one layer are laid out anew, where they are; in words.
+
+    ``change`` is what was done to the layer's spec between reading and building.
+    """
     try:
-        first, second = (
-            _Numbered(adapter, part, adapter, None)
-            for adapter, part in ((source, node), (target, built))
-        )
+        first = _Numbered(source, node, lambda spec, _: change(spec) if change else spec)
+        second = _Numbered(target, built, _unchanged)
         changes = rearrangement.find(first.shapes, *_match(first, second))
     except InteropError:
         return ()
@@ -319,67 +333,81 @@ def changes_of(source: Adapter, node: Any, target: Adapter, built: Any) -> tuple
     return tuple(f"{path}: {how}" for path, how in found if how != "same")
 
 
-class _Numbered:
-    """A model read twice, with its parameters' elements numbered up and down.
+# float32 holds every integer up to 16 times this base, and eighths of those up to twice it, so
+# that a reader may add a constant to a digit.
+_BASE = 2**20
 
+
+class _Numbered:
+    """A model read several times with numbers in place of its parameters' elements.
+
+    The numbers are written in digits, one reading for each digit and one for its complement.
     A rule that only moves elements shows where to; one that adds a constant shows it in the
     sum of both; one that does anything else shows numbers that there are not.
     """
 
-    def __init__(self, adapter: Adapter, node: Any, target: Adapter, shape: specs.Shape | None):
-        self.adapter, self._target, self._shape = adapter, target, shape
+    def __init__(self, adapter: Adapter, node: Any, change: Change):
+        self.adapter, self._node, self._change = adapter, node, change
         self.parameters = adapter.parameters(node)
         self.shapes: Shapes = {
             path: tuple(leaf.shape) for path, leaf in arrays(self.parameters).items()
         }
         self.ids = rearrangement.number(self.shapes)
         self.size = sum(map(math.prod, self.shapes.values()))
-        up = self._read(node, {path: ids for path, ids in self.ids.items()})
-        down = self._read(node, {path: self.size - ids for path, ids in self.ids.items()})
-        self.layers = [
-            (where, kind, self._fields(where, a, b))
-            for (where, kind, a), (_, _, b) in zip(up, down, strict=True)
-        ]
-        self.layers = [layer for layer in self.layers if layer[2]]
+        scale, readings = 1, list[tuple[int, Any, Any]]()
+        while scale < max(self.size, 2):
+            digits = {path: ids // scale % _BASE for path, ids in self.ids.items()}
+            down = {path: _BASE - 1 - digit for path, digit in digits.items()}
+            readings.append((scale, self._read(digits), self._read(down)))
+            scale *= _BASE
+        self.layers: list[tuple[str, str, dict[str, Any]]] = []
+        for i, (where, kind, _) in enumerate(readings[0][1]):
+            arrays_read = [(scale, up[i][2], down[i][2]) for scale, up, down in readings]
+            if fields := self._fields(where, arrays_read):
+                self.layers.append((where, kind, fields))
 
-    def _read(self, node: Any, ids: dict[Path, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-        # float32 counts to 2**24; a reader that adds a constant makes one of an integer
-        dtype = jnp.float32 if self.size < 2**24 else jnp.int32
-        numbered = [jnp.asarray(ids[path], dtype) for path in arrays(self.parameters)]
+    def _read(self, digits: dict[Path, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+        numbered = [jnp.asarray(digits[path], jnp.float32) for path in arrays(self.parameters)]
         container = jax.tree.unflatten(jax.tree.structure(self.parameters), numbered)
         reading = Reading(self.adapter, registry)
-        spec = reading.read(self.adapter.with_parameters(node, container), "model")
-        if self.adapter.channels_first != self._target.channels_first:
-            spec, _ = cross(
-                spec,
-                reading.origins,
-                self._shape,
-                to_first=self._target.channels_first,
-                target=self._target.name,
-            )
+        node = self.adapter.with_parameters(self._node, container)
+        spec = self._change(reading.read(node, "model"), reading)
         return [
-            (reading.origins[id(part)][0], _kind(part), arrays_of(part))
+            (reading.origins.get(id(part), ("model", object))[0], _kind(part), arrays_of(part))
             for part in _parts(spec, set())
         ]
 
-    def _fields(self, where: str, up: dict[str, Any], down: dict[str, Any]) -> dict[str, Any]:
+    def _fields(
+        self, where: str, readings: list[tuple[int, dict[str, Any], dict[str, Any]]]
+    ) -> dict[str, Any]:
+        """For each array of a layer the numbers of its elements, and what is added to them."""
         fields: dict[str, Any] = {}
-        for key, array in up.items():
-            a, b = np.asarray(array, np.float64), np.asarray(down[key], np.float64)
-            if np.array_equal(a, b):
+        for key in readings[0][1]:
+            pairs = [(scale, *_as_floats(up[key], down[key])) for scale, up, down in readings]
+            if np.array_equal(*pairs[0][1:]):
                 continue  # an array that is no parameter
-            shift = (a + b - self.size) / 2
-            ids = a - shift
-            known = ((ids == np.rint(ids)) & (ids >= 0) & (ids < self.size)).all()
-            if not known or np.unique(ids).size != ids.size:
+            shift = (pairs[0][1] + pairs[0][2] - (_BASE - 1)) / 2
+            ids = _number([(scale, a - shift) for scale, a, _ in pairs])
+            if ids is None or np.unique(ids).size != ids.size or ids.max() >= self.size:
                 raise ConversionError(
                     f"{key} is computed from several weights of the {self.adapter.name} "
                     f"layer, so that its gradient does not tell theirs",
                     path=where,
                     remedy="Map the model to a framework that keeps these weights apart",
                 )
-            fields[key] = ids.astype(np.int64), shift
+            fields[key] = ids, shift
         return fields
+
+
+def _number(digits: list[tuple[int, Any]]) -> Any:
+    """The numbers with those digits, each with its scale; None if one is no digit."""
+    if any(((d != np.rint(d)) | (d < 0) | (d >= _BASE)).any() for _, d in digits):
+        return None
+    return sum(scale * digit.astype(np.int64) for scale, digit in digits)
+
+
+def _as_floats(*arrays: Any) -> list[Any]:
+    return [np.asarray(array, np.float64) for array in arrays]
 
 
 def _parts(spec: specs.Spec, seen: set[int]) -> list[specs.Spec]:

@@ -9,9 +9,11 @@ stack, and knows at each layer how many axes an example has and whether its chan
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import jax.numpy as jnp
 import numpy as np
 
 from . import formulas, specs
@@ -23,9 +25,60 @@ from .errors import (
     UnsupportedStructureError,
 )
 
-__all__ = ["Flow", "cross"]
+if TYPE_CHECKING:
+    from .registry import Adapter
+
+__all__ = ["Crossed", "Flow", "Place", "cross", "crossed"]
 
 Origins = dict[int, tuple[str, type]]
+Change = Callable[[specs.Spec], specs.Spec]
+
+
+@dataclass(frozen=True)
+class Place:
+    """How an example of the source, between two layers or at an end, lies in the target.
+
+    Attributes:
+        is_moved: whether its channels are moved.
+        order: for each of its elements there the number of the same one here, where a
+            flattened example has them in another order.
+    """
+
+    is_moved: bool = False
+    order: tuple[int, ...] = ()
+
+    def there(self, batch: Any, *, to_first: bool) -> Any:
+        """A batch of the source as the target has it."""
+        if self.order:
+            return batch[..., np.asarray(self.order)]
+        return _moved_batch(batch, to_first) if self.is_moved else batch
+
+    def here(self, batch: Any, *, to_first: bool) -> Any:
+        """A batch of the target as the source has it; ``to_first`` as in :meth:`there`."""
+        if self.order:
+            return batch[..., np.argsort(self.order)]
+        return _moved_batch(batch, not to_first) if self.is_moved else batch
+
+
+def _moved_batch(batch: Any, to_first: bool) -> Any:
+    return jnp.moveaxis(batch, -1, 1) if to_first else jnp.moveaxis(batch, 1, -1)
+
+
+@dataclass(frozen=True)
+class Crossed:
+    """What :func:`cross` makes of a model.
+
+    Attributes:
+        spec: the model for the target's order of axes.
+        sample: the shape of one example there, or None.
+        places: how the data lie there before each layer, and after the last one.
+        origins: for each layer that was changed, by its ``id``: what it was, and the change.
+    """
+
+    spec: specs.Spec
+    sample: specs.Shape | None
+    places: tuple[Place, ...]
+    origins: dict[int, tuple[specs.Spec, Change]] = field(default_factory=dict[int, Any])
 
 
 class Flow:
@@ -73,7 +126,7 @@ def cross(
     *,
     to_first: bool,
     target: str,
-) -> tuple[specs.Spec, specs.Shape | None]:
+) -> Crossed:
     """The model for examples whose channels are moved.
 
     Args:
@@ -84,7 +137,7 @@ def cross(
         target: the target's name, for errors.
 
     Returns:
-        The same model for the target's order of axes, and ``shape`` there.
+        The same model for the target's order of axes.
 
     Raises:
         MissingShapeError: what is moved depends on the shape, and it is not known.
@@ -93,8 +146,26 @@ def cross(
     """
     crossing = _Crossing(list(_leaves(root)), origins, shape, to_first, target)
     sample = crossing.sample()
-    moved = [crossing.pass_through(i) for i in range(len(crossing.leaves))]
-    return crossing.rebuild(root, iter(moved)), sample
+    places, moved = [crossing.place], list[specs.Spec]()
+    for i in range(len(crossing.leaves)):
+        moved.append(crossing.pass_through(i))
+        places.append(crossing.place)
+    spec = crossing.rebuild(root, iter(moved))
+    return Crossed(spec, sample, tuple(places), crossing.changes)
+
+
+def crossed(
+    root: specs.Spec,
+    origins: Origins,
+    shape: specs.Shape | None,
+    source: Adapter,
+    target: Adapter,
+) -> Crossed:
+    """:func:`cross`, where the frameworks differ in their order of axes; else ``root``."""
+    if source.channels_first == target.channels_first:
+        return Crossed(root, shape, (Place(),) * (len(list(_leaves(root))) + 1))
+    first, name = target.channels_first, target.name
+    return cross(root, origins, shape, to_first=first, target=name)
 
 
 def _leaves(spec: specs.Spec) -> Iterator[specs.Spec]:
@@ -126,12 +197,19 @@ class _Crossing:
         self._made: dict[tuple[Any, ...], specs.Spec] = {}
         self._moved: dict[int, specs.Spec] = {}
         self._rows: dict[int, tuple[int, ...]] = {}
+        self._order: tuple[int, ...] = ()
+        self.changes: dict[int, tuple[specs.Spec, Change]] = {}
         self.axes = self._axes_of_input()
 
     @property
     def shape(self) -> specs.Shape | None:
         """Shape of one example here, as the source takes it, or None."""
         return self._flow.shape
+
+    @property
+    def place(self) -> Place:
+        """How the data lie here in the target."""
+        return Place(bool(self.axes), self._order)
 
     def sample(self) -> specs.Shape | None:
         """The shape of an example of the whole model, as the target takes it."""
@@ -164,7 +242,8 @@ class _Crossing:
         if not isinstance(spec, specs.Sequential):
             return next(moved)
         layers = tuple(self.rebuild(layer, moved) for layer in spec.layers)
-        made = self._once(spec, tuple(map(id, layers)), lambda: specs.Sequential(layers=layers))
+        key = tuple(map(id, layers))
+        made = self._once(spec, key, lambda _: specs.Sequential(layers=layers))
         self._origins.setdefault(id(made), self._origin(spec))
         return made
 
@@ -182,20 +261,21 @@ class _Crossing:
                     f"take examples of so many axes there",
                 )
         if i in self._rows:
-            rows = self._rows[i]
-            return self._once(leaf, rows, lambda: leaf.with_rows(np.asarray(rows)))
+            rows, self._order = self._rows[i], ()
+            return self._once(leaf, rows, lambda leaf: leaf.with_rows(np.asarray(rows)))
         if self.axes is None and leaf.counts_axes:
             self._require_shape(leaf)
-        return self._once(leaf, self.axes, lambda: leaf.moved(self.axes, self._to_first))
+        axes = self.axes
+        return self._once(leaf, axes, lambda leaf: leaf.moved(axes, self._to_first))
 
     def _flatten(self, i: int, leaf: specs.Flatten) -> specs.Spec:
         axes = self.axes or len(self._require_shape(leaf))
         if leaf.example_axes(axes) == (0, axes - 1) and (j := self._linear_after(i)):
             order = np.arange(np.prod(self._require_shape(leaf))).reshape(self.shape or ())
             order = np.moveaxis(order, *((-1, 0) if self._to_first else (0, -1)))
-            self._rows[j] = tuple(order.ravel().tolist())
+            self._rows[j] = self._order = tuple(order.ravel().tolist())
             self.axes = 0
-            return self._once(leaf, axes, lambda: leaf.moved(axes, self._to_first))
+            return self._once(leaf, axes, lambda leaf: leaf.moved(axes, self._to_first))
         fn = functools.partial(
             formulas.flatten,
             start_axis=leaf.start_axis,
@@ -262,7 +342,7 @@ class _Crossing:
         return self._once(
             leaf,
             (before, after),
-            lambda: specs.Function(fn=moved, per_example=per_example),
+            lambda _: specs.Function(fn=moved, per_example=per_example),
         )
 
     # -- what is ahead ------------------------------------------------------------------
@@ -309,10 +389,11 @@ class _Crossing:
 
     # -- errors and ties ----------------------------------------------------------------
 
-    def _once(self, leaf: specs.Spec, key: Any, make: Any) -> specs.Spec:
+    def _once(self, leaf: specs.Spec, key: Any, change: Change) -> specs.Spec:
         """The new spec for ``leaf`` in one situation: the same one each time."""
         if (id(leaf), key) not in self._made:
-            self._made[id(leaf), key] = make()
+            made = self._made[id(leaf), key] = change(leaf)
+            self.changes[id(made)] = leaf, change
         return self._made[id(leaf), key]
 
     def _check_tie(self, leaf: specs.Spec, moved: specs.Spec) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import importlib
 import importlib.metadata
@@ -69,7 +70,7 @@ class BuildRule:
     carries: frozenset[str]
 
 
-class Adapter:
+class Adapter(abc.ABC):
     """What one framework can read and build. Each framework file defines one, ``adapter``.
 
     Subclasses answer the questions below about the framework's modules. A *node* is what the
@@ -107,7 +108,7 @@ class Adapter:
                 )
         return model
 
-    def check(self, root: Any) -> None:
+    def check(self, root: Any) -> None:  # noqa: B027 - few frameworks have something to check
         """Compare the weights of a whole model with what it needs, before it is read.
 
         Raises:
@@ -138,29 +139,33 @@ class Adapter:
         """The node for what a user's ``to_foreign`` callback returned."""
         return built
 
+    @abc.abstractmethod
     def added_state(self, module: Any, rule: ReadRule) -> set[str]:
         """Names of attributes that hold state, and that the rule does not know of."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def has_children(self, module: Any) -> bool:
         """Whether ``module`` holds other modules."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
+    def arrays(self, node: Any) -> Iterable[Any]:
+        """The arrays that a node holds, of whatever kind, as objects."""
+
+    @abc.abstractmethod
     def parameters(self, node: Any) -> Any:
         """The trainable arrays, in the container that the framework's optimisers take."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def with_parameters(self, node: Any, parameters: Any) -> Any:
         """A copy of ``node`` that holds ``parameters``, such a container, instead."""
-        raise NotImplementedError
 
     def container(self, leaves: Mapping[tuple[Any, ...], Any]) -> Any:
         """A container of parameters from its leaves by path; None where that takes more."""
         return None
 
+    @abc.abstractmethod
     def run(self, node: Any, inputs: tuple[Any, ...], train: bool) -> Any:
         """The output for a batch of inputs; ``node`` stays as it is."""
-        raise NotImplementedError
 
     # -- rules --------------------------------------------------------------------------
 

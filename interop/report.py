@@ -13,15 +13,16 @@ from rich.table import Table
 
 from . import formulas, specs
 from .api import adapter_of, keywords_of, open_model, sample_shape
-from .correspondence import arrays_of, changes_of
+from .correspondence import changes_of
 from .errors import ConversionError, InteropError, MissingShapeError
-from .layout import cross
+from .layout import Crossed, crossed
 from .registry import Adapter, registry
 from .walk import Building, Reading
 
 __all__ = ["Report", "Row", "explain"]
 
 _COLUMNS = ("layer", "source", "target", "how", "shape", "shared", "copied", "what changes")
+_RED = ' style="color:firebrick"'
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Row:
     shapes: tuple[specs.Shape | None, specs.Shape | None] = (None, None)
     problem: InteropError | None = None
 
-    def cells(self) -> tuple[str, ...]:
-        """The row as text."""
-        known = [str(shape) for shape in self.shapes if shape is not None]
+    def cells(self, brief: bool = False) -> tuple[str, ...]:
+        """The row as text; a brief one has the output's shape only, and not what changes."""
+        known = [str(shape) for shape in self.shapes[brief:] if shape is not None]
         what = self.problem.problem if self.problem else "; ".join(self.changes)
         sizes = _size(self.shared), _size(self.copied)
         return (
@@ -62,7 +63,7 @@ class Row:
             self.how,
             " -> ".join(dict.fromkeys(known)),
             *sizes,
-            what,
+            "" if brief else what,
         )
 
 
@@ -106,48 +107,64 @@ class Report:
     def __str__(self) -> str:
         width = max(60, min(shutil.get_terminal_size().columns, 160))
         console = Console(width=width, color_system=None, force_terminal=False)
+        below = [f"- {problem}" for problem in self.problems]
+        table = self._table(brief=False)
+        if console.measure(table, options=console.options.update(width=10**6)).maximum > width:
+            table = self._table(brief=True)
+            changed = [row for row in self.rows if row.changes]
+            below = [f"  {row.path}  {'; '.join(row.changes)}" for row in changed] + below
         with console.capture() as capture:
-            console.print(self._table())
-            for problem in self.problems:
-                console.print(f"- {problem}", markup=False, highlight=False)
+            console.print(self.summary, markup=False, highlight=False)
+            console.print(table)
+            for line in below:
+                console.print(line, markup=False, highlight=False)
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
-    def _table(self) -> Table:
-        shown = self._shown()
-        table = Table(title=self.summary, title_justify="left", title_style="", box=None)
+    def _table(self, brief: bool) -> Table:
+        rows = [row.cells(brief) for row in self.rows]
+        if not brief:
+            refused = [row.problem is not None for row in self.rows]
+            rows = [
+                (*row[:-1], "see below") if no else row
+                for row, no in zip(rows, refused, strict=True)
+            ]
+        shown = self._shown(rows)
+        table = Table(box=None)
         for i in shown:
             table.add_column(_COLUMNS[i], overflow="fold")
-        for row in self.rows:
-            cells = row.cells() if row.problem is None else (*row.cells()[:-1], "see below")
-            table.add_row(*(cells[i].replace("[", r"\[") for i in shown))
+        for row in rows:
+            table.add_row(*(row[i].replace("[", r"\[") for i in shown))
         return table
 
-    def _shown(self) -> list[int]:
+    @staticmethod
+    def _shown(rows: list[tuple[str, ...]]) -> list[int]:
         """The columns in which some row has something to say."""
-        cells = [row.cells() for row in self.rows]
-        return [i for i in range(len(_COLUMNS)) if i < 4 or any(row[i] for row in cells)]
+        return [i for i in range(len(_COLUMNS)) if i < 4 or any(row[i] for row in rows)]
 
     def to_markdown(self) -> str:
         """The report for an issue or a pull request."""
-        shown = self._shown()
+        table = [row.cells() for row in self.rows]
+        shown = self._shown(table)
         lines = [
             f"**{self.summary}**",
             "",
             f"| {' | '.join(_COLUMNS[i] for i in shown)} |",
             "|---" * len(shown) + "|",
         ]
-        for row in self.rows:
-            cells = [cell.replace("|", r"\|").replace("\n", " ") for cell in row.cells()]
+        for row in table:
+            cells = [cell.replace("|", r"\|").replace("\n", " ") for cell in row]
             lines.append(f"| {' | '.join(cells[i] for i in shown)} |")
         if self.problems:
             lines += ["", *(f"- {str(problem)}" for problem in self.problems)]
         return "\n".join(lines) + "\n"
 
     def _repr_html_(self) -> str:
-        shown = self._shown()
+        shown = self._shown([row.cells() for row in self.rows])
         head = "".join(f"<th>{_COLUMNS[i]}</th>" for i in shown)
         rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(row.cells()[i])}</td>" for i in shown) + "</tr>"
+            f"<tr{_RED if row.problem else ''}>"
+            + "".join(f"<td>{html.escape(row.cells()[i])}</td>" for i in shown)
+            + "</tr>"
             for row in self.rows
         )
         problems = "".join(f"<li>{html.escape(str(problem))}</li>" for problem in self.problems)
@@ -206,20 +223,14 @@ def explain(
         pass  # the survey finds it again, with all others
     survey = _Survey(adapter, problems, fits)
     spec = survey.read(node, "model")
-    again = _Survey(adapter, [], fits)
-    twice = again.read(node, "model")
     try:
-        if adapter.channels_first != target.channels_first:
-            first = target.channels_first
-            spec, moved = cross(spec, survey.origins, shape, to_first=first, target=to)
-            twice, _ = cross(twice, again.origins, shape, to_first=first, target=to)
-            shape = moved
+        there = crossed(spec, survey.origins, shape, adapter, target)
     except InteropError as e:
         if not problems:
             problems.append(e)
         return Report(adapter.name, to, _unbuilt(spec, survey, problems), tuple(problems))
-    trial = _Trial(target, survey, shape, _own_arrays(spec, twice))
-    trial.build(spec)
+    trial = _Trial(target, survey, there)
+    trial.build(there.spec)
     order = {id(row.problem): i for i, row in enumerate(trial.rows)}
     problems.sort(key=lambda problem: order.get(id(problem), -1))
     return Report(adapter.name, to, tuple(trial.rows), tuple(problems))
@@ -268,12 +279,10 @@ class _Survey(Reading):
 class _Trial(Building):
     """A building that goes on after a problem, and takes down what became of each layer."""
 
-    def __init__(
-        self, target: Adapter, survey: _Survey, shape: specs.Shape | None, own: set[int]
-    ):
-        super().__init__(target, survey.origins, shape, {})
+    def __init__(self, target: Adapter, survey: _Survey, there: Crossed):
+        super().__init__(target, survey.origins, there.sample, {})
         self.rows: list[Row] = []
-        self._survey, self._own = survey, own
+        self._survey, self._there = survey, there
         self._rowed: set[int] = set()
         self._depth = 0
 
@@ -317,7 +326,7 @@ class _Trial(Building):
         self, spec: specs.Spec, built: Any, error: InteropError | None, shapes: Any
     ) -> None:
         path, found = self._origins.get(id(spec), ("model", type(spec)))
-        source = _name(self._survey.nodes.get(id(spec)), found)
+        source = _name(self._node(spec), found)
         if isinstance(error, MissingShapeError) and self._after_refused():
             error = None
         if built is None:
@@ -346,32 +355,30 @@ class _Trial(Building):
             return _name(getattr(made, "fn", made), cls), "function"
         return cls.__qualname__, "native"
 
+    def _node(self, spec: specs.Spec) -> Any:
+        """The part of the source that ``spec``, which may have been moved, was read from."""
+        original, _ = self._there.origins.get(id(spec), (spec, None))
+        return self._survey.nodes.get(id(original))
+
     def _arrays(self, spec: specs.Spec, built: Any) -> tuple[tuple[str, ...], tuple[int, int]]:
         """What moves, and how many bytes are shared and copied."""
-        node = self._survey.nodes.get(id(spec))
-        if isinstance(spec, specs.Deferred):
-            return ("by registered callbacks",), (0, 0)
-        if not arrays_of(spec):
+        source, node = self._survey.adapter, self._node(spec)
+        if not (_is_module(source, node) and _is_module(self.adapter, built)):
             return (), (0, 0)
         _, made = open_model(self.adapter.close(built, {}))
-        back = Reading(self.adapter, registry).read(made, self.path)
+        given = {id(array) for array in source.arrays(node)}
+        held = {id(array): array for array in self.adapter.arrays(made)}
         sizes = [0, 0]
-        given = {id(array) for array in arrays_of(spec).values()} & self._own
-        for array in arrays_of(back).values():
+        for array in held.values():
             sizes[id(array) not in given] += array.size * array.dtype.itemsize
-        if node is None:
-            return ("reordered for the other order of axes",), (sizes[0], sizes[1])
-        return changes_of(self._survey.adapter, node, self.adapter, made), (sizes[0], sizes[1])
+        if isinstance(spec, specs.Deferred):
+            return ("by registered callbacks",), (sizes[0], sizes[1])
+        _, change = self._there.origins.get(id(spec), (spec, None))
+        return changes_of(source, node, self.adapter, made, change), (sizes[0], sizes[1])
 
 
-def _own_arrays(spec: specs.Spec, twice: specs.Spec) -> set[int]:
-    """The arrays that the source holds as they are: they come out of two readings alike."""
-
-    def ids(root: specs.Spec) -> set[int]:
-        parts = [part for part in _leaves(root) if not isinstance(part, specs.Deferred)]
-        return {id(array) for part in parts for array in arrays_of(part).values()}
-
-    return ids(spec) & ids(twice)
+def _is_module(adapter: Adapter, node: Any) -> bool:
+    return isinstance(adapter.module(node), adapter.module_type)
 
 
 def _leaves(spec: specs.Spec) -> Iterable[specs.Spec]:

@@ -10,6 +10,7 @@ from flax import nnx
 
 import interop
 
+from . import test_images as images
 from .cases import (
     BIAS,
     EPSILON,
@@ -76,6 +77,61 @@ def test_the_first_layer_that_departs_is_named():
     assert any(line.startswith("outputs: ") for line in e.value.beyond)
     assert "model[2]" in str(comparison)
     interop.assert_equivalent(a, b, X, rtol=1.0, atol=1.0)
+
+
+def test_a_small_stack_is_compared_layer_by_layer(source, target):
+    model = source.sequential(source.linear(WEIGHT, BIAS), source.activation(jnp.tanh))
+    converted = target.convert_from(source, model)
+    comparison = interop.compare(model, converted, X)
+    assert comparison.ok, str(comparison)
+    assert [layer.path for layer in comparison.layers] == ["model[0]", "model[1]"]
+    assert len(comparison.parameters) == 2
+
+
+IMAGE_PAIRS = [("brainstate", "equinox"), ("equinox", "linen"), ("nnx", "brainstate")]
+
+
+@pytest.mark.parametrize(("a", "b"), IMAGE_PAIRS)
+def test_networks_for_images_are_compared_layer_by_layer_across_layouts(a, b):
+    """Also where the elements of a flattened image have another order."""
+    first, second = Framework(a), Framework(b)
+    x = first.from_channels_last(images.X)
+    comparison = interop.compare(images.cnn(first), images.cnn(second), x)
+    assert comparison.ok, str(comparison)
+    places = [f"model[{place}]" for place in ("0", "1", "2", "3][0", "4", "5", "6")]
+    assert [layer.path for layer in comparison.layers] == places
+    assert max(layer.outputs.relative for layer in comparison.layers) < 1e-5
+
+
+@pytest.mark.parametrize(("a", "b"), IMAGE_PAIRS)
+@pytest.mark.parametrize(
+    ("name", "path"), [("K2", "model[3][0]"), ("NORM", "model[1]"), ("W", "model[6]")]
+)
+def test_the_first_layer_of_a_network_for_images_that_departs_is_named(
+    monkeypatch, a, b, name, path
+):
+    first, second = Framework(a), Framework(b)
+    model = images.cnn(first)
+    changed = jax.tree.map(lambda array: array.at[..., 0].add(0.5), getattr(images, name))
+    monkeypatch.setattr(images, name, changed)
+    x = first.from_channels_last(images.X)
+    assert interop.compare(model, images.cnn(second), x).departs.path == path
+
+
+def test_images_with_as_many_channels_as_rows_are_not_turned():
+    """No order of axes can then be told from the shapes."""
+    source, target = Framework("equinox"), Framework("nnx")
+    kernel, x = array(3, 3, 4, 4, seed=70), array(2, 4, 4, 4, seed=71)
+    models = [fw.sequential(fw.conv(kernel, BIAS, (4, 4, 4))) for fw in (source, target)]
+    assert interop.compare(*models, x).ok
+    assert interop.compare(*models[::-1], x).ok
+
+
+def test_a_layer_at_two_places_is_compared_at_both():
+    layer = Framework("nnx").linear(array(3, 3))
+    model = nnx.Sequential(layer, jnp.tanh, layer)
+    paths = [x.path for x in interop.compare(model, interop.from_nnx(model), X).layers]
+    assert paths == ["model[0]", "model[1]", "model[2]"]
 
 
 def test_equal_outputs_with_other_gradients_are_not_equivalent():

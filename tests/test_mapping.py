@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import interop
-from interop import rearrangement
+from interop import correspondence, rearrangement
 
 from .cases import (
     BIAS,
@@ -270,6 +270,16 @@ def test_a_constant_that_a_reader_adds_is_told_from_a_move():
     back = mapping.invert().apply(weights, weights=True)
     np.testing.assert_allclose(back["gain",], GAIN, rtol=1e-6)
     assert "add +1" in str(mapping)
+
+
+@pytest.mark.parametrize("base", [2, 6])
+@pytest.mark.parametrize("into", ["equinox", "linen"])
+def test_numbers_of_many_digits_give_the_same_mapping(monkeypatch, base, into):
+    """As models have them with more elements than there are exact floating-point numbers."""
+    cell = brainstate.nn.LSTMCell(3, 4, w_init=array(7, 16), b_init=array(16))
+    expected = interop.mapping(cell, to=into)
+    monkeypatch.setattr(correspondence, "_BASE", base)
+    assert interop.mapping(cell, to=into) == expected
 
 
 def test_a_reader_that_mixes_weights_is_refused():

@@ -158,12 +158,13 @@ def test_a_fifth_framework_joins_by_its_files_alone(tmp_path):
     shutil.copy(toy / "shims.py", tmp_path / "shims" / "frameworks" / "toy.py")
     shutil.copy(toy / "models.py", tmp_path / "tests" / "models" / "toy.py")
     shutil.copy(toy / "toyframe.py", tmp_path / "toy.py")
-    topics = ("layers", "ties", "options", "errors", "shims_pairs")
+    topics = ("layers", "ties", "options", "errors", "shims_pairs", "comparison")
     tests = [f"tests/test_{topic}.py" for topic in topics]
     output = run_python("-m", "pytest", "-k", "toy", "-vv", *tests, cwd=tmp_path)
     for pair in ("toy-nnx", "brainstate-toy", "linen-toy", "toy-equinox"):
         assert f"test_the_converted_model_compiles[{pair}-small stack] PASSED" in output
         assert f"test_a_stack_of_layers_is_live_in_every_host[{pair}] PASSED" in output
+        assert f"test_a_small_stack_is_compared_layer_by_layer[{pair}] PASSED" in output
         assert f"test_materialize_gives_the_hosts_own_layer[{pair}] PASSED" in output
     assert (
         "test_an_option_is_carried_over_or_refused_by_name[toy-nnx-Linear-bias] PASSED"

@@ -10,7 +10,20 @@ from flax import nnx
 
 import interop
 
-from .cases import BIAS, BIAS_2, EPSILON, MEAN, MOMENTUM, SCALE, SHIFT, VAR, WEIGHT, WEIGHT_2
+from . import test_images as images
+from .cases import (
+    BIAS,
+    BIAS_2,
+    CASES,
+    EPSILON,
+    MEAN,
+    MOMENTUM,
+    SCALE,
+    SHIFT,
+    VAR,
+    WEIGHT,
+    WEIGHT_2,
+)
 from .conftest import Framework
 
 
@@ -74,6 +87,37 @@ def test_a_report_is_of_any_pair(source, target):
     assert report.shared + report.copied == 4 * (3 + 3 + 12 + 4 + 8 + 2)
     if "equinox" not in (source.name, target.name):
         assert report.copied == 0
+
+
+def arrays(model):
+    """The arrays of a native model as objects, by its framework's own means."""
+    if isinstance(model, tuple):
+        return jax.tree.leaves(model[1])
+    if isinstance(model, brainstate.nn.Module):
+        return jax.tree.leaves([state.value for state in model.states().values()])
+    if isinstance(model, nnx.Module):
+        return jax.tree.leaves(nnx.state(model))
+    return jax.tree.leaves(eqx.filter(model, eqx.is_array))
+
+
+MODELS = {case.name: case.build for case in CASES} | {"a network for images": images.cnn}
+SHAPES = {case.name: case.shape for case in CASES} | {
+    "a network for images": lambda fw: fw.from_channels_last(images.X).shape[1:]
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_bytes_that_a_conversion_shares_and_copies_are_told(source, target, name):
+    module, keywords = source.arguments(MODELS[name](source))
+    shape = SHAPES[name](source)
+    report = interop.explain(module, target.name, sample_input=shape, **keywords)
+    made = interop.convert(module, to=target.name, sample_input=shape, **keywords)
+    given = {id(array) for array in (*arrays(module), *jax.tree.leaves(keywords))}
+    sizes = {True: 0, False: 0}
+    for array in {id(array): array for array in arrays(made)}.values():
+        sizes[id(array) in given] += array.nbytes
+    assert report.ok
+    assert (report.shared, report.copied) == (sizes[True], sizes[False])
 
 
 def test_a_pair_may_stand_for_a_model():
@@ -154,9 +198,27 @@ def test_a_report_is_printed_as_a_table_that_fits(monkeypatch):
     text = str(interop.explain(bad(), "equinox", sample_input=(3,)))
     assert max(map(len, text.splitlines())) <= 70
     joined = " ".join(text.split())
-    for word in ("model[2][0]", "GRUCell", "refused", "(3,) ->", "3 problems"):
+    for word in ("model[2][0]", "GRUCell", "refused", "(4,)", "3 problems"):
         assert word in joined
     assert "broadcast_dims=(1,)" in joined
+
+
+def test_a_report_of_a_network_for_images_fits_eighty_columns_without_cut_words(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    model = images.cnn(Framework("brainstate"))
+    report = interop.explain(model, "equinox", sample_input=images.X.shape[1:])
+    title, head, *lines = str(report).splitlines()
+    assert max(map(len, (title, head, *lines))) <= 80
+    assert [line.split()[0] for line in lines[:7]] == [row.path for row in report.rows]
+    assert lines[7] == "  model[0]  weight: transpose (3, 2, 0, 1); bias: reshape"
+    # the rows of the last weight follow the pixels, whose channels come first there
+    (change,) = report.rows[-1].changes
+    assert change == "weight: reshape (12, 5, 2), transpose (2, 1, 0), reshape"
+    assert "what changes" not in head
+    monkeypatch.setenv("COLUMNS", "160")
+    title, head, *lines = str(report).splitlines()
+    assert "what changes" in head
+    assert len(lines) == len(report.rows)
 
 
 def test_a_report_is_markdown_and_html():
@@ -166,7 +228,8 @@ def test_a_report_is_markdown_and_html():
     assert lines[4].startswith("| model[0] | Linear | Linear | native |")
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
     html = report._repr_html_()
-    assert html.count("<tr>") == 6
+    assert html.count("<tr") == 6
+    assert html.count("firebrick") == 3
     assert html.count("<li>") == 3
     stack = brainstate.nn.Sequential(brainstate.nn.ReLU(), lambda x: x)
     assert "&lt;lambda&gt;" in interop.explain(stack, "nnx")._repr_html_()

@@ -44,6 +44,11 @@ class BrainState(Adapter):
     def has_children(self, module):
         return any(path for path in module.nodes() if path)
 
+    def arrays(self, node):
+        masks = (getattr(module, "w_mask", None) for module in node.nodes().values())
+        held = jax.tree.leaves([state.value for state in node.states().values()])
+        return [*held, *(mask for mask in masks if mask is not None)]
+
     def parameters(self, node):
         states = node.states(brainstate.ParamState)
         return {path: state.value for path, state in states.items()}

@@ -58,6 +58,10 @@ class Equinox(Adapter):
         leaves = jax.tree.leaves(module, is_leaf=lambda x: x is not module and _is_module(x))
         return any(map(_is_module, leaves))
 
+    def arrays(self, node):
+        state = () if node.state is None else jax.tree.leaves(node.state)
+        return [x for x in (*jax.tree.leaves(node.module), *state) if hasattr(x, "dtype")]
+
     def parameters(self, node):
         held = eqx.filter(node.module, eqx.is_inexact_array)
         return jax.tree.map(  # what an index holds is state, not a parameter

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
@@ -77,6 +78,11 @@ class Linen(Adapter):
 
     def module(self, node):
         return node.module if isinstance(node, Node) else node
+
+    def arrays(self, node):
+        masks = (getattr(m, "mask", None) for m, _, _ in _leaves(node.module, (), None))
+        held = jax.tree.leaves(node.variables)
+        return [*held, *(mask for mask in masks if mask is not None)]
 
     def parameters(self, node):
         return node.variables.get("params", {})

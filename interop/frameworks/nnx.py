@@ -36,6 +36,13 @@ class Nnx(Adapter):
     def has_children(self, module):
         return any(path for path, _ in nnx.iter_modules(module))
 
+    def arrays(self, node):
+        masks = (getattr(module, "mask", None) for _, module in nnx.iter_modules(node))
+        return [
+            *jax.tree.leaves(nnx.state(node)),
+            *(mask for mask in masks if mask is not None),
+        ]
+
     def parameters(self, node):
         return nnx.state(node, nnx.Param)
 

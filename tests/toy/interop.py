@@ -1,5 +1,6 @@
 """Toy. Channels last and batched; modules are plain mutable objects."""
 
+import copy
 import functools
 
 import toy
@@ -20,6 +21,45 @@ class Toy(Adapter):
 
     def has_children(self, module):
         return any(isinstance(value, toy.Module) for value in vars(module).values())
+
+    def arrays(self, node):
+        return list(self.parameters(node).values())
+
+    def parameters(self, node):
+        return {
+            (*path, name): array
+            for path, module in _modules(node)
+            for name, array in vars(module).items()
+            if hasattr(array, "shape")
+        }
+
+    def with_parameters(self, node, parameters):
+        new = _copy(node)
+        for path, module in _modules(new):
+            for name in vars(module):
+                if (*path, name) in parameters:
+                    setattr(module, name, parameters[*path, name])
+        return new
+
+    def container(self, leaves):
+        return dict(leaves)
+
+    def run(self, node, inputs, train):
+        return node(*inputs)
+
+
+def _copy(module):
+    new = copy.copy(module)
+    if hasattr(new, "layers"):
+        new.layers = [_copy(x) if isinstance(x, toy.Module) else x for x in new.layers]
+    return new
+
+
+def _modules(module, path=()):
+    yield path, module
+    for i, layer in enumerate(getattr(module, "layers", ())):
+        if isinstance(layer, toy.Module):
+            yield from _modules(layer, (*path, i))
 
 
 adapter = Toy()
