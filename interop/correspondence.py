@@ -432,10 +432,26 @@ def arrays_of(spec: specs.Spec) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = {}
     for option in dataclasses.fields(spec):
-        for path, leaf in leaves(getattr(spec, option.name)).items():
+        value = getattr(spec, option.name)
+        if option.name in spec.children:
+            found |= _arrays_of_children(option.name, value)
+            continue
+        for path, leaf in leaves(value).items():
             if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
                 found[name((option.name, *path))] = leaf
     return found
+
+
+def _arrays_of_children(field: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, specs.Spec):
+        children = {field: value}
+    else:
+        children = {f"{field}[{i}]": child for i, child in enumerate(value or ())}
+    return {
+        f"{where}.{key}": array
+        for where, child in children.items()
+        for key, array in arrays_of(child).items()
+    }
 
 
 def _match(first: _Numbered, second: _Numbered) -> tuple[dict[Path, Any], dict[Path, Any]]:

@@ -205,7 +205,8 @@ def register_builder(
 ) -> Callable[[Function], Function]:
     """Register the decorated ``(spec, ctx) -> layer`` as the builder of ``spec_type``.
 
-    It replaces the builder that the framework had, also a built-in one.
+    It replaces the builder that the framework had, also a built-in one; no composite is built
+    where it refuses a layer.
 
     Args:
         framework: the framework of the layers that it returns.
@@ -234,6 +235,7 @@ def register_builder(
     def register(build: Function) -> Function:
         rule = BuildRule(spec_type, build, frozenset(carries))
         registry.replace(adapter.builders, spec_type, rule)
+        registry.replace(adapter.composites, spec_type, None)
         return build
 
     return register

@@ -96,6 +96,8 @@ class Adapter(abc.ABC):
         self.builders: dict[type[Spec], BuildRule] = {}
         self.from_hub: dict[type, Callable[[Any, Building], Any]] = {}
         """Builders of users' pairs of rules, by the hub's class of layer."""
+        self.composites: dict[type[Spec], type] = {}
+        """The framework's modules that hold a spec and compute its formula."""
 
     # -- what a framework's file answers ------------------------------------------------
 
@@ -167,6 +169,14 @@ class Adapter(abc.ABC):
     def run(self, node: Any, inputs: tuple[Any, ...], train: bool) -> Any:
         """The output for a batch of inputs; ``node`` stays as it is."""
 
+    def read_composite(self, node: Any, ctx: Reading) -> Spec:
+        """The spec that one of :attr:`composites` holds."""
+        return self.module(node).spec
+
+    def build_composite(self, cls: type, spec: Spec, ctx: Building) -> Any:
+        """One of :attr:`composites` that holds ``spec``."""
+        return cls(spec)
+
     # -- rules --------------------------------------------------------------------------
 
     def reads(
@@ -209,6 +219,14 @@ class Adapter(abc.ABC):
             return build
 
         return register
+
+    def ships(self, composites: Iterable[Any]) -> None:
+        """Register modules that hold a spec, each of its own ``spec_type``."""
+        for cls in composites:
+            self.composites[cls.spec_type] = cls
+            self.readers[cls] = ReadRule(
+                cls, cls.spec_type, self.read_composite, frozenset(), {}, exact=True
+            )
 
     def reader(self, module: object, path: str) -> ReadRule:
         """The rule for ``module``: of its exact class, or of a base whose forward it keeps.

@@ -17,6 +17,7 @@ from . import formulas, specs
 from .errors import (
     ConversionError,
     MissingShapeError,
+    UnmappedLayerError,
     UnsupportedLayerError,
     UnsupportedStructureError,
 )
@@ -81,7 +82,7 @@ class Reading:
         """The specs of a stack's layers, in order."""
         layers = tuple(self.read(node, f"{self.path}[{i}]") for i, node in enumerate(nodes))
         for i, layer in enumerate(layers):
-            if isinstance(layer, specs.LSTMCell):
+            if isinstance(layer, specs.Cell):
                 raise UnsupportedStructureError(
                     f"{self.origins[id(layer)][1].__qualname__} stands in a stack; other "
                     f"frameworks pass its state by hand, which a stack does not",
@@ -216,9 +217,15 @@ class Building:
     def _build(self, spec: specs.Spec) -> Any:
         if isinstance(spec, specs.Deferred):
             return spec.build(self)
-        rule = self.adapter.builder(spec, self.found, self.path)
-        self._check_options(spec, rule)
-        return rule.build(spec, self)
+        try:
+            rule = self.adapter.builder(spec, self.found, self.path)
+            self._check_options(spec, rule)
+            return rule.build(spec, self)
+        except (UnmappedLayerError, UnsupportedLayerError):
+            composite = self.adapter.composites.get(type(spec))
+            if composite is None or not spec.is_composable:
+                raise
+            return self.adapter.build_composite(composite, spec, self)
 
     def adopt(self, reading: Reading) -> None:
         """Take over where the specs of a further ``reading`` came from."""

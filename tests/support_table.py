@@ -18,8 +18,13 @@ def table() -> str:
     adapters = [registry.adapter(name) for name in registry.names()]
     classes: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     builds: dict[str, set[str]] = defaultdict(set)
+    composites: dict[str, set[str]] = defaultdict(set)
     for adapter in adapters:
+        shipped = set(adapter.composites.values())
         for rule in adapter.readers.values():
+            if rule.layer_type in shipped:
+                composites[rule.spec_type.__name__].add(adapter.name)
+                continue
             classes[rule.spec_type.__name__][adapter.name].append(rule.layer_type.__name__)
         for rule in adapter.builders.values():
             builds[rule.spec_type.__name__].add(adapter.name)
@@ -27,10 +32,11 @@ def table() -> str:
         "| layer | " + " | ".join(a.name for a in adapters) + " |",
         "|---" * (len(adapters) + 1) + "|",
     ]
-    for spec in sorted(builds.keys() | classes.keys()):
+    for spec in sorted(builds.keys() | classes.keys() | composites.keys()):
         cells = [
             ", ".join(f"`{name}`" for name in sorted(classes[spec][a.name]))
             or ("function" if a.name in builds[spec] else "")
+            or ("composite" if a.name in composites[spec] else "")
             for a in adapters
         ]
         lines.append(f"| {spec} | " + " | ".join(cells) + " |")

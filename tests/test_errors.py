@@ -265,12 +265,12 @@ UNSUPPORTED = {
         (interop.ConversionError, ValueError, "model[1]", ["shape (4,)", "sample_input="]),
     ),
     "an option, named with its path and the layer": (
-        lambda: interop.to_equinox(in_a_stack(brainstate.nn.Dropout(0.5, broadcast_dims=(1,)))),
+        lambda: interop.to_equinox(in_a_stack(with_unit())),
         (
             interop.UnsupportedLayerError,
             NotImplementedError,
             "model[1][0]",
-            ["Dropout to equinox", "broadcast_dims=(1,)"],
+            ["Linear", "mV"],
         ),
     ),
 }

@@ -1,6 +1,7 @@
 """What a conversion will do, told before it is done."""
 
 import brainstate
+import brainunit
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -36,13 +37,17 @@ def stack(fw):
     )
 
 
+class FrozenState(brainstate.ParamState):
+    pass
+
+
 def bad():
     """Three things that Equinox cannot take, two that it can."""
     return brainstate.nn.Sequential(
         brainstate.nn.Linear(3, 4),
-        brainstate.nn.Dropout(0.5, broadcast_dims=(1,)),
-        brainstate.nn.Sequential(brainstate.nn.GRUCell(4, 4), brainstate.nn.ReLU()),
-        brainstate.nn.Linear(4, 2, w_mask=jnp.ones((4, 2))),
+        brainstate.nn.Linear(4, 4, param_type=FrozenState),
+        brainstate.nn.Sequential(brainstate.nn.RReLU(), brainstate.nn.ReLU()),
+        brainstate.nn.Linear(4, 2, w_init=jnp.ones((4, 2)) * brainunit.mV, b_init=None),
     )
 
 
@@ -178,7 +183,7 @@ def test_a_stack_that_the_target_cannot_tie_is_a_problem():
 
 
 def test_an_error_carries_the_report_of_its_model():
-    with pytest.raises(interop.UnmappedLayerError) as e:
+    with pytest.raises(interop.UnsupportedLayerError) as e:
         interop.to_equinox(bad())
     assert len(e.value.report.problems) == 3
     assert interop.ArgumentError("x").report is None
@@ -189,7 +194,7 @@ def test_an_error_carries_the_report_of_its_model():
 
 def test_a_failing_conversion_does_not_work_out_the_report(monkeypatch):
     monkeypatch.setattr("interop.report.explain", None)
-    with pytest.raises(interop.UnmappedLayerError):
+    with pytest.raises(interop.UnsupportedLayerError):
         interop.to_equinox(bad())
 
 
@@ -198,9 +203,9 @@ def test_a_report_is_printed_as_a_table_that_fits(monkeypatch):
     text = str(interop.explain(bad(), "equinox", sample_input=(3,)))
     assert max(map(len, text.splitlines())) <= 70
     joined = " ".join(text.split())
-    for word in ("model[2][0]", "GRUCell", "refused", "(4,)", "3 problems"):
+    for word in ("model[2][0]", "RReLU", "refused", "(4,)", "3 problems"):
         assert word in joined
-    assert "broadcast_dims=(1,)" in joined
+    assert "param_type='FrozenState'" in joined
 
 
 def test_a_report_of_a_network_for_images_fits_eighty_columns_without_cut_words(monkeypatch):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import brainstate
 import jax
 
-__all__ = ["Lambda"]
+from .. import specs
+from . import core
 
 
 class Lambda(brainstate.nn.ElementWiseBlock):
@@ -31,3 +32,100 @@ class Lambda(brainstate.nn.ElementWiseBlock):
     def update(self, x: jax.Array) -> Any:
         """Return ``fn(x)``."""
         return self.fn(x)
+
+
+class Composite(brainstate.nn.Module):
+    """A layer that is given by its formula. Its mode is ``brainstate.environ``'s ``fit``.
+
+    Args:
+        *args: the sizes that ``spec_type.shaped`` takes, or one spec.
+        **options: the options that ``spec_type.shaped`` takes.
+
+    Raises:
+        ArgumentError: the sizes or options are wrong.
+    """
+
+    spec_type: ClassVar[type[specs.Spec]]
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__()
+        spec = core.construct(self.spec_type, args, options, brainstate.random.split_key)
+        self.skeleton, arrays = core.split(spec)
+        trained = jax.tree.map(brainstate.ParamState, self.skeleton.trained(arrays))
+        buffers = jax.tree.map(brainstate.BatchState, self.skeleton.buffers(arrays))
+        for attribute, states in core.combine(trained, buffers).items():
+            setattr(self, attribute, states)
+
+    @property
+    def spec(self) -> Any:
+        """The layer's spec, with the arrays as they are now."""
+        states = {name: getattr(self, name) for name in self.skeleton.empty()}
+        is_state = lambda x: isinstance(x, brainstate.State)  # noqa: E731
+        return self.skeleton.merge(jax.tree.map(lambda s: s.value, states, is_leaf=is_state))
+
+    def _run(self) -> specs.Run:
+        has_modes = self.spec_type.random or self.spec_type.buffers
+        train = bool(has_modes) and brainstate.environ.get("fit", desc="whether layers train")
+        return specs.Run(train, brainstate.random.split_key)
+
+    def update(self, *inputs: Any, **options: Any) -> Any:
+        """The layer's output for a batch.
+
+        Raises:
+            KeyError: the layer's training differs from its evaluation, and ``fit`` is not set.
+        """
+        run, spec = self._run(), self.spec
+        output = spec.apply(run, *inputs, **options)
+        _assign(vars(self), core.updated(spec, run))
+        return output
+
+
+class Cell(Composite, brainstate.nn.RNNCell):
+    """A recurrent cell that is given by its formula; its state is made by ``init_state``."""
+
+    spec_type: ClassVar[type[specs.Cell]]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def init_state(self, batch_size: int | None = None, **_: Any) -> None:
+        """Make the hidden states: zeros, for so many examples, or for one without an axis."""
+        for name, value in zip(self.spec_type.carry, self._initial(batch_size), strict=True):
+            setattr(self, name, brainstate.HiddenState(value))
+
+    def reset_state(self, batch_size: int | None = None, **_: Any) -> None:
+        """Set the hidden states to zeros, for so many examples."""
+        for name, value in zip(self.spec_type.carry, self._initial(batch_size), strict=True):
+            getattr(self, name).value = value
+
+    def _initial(self, batch_size: int | None) -> tuple[Any, ...]:
+        spec = self.spec
+        batch = () if batch_size is None else (batch_size,)
+        return spec.initial_carry((*batch, *spec.in_shape))
+
+    def update(self, x: Any) -> Any:
+        """One step: the output."""
+        states = [getattr(self, name) for name in self.spec_type.carry]
+        state = self.spec.step(self._run(), x, tuple(s.value for s in states))
+        for old, new in zip(states, state, strict=True):
+            old.value = new
+        return state[0]
+
+
+def _assign(states: Any, tree: Mapping[str, Any]) -> None:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            _assign(states[name], value)
+        else:
+            states[name].value = value
+
+
+def _layer(spec_type: type[specs.Spec]) -> Any:
+    """The composite of one kind of layer."""
+    base = Cell if issubclass(spec_type, specs.Cell) else Composite
+    signature = core.signature(spec_type)
+    return core.subclass(base, spec_type, __name__, __signature__=signature)
+
+
+Dropout = _layer(specs.Dropout)
+LSTMCell = _layer(specs.LSTMCell)
+Linear = _layer(specs.Linear)
+
+COMPOSITES = (Dropout, LSTMCell, Linear)

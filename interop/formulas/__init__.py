@@ -18,8 +18,15 @@ from .functions import (
     tanh_shrink,
     threshold,
 )
+from .layers import batch_norm, dropout, linear, lstm_step, moments, promote
 
 __all__ = [
+    "batch_norm",
+    "dropout",
+    "linear",
+    "lstm_step",
+    "moments",
+    "promote",
     "ACTIVATIONS",
     "Batched",
     "Moved",

@@ -20,7 +20,7 @@ from brainstate import nn
 from brainstate.nn import init
 
 from .. import formulas, specs
-from ..composites.brainstate import Lambda
+from ..composites.brainstate import COMPOSITES, Lambda
 from ..registry import Adapter
 
 _PARAM_TYPES = (brainstate.ParamState, type(nn.LayerNorm((1,)).weight))
@@ -75,6 +75,7 @@ class BrainState(Adapter):
 
 
 adapter = BrainState()
+adapter.ships(COMPOSITES)
 
 
 def _arrays(layer, ctx, name: str = "weight", **shapes: tuple[int, ...]) -> dict[str, Any]:

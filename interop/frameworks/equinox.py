@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import formulas, specs
+from ..composites.equinox import COMPOSITES
 from ..errors import ArgumentError
 from ..registry import Adapter
 
@@ -50,6 +51,12 @@ class Equinox(Adapter):
 
     def module(self, node):
         return node.module if isinstance(node, Node) else node
+
+    def read_composite(self, node, ctx):
+        return node.module.spec(node.state)
+
+    def build_composite(self, cls, spec, ctx):
+        return cls(spec, inference=True)
 
     def added_state(self, module, rule):
         return _fields(type(module)) - _fields(rule.layer_type)
@@ -84,6 +91,7 @@ class Equinox(Adapter):
 
 
 adapter = Equinox()
+adapter.ships(COMPOSITES)
 
 
 def _takes_state(module: Any) -> bool:

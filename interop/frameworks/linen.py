@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from flax.linen import dtypes
 
 from .. import formulas, specs
+from ..composites.core import combine, split
+from ..composites.linen import COMPOSITES
 from ..errors import ArgumentError, ConversionError, UnsupportedStructureError
 from ..partitioning import Partitioning
 from ..registry import Adapter
@@ -71,6 +73,16 @@ class Linen(Adapter):
     def read_function(self, fn):
         return read_pool(fn)
 
+    def read_composite(self, node, ctx):
+        trained, buffers = (node.variables.get(c, {}) for c in ("params", "batch_stats"))
+        return node.module.skeleton.merge(combine(trained, buffers))
+
+    def build_composite(self, cls, spec, ctx):
+        skeleton, arrays = split(spec)
+        trained, buffers = skeleton.trained(arrays), skeleton.buffers(arrays)
+        module = cls(skeleton=skeleton, deterministic=not ctx.options.get("train", False))
+        return _node(module, trained, **({"batch_stats": buffers} if buffers else {}))
+
     def close(self, built, options):
         if not isinstance(built, Node):
             built = Node(nn.Sequential((built,)), {})
@@ -119,6 +131,7 @@ class Linen(Adapter):
 
 
 adapter = Linen()
+adapter.ships(COMPOSITES)
 
 
 def is_box(value: Any) -> bool:
@@ -200,6 +213,12 @@ _VARIABLES: dict[type, Any] = {
 }
 
 
+def _composite_variables(m: Any) -> dict[Key, Any]:
+    empty = m.skeleton.empty()
+    parts = {"params": m.skeleton.trained(empty), "batch_stats": m.skeleton.buffers(empty)}
+    return {key: leaf.shape for key, leaf in _flatten(parts, ())}
+
+
 def _lstm_variables(m: nn.LSTMCell | nn.OptimizedLSTMCell) -> dict[Key, Any]:
     return {
         **{("params", f"i{gate}", "kernel"): ("in", m.features) for gate in _GATES},
@@ -236,9 +255,12 @@ def _check_variables(model: nn.Module, variables: Mapping[str, Any]) -> None:
     for module, scope, parent in _leaves(model, (), None):
         places = "".join(f"[{name.removeprefix('layers_')}]" for name in scope)
         layer_type = adapter.reader(module, f"model{places}").layer_type
-        if layer_type not in _VARIABLES:
+        if layer_type in COMPOSITES:
+            declared = _composite_variables(module)
+        elif layer_type not in _VARIABLES:
             return  # its reader was registered by a user, and checks them by itself
-        declared = _VARIABLES[layer_type](module)
+        else:
+            declared = _VARIABLES[layer_type](module)
         shapes = {key: shape for key, shape in declared.items() if shape is not None}
         if shapes and parents.setdefault(id(module), parent) is not parent:
             raise UnsupportedStructureError(

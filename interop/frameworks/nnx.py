@@ -17,6 +17,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from .. import formulas, specs
+from ..composites.nnx import COMPOSITES
 from ..errors import ArgumentError
 from ..partitioning import Partitioning
 from ..registry import Adapter
@@ -64,6 +65,9 @@ class Nnx(Adapter):
     def read_function(self, fn):
         return read_pool(fn)
 
+    def build_composite(self, cls, spec, ctx):
+        return cls(spec, rngs=ctx.options.get("rngs"), deterministic=True)
+
     def close(self, built, options):
         rngs = options.get("rngs")
         if rngs is not None and not isinstance(rngs, nnx.Rngs | nnx.RngStream):
@@ -75,6 +79,7 @@ class Nnx(Adapter):
 
 
 adapter = Nnx()
+adapter.ships(COMPOSITES)
 
 
 def partitioning_of(variable: nnx.Variable) -> Partitioning | None:

@@ -10,6 +10,7 @@ Shapes name the batch axes ``*batch``; ``x`` is the input of the layer.
 from .base import (
     Array,
     Deferred,
+    Run,
     Sequential,
     Shape,
     Spec,
@@ -23,13 +24,14 @@ from .base import (
 from .functions import Activation, Dropout, Flatten, Function
 from .linear import Embedding, Linear
 from .norms import BatchNorm, GroupNorm, LayerNorm, Norm, RMSNorm
-from .recurrent import LSTMCell
+from .recurrent import Cell, LSTMCell
 from .spatial import Conv, Pool, pool
 
 __all__ = [
     "Activation",
     "Array",
     "BatchNorm",
+    "Cell",
     "Conv",
     "Deferred",
     "Dropout",
@@ -43,6 +45,7 @@ __all__ = [
     "Norm",
     "Pool",
     "RMSNorm",
+    "Run",
     "Sequential",
     "Shape",
     "Spec",

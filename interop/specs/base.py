@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from ..errors import ArgumentError
 
 if TYPE_CHECKING:
     from ..walk import Building
@@ -20,6 +22,7 @@ __all__ = [
     "Array",
     "DType",
     "Deferred",
+    "Run",
     "Sequential",
     "Shape",
     "Spec",
@@ -38,10 +41,60 @@ DType = Any
 Shape = tuple[int, ...]
 
 
+class Run:
+    """What a host gives a formula: the mode, random keys, and a place for new values.
+
+    Args:
+        train: whether the layer trains; its formula then may draw keys and move its buffers.
+        key: returns a fresh key at each call, or raises if the host has none.
+        axis_name: the axis that the host maps examples over, where a formula sees one example.
+    """
+
+    def __init__(
+        self,
+        train: bool = False,
+        key: Callable[[], jax.Array] | None = None,
+        axis_name: str | None = None,
+    ):
+        self.train, self.axis_name = train, axis_name
+        self.updates: dict[int, dict[str, Any]] = {}
+        self._key = key
+
+    def key(self) -> jax.Array:
+        """A fresh random key.
+
+        Raises:
+            ArgumentError: the host gave none.
+        """
+        if self._key is None:
+            raise ArgumentError(
+                "this layer draws random numbers, and has no key",
+                remedy="Pass a key as layers of this framework take it, or evaluate the model",
+            )
+        return self._key()
+
+    def update(self, spec: Spec, **buffers: Any) -> None:
+        """Give buffers of ``spec`` new values, by the names of its fields."""
+        self.updates.setdefault(id(spec), {}).update(buffers)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Spec:
-    """Base of all specs. Specs compare by identity: one spec twice is one layer used twice."""
+    """Base of all specs. Specs compare by identity: one spec twice is one layer used twice.
 
+    A spec that defines :meth:`apply` can be built as a composite wherever the target has no
+    native layer with all its options: a module of the target that holds the spec's arrays and
+    computes its formula.
+    """
+
+    trained: ClassVar[tuple[str, ...]] = ()
+    """Fields that hold trainable arrays, or None."""
+    buffers: ClassVar[tuple[str, ...]] = ()
+    """Fields that hold arrays which only the layer itself changes, or None."""
+    children: ClassVar[tuple[str, ...]] = ()
+    """Fields that hold other specs: one, a tuple of them, or None."""
+    random: ClassVar[bool] = False
+    """Whether training draws random numbers."""
     keeps_shape: ClassVar[bool] = False
     """Whether the output has the shape of the input, and each axis its meaning."""
     has_channels: ClassVar[bool] = False
@@ -85,6 +138,33 @@ class Spec:
         """One line for each array that is none, or does not fit the others."""
         return []
 
+    def apply(self, run: Run, *inputs: Any, **options: Any) -> Any:
+        """The layer's formula for a batch; a buffer's new value goes to ``run.update``."""
+        raise NotImplementedError
+
+    @property
+    def is_composable(self) -> bool:
+        """Whether the formula covers this very instance, so that a composite can hold it."""
+        return type(self).apply is not Spec.apply
+
+    @classmethod
+    def shaped(cls, *sizes: Any, **options: Any) -> Self:
+        """The layer of given sizes and options, with a ``ShapeDtypeStruct`` for each array.
+
+        Its signature is that of the composites' constructors.
+        """
+        raise NotImplementedError
+
+    def initial(self, key: jax.Array) -> Self:
+        """This layer with fresh arrays in place of each ``ShapeDtypeStruct``.
+
+        Scales and variances are 1, biases and means 0, the rest as LeCun et al. (1998).
+        """
+        values: dict[str, Any] = {}
+        for i, name in enumerate((*self.trained, *self.buffers, *self.children)):
+            values[name] = _initial(name, getattr(self, name), jax.random.fold_in(key, i))
+        return replace(self, **values)
+
 
 class Deferred(Spec):
     """A layer that only its own rule knows how to build, once the target is known."""
@@ -120,6 +200,23 @@ class Sequential(Spec):
         for layer in self.layers:
             shape = layer.output_shape(shape)
         return shape
+
+
+def _initial(name: str, value: Any, key: jax.Array) -> Any:
+    if isinstance(value, Spec):
+        return value.initial(key)
+    if isinstance(value, tuple):
+        parts = cast("tuple[Any, ...]", value)
+        return tuple(
+            _initial(name, part, jax.random.fold_in(key, i)) for i, part in enumerate(parts)
+        )
+    if not isinstance(value, jax.ShapeDtypeStruct):
+        return value
+    if "scale" in name or "var" in name:
+        return jnp.ones(value.shape, value.dtype)
+    if "bias" in name or "mean" in name or len(value.shape) < 2:
+        return jnp.zeros(value.shape, value.dtype)
+    return jax.nn.initializers.lecun_normal()(key, value.shape, value.dtype)
 
 
 def move_channels(shape: Shape, to_first: bool) -> Shape:

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 
-from ..formulas import ACTIVATIONS, activation_defaults, flatten
-from .base import Shape, Spec, move_channels, moved_axis, shape_of
+from ..formulas import ACTIVATIONS, activation_defaults, dropout, flatten
+from .base import Run, Shape, Spec, move_channels, moved_axis, shape_of
 
 __all__ = [
     "Activation",
@@ -35,6 +35,16 @@ class Dropout(Spec):
     rng_collection: str
     broadcast_dims: tuple[int, ...] = ()
     keeps_shape = True
+    random = True
+
+    def apply(self, run: Run, x: jax.Array) -> Any:
+        if not run.train:
+            return x
+        return dropout(x, run.key(), rate=self.rate, broadcast_dims=self.broadcast_dims)
+
+    @classmethod
+    def shaped(cls, rate: float, *, broadcast_dims: tuple[int, ...] = ()) -> Self:
+        return cls(rate=rate, broadcast_dims=broadcast_dims, rng_collection="dropout")
 
     @property
     def space(self) -> int | None:

@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from .base import Array, DType, Shape, Spec, mismatches_of
+from .. import formulas
+from .base import Array, DType, Run, Shape, Spec, mismatches_of
 
 __all__ = [
     "Embedding",
@@ -39,6 +42,35 @@ class Linear(Spec):
     dtype: DType | None = None
     precision: Any = None
     preferred_element_type: DType | None = None
+
+    trained = ("weight", "bias")
+
+    def apply(self, run: Run, x: Array) -> Array:
+        return formulas.linear(
+            x,
+            self.weight,
+            self.bias,
+            mask=self.mask,
+            dtype=self.dtype,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )
+
+    @classmethod
+    def shaped(
+        cls,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        param_dtype: DType = jnp.float32,
+        **options: Any,
+    ) -> Self:
+        return cls(
+            weight=jax.ShapeDtypeStruct((in_features, out_features), param_dtype),
+            bias=jax.ShapeDtypeStruct((out_features,), param_dtype) if use_bias else None,
+            **options,
+        )
 
     @property
     def holds_state(self) -> bool:

@@ -6,9 +6,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
-from .base import Array, DType, Shape, Spec, is_wide, mismatches_of, moved_axis
+import jax
+import jax.numpy as jnp
+
+from .. import formulas
+from .base import Array, DType, Run, Shape, Spec, is_wide, mismatches_of, moved_axis
 
 __all__ = [
     "BatchNorm",
@@ -144,6 +148,64 @@ class BatchNorm(Norm):
     spatial_dims: int | None
     axis: int = -1
     statistics_dtype: DType | None = field(init=False, default=None)
+    trained = ("scale", "bias")
+    buffers = ("mean", "var")
+
+    def apply(self, run: Run, x: Array) -> Array:
+        mean, var = self.mean, self.var
+        if run.train:
+            mean, var = self._batch_statistics(run, x)
+            kept, moved = self.momentum, 1.0 - self.momentum
+            run.update(
+                self, mean=kept * self.mean + moved * mean, var=kept * self.var + moved * var
+            )
+        return formulas.batch_norm(
+            x,
+            mean,
+            var,
+            self.scale,
+            self.bias,
+            axis=self.axis,
+            epsilon=self.epsilon,
+            output_dtype=self.output_dtype,
+        )
+
+    def _batch_statistics(self, run: Run, x: Array) -> tuple[Array, Array]:
+        return formulas.moments(
+            x,
+            tuple(axis for axis in range(x.ndim) if axis != self.axis % x.ndim),
+            use_fast_variance=self.use_fast_variance,
+            axis_name=tuple(
+                name for name in (self.axis_name, run.axis_name) if name is not None
+            ),
+            axis_index_groups=self.axis_index_groups,
+        )
+
+    @classmethod
+    def shaped(
+        cls,
+        features: int,
+        *,
+        momentum: float = 0.99,
+        epsilon: float = 1e-5,
+        use_scale: bool = True,
+        use_bias: bool = True,
+        use_fast_variance: bool = True,
+        param_dtype: DType = jnp.float32,
+        **options: Any,
+    ) -> Self:
+        array = jax.ShapeDtypeStruct((features,), param_dtype)
+        return cls(
+            scale=array if use_scale else None,
+            bias=array if use_bias else None,
+            mean=array,
+            var=array,
+            momentum=momentum,
+            epsilon=epsilon,
+            use_fast_variance=use_fast_variance,
+            spatial_dims=None,
+            **options,
+        )
 
     def __post_init__(self) -> None:
         if not is_wide(self.mean.dtype):

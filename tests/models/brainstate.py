@@ -398,18 +398,11 @@ CONSTRUCTORS = {
         (6, 3),
         {"in_size": (3,), "out_size": (4,)},
         {
-            "in_size": Option(
-                {"in_size": (2, 3), "out_size": (2, 4)},
-                refused=_FEW,
-                named="leading_shape",
-                x=(6, 2, 3),
-            ),
+            "in_size": Option({"in_size": (2, 3), "out_size": (2, 4)}, x=(6, 2, 3)),
             "out_size": SHAPE,
             "w_init": INITIAL,
             "b_init": Option(None),
-            "w_mask": Option(
-                jax.numpy.eye(3, 4), refused=("equinox", "linen", "nnx"), named="mask"
-            ),
+            "w_mask": Option(jax.numpy.eye(3, 4)),
             "name": NAME,
             "param_type": Option(FrozenState, refused=ALL),
         },
@@ -426,7 +419,7 @@ CONSTRUCTORS = {
             "w_init": INITIAL,
             "b_init": Option(None, refused=ALL),
             "state_init": Option(brainstate.nn.init.Constant(1.0), refused=ALL),
-            "activation": Option("relu", refused=_FEW),
+            "activation": Option("relu"),
             "name": NAME,
         },
     ),
@@ -478,7 +471,7 @@ CONSTRUCTORS = {
     nn.Dropout: Constructor(
         (1000, 4),
         {},
-        {"prob": Option(0.3), "broadcast_dims": Option((1,), refused=_FEW), "name": NAME},
+        {"prob": Option(0.3), "broadcast_dims": Option((1,)), "name": NAME},
     ),
     nn.Flatten: Constructor(
         (6, 2, 3, 4),

@@ -330,7 +330,7 @@ CONSTRUCTORS = {
             "input_size": SHAPE,
             "hidden_size": SHAPE,
             "use_bias": Option(False, refused=ALL),
-            "dtype": Option(jnp.bfloat16, refused=("brainstate",), named="bias.dtype"),
+            "dtype": Option(jnp.bfloat16),
             "key": INITIAL,
         },
     ),

@@ -292,16 +292,14 @@ _LAYER_NORM = {
 
 _LSTM = _MODULE | {
     "features": SHAPE,
-    "gate_fn": Option(jax.nn.hard_sigmoid, ("brainstate", "equinox"), named="gate"),
-    "activation_fn": Option(jax.nn.relu, refused=("equinox",), named="activation"),
+    "gate_fn": Option(jax.nn.hard_sigmoid),
+    "activation_fn": Option(jax.nn.relu),
     "kernel_init": INITIAL,
     "recurrent_kernel_init": INITIAL,
     "bias_init": INITIAL,
-    "dtype": Option(jnp.bfloat16, refused=("brainstate", "equinox")),
+    "dtype": Option(jnp.bfloat16),
     "param_dtype": Option(
         {"param_dtype": jnp.bfloat16, "recurrent_kernel_init": jax.nn.initializers.normal()},
-        refused=("brainstate",),
-        named="bias.dtype",
     ),
     "carry_init": Option(nn.initializers.ones, refused=ALL),
 }
@@ -315,9 +313,9 @@ CONSTRUCTORS = {
         | {
             "features": SHAPE,
             "use_bias": Option(False),
-            "dtype": Option(jnp.bfloat16, refused=("brainstate", "equinox")),
+            "dtype": Option(jnp.bfloat16),
             "param_dtype": Option(jnp.bfloat16),
-            "precision": Option("highest", refused=("brainstate", "equinox"), attribute=True),
+            "precision": Option("highest", attribute=True),
             "kernel_init": INITIAL,
             "bias_init": INITIAL,
             "promote_dtype": Option(_promote, refused=ALL),
@@ -400,7 +398,7 @@ CONSTRUCTORS = {
         _MODULE
         | {
             "rate": Option(0.3),
-            "broadcast_dims": Option((1,), refused=("equinox",)),
+            "broadcast_dims": Option((1,)),
             "deterministic": MODE,
             "rng_collection": "a name; each host has its own",
         },

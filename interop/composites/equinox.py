@@ -1,0 +1,128 @@
+"""Equinox modules for what ``equinox.nn`` lacks. Buffers are in an ``eqx.nn.State``."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+
+from .. import specs
+from . import core
+
+
+class Composite(eqx.nn.StatefulLayer):
+    """A layer that is given by its formula. It sees one example, with its channels first.
+
+    A layer with buffers is stateful: it takes ``state=`` and returns ``(output, state)``.
+
+    Args:
+        *args: the sizes that ``spec_type.shaped`` takes, or one spec.
+        key: a random key for the initial arrays.
+        inference: whether the layer evaluates; ``eqx.nn.inference_mode`` sets it.
+        **options: the options that ``spec_type.shaped`` takes.
+
+    Raises:
+        ArgumentError: the sizes or options are wrong.
+    """
+
+    spec_type: ClassVar[type[specs.Spec]]
+    skeleton: core.Skeleton = eqx.field(static=True)
+    buffers: Any
+    inference: bool
+
+    def __init__(self, *args: Any, key: Any = None, inference: bool = False, **options: Any):
+        def fresh() -> jax.Array:
+            return jax.random.key(0) if key is None else key
+
+        spec = core.construct(self.spec_type, args, options, fresh)
+        self.skeleton, arrays = core.split(spec)
+        buffers = self.skeleton.buffers(arrays)
+        self.buffers = eqx.nn.StateIndex(buffers) if buffers else None
+        self.inference = inference
+        trained = self.skeleton.trained(arrays)
+        for name in (*spec.trained, *spec.children):
+            setattr(self, name, trained.get(name))
+
+    def is_stateful(self) -> bool:
+        """Whether the layer has buffers."""
+        return self.buffers is not None
+
+    def spec(self, state: eqx.nn.State | None = None) -> Any:
+        """The layer's spec, with its arrays and those of the state."""
+        kinds = self.spec_type
+        arrays = {name: getattr(self, name) for name in (*kinds.trained, *kinds.children)}
+        arrays = {name: value for name, value in arrays.items() if value is not None}
+        if self.buffers is not None and state is not None:
+            arrays = core.combine(arrays, state.get(self.buffers))
+        return self.skeleton.merge(arrays)
+
+    def _run(self, key: Any, inference: bool | None = None) -> specs.Run:
+        inference = self.inference if inference is None else inference
+        keys = None if key is None else _Keys(key)
+        return specs.Run(not inference, keys, axis_name="batch")
+
+    def __call__(
+        self,
+        *inputs: Any,
+        state: eqx.nn.State | None = None,
+        key: Any = None,
+        inference: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """The layer's output for one example, and the new state if it has buffers."""
+        if inputs and isinstance(inputs[-1], eqx.nn.State):
+            *rest, state = inputs
+            inputs = tuple(rest)
+        spec, run = self.spec(state), self._run(key, inference)
+
+        def formula(*inputs: Any, **options: Any) -> Any:
+            return spec.apply(run, *inputs, **options)
+
+        output = core.channels_first(spec, formula)(*inputs, **options)
+        if self.buffers is None or state is None:
+            return output
+        new = core.combine(state.get(self.buffers), core.updated(spec, run))
+        return output, state.set(self.buffers, new)
+
+
+class Cell(Composite):
+    """A recurrent cell that is given by its formula, called as Equinox's own cells."""
+
+    def __call__(self, input: Any, hidden: Any, *, key: Any = None) -> Any:
+        """One step of one example: the new hidden state, whose first array is the output."""
+        state = self.spec().step(self._run(key, True), input, core.unpacked(hidden))
+        return core.packed(state)
+
+
+class _Keys:
+    """A stream of keys from one."""
+
+    def __init__(self, key: jax.Array):
+        self._key = key
+
+    def __call__(self) -> jax.Array:
+        self._key, fresh = jax.random.split(self._key)
+        return fresh
+
+
+def _layer(spec_type: type[specs.Spec]) -> Any:
+    """The composite of one kind of layer."""
+    base: Any = Cell if issubclass(spec_type, specs.Cell) else Composite
+
+    def __init__(self: Any, *args: Any, **options: Any) -> None:  # noqa: N807
+        base.__init__(self, *args, **options)
+
+    parameters = core.signature(spec_type, "key", "inference").parameters.values()
+    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    vars(__init__)["__signature__"] = inspect.Signature([me, *parameters])
+    fields = {name: Any for name in (*spec_type.trained, *spec_type.children)}
+    return core.subclass(base, spec_type, __name__, __init__=__init__, __annotations__=fields)
+
+
+Dropout = _layer(specs.Dropout)
+LSTMCell = _layer(specs.LSTMCell)
+Linear = _layer(specs.Linear)
+
+COMPOSITES = (Dropout, LSTMCell, Linear)

@@ -1,0 +1,127 @@
+"""Linen modules for what ``flax.linen`` lacks. Buffers are in ``batch_stats``."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+
+from .. import specs
+from . import core
+
+
+class Composite(nn.Module):
+    """A layer that is given by its formula.
+
+    Args:
+        *args: the sizes that ``spec_type.shaped`` takes, or one spec, whose arrays only lend
+            their shapes.
+        deterministic: whether the layer evaluates; the call takes it as well.
+        **options: the options that ``spec_type.shaped`` takes.
+
+    Raises:
+        ArgumentError: the sizes or options are wrong.
+    """
+
+    spec_type: ClassVar[type[specs.Spec]]
+    skeleton: core.Skeleton | None = None
+    deterministic: bool | None = None
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        fields = {"skeleton", "deterministic", "name", "parent"}
+        init: Any = cls.__init__
+
+        @functools.wraps(init)
+        def construct(self: Any, *args: Any, **given: Any) -> None:
+            own = {name: given.pop(name) for name in fields & given.keys()}
+            if "skeleton" not in own:
+                spec = core.construct(cls.spec_type, args, given, None)
+                own["skeleton"] = core.split(spec)[0]
+            init(self, **own)
+
+        cls.__init__ = construct
+
+    @nn.compact
+    def spec(self) -> Any:
+        """The layer's spec, with the arrays of the variables in scope."""
+        skeleton: Any = self.skeleton
+
+        def initial(key: jax.Array) -> core.Tree:
+            return core.split(skeleton.merge(skeleton.empty()).initial(key))[1]
+
+        arrays: core.Tree = {}
+        for name in skeleton.trained(skeleton.empty()):
+            arrays[name] = self.param(
+                name, lambda key, n=name: skeleton.trained(initial(key))[n]
+            )
+        for name in skeleton.buffers(skeleton.empty()):
+            held = self.variable(
+                "batch_stats",
+                name,
+                lambda n=name: skeleton.buffers(initial(jax.random.key(0)))[n],
+            )
+            arrays = core.combine(arrays, {name: held.value})
+        return skeleton.merge(arrays)
+
+    def _run(self, deterministic: bool | None) -> specs.Run:
+        spec_type = self.spec_type
+        if deterministic is None:
+            deterministic = self.deterministic
+        if deterministic is None:
+            has_modes = spec_type.random or spec_type.buffers
+            deterministic = not has_modes or nn.merge_param("deterministic", None, None)
+        return specs.Run(not deterministic, lambda: self.make_rng("dropout"))
+
+    @nn.compact
+    def __call__(self, *inputs: Any, deterministic: bool | None = None, **options: Any) -> Any:
+        """The layer's output for a batch."""
+        run, spec = self._run(deterministic), self.spec()
+        output = spec.apply(run, *inputs, **options)
+        if not self.is_initializing():
+            for name, value in core.updated(spec, run).items():
+                old = self.get_variable("batch_stats", name)
+                new = core.combine({name: old}, {name: value})[name]
+                self.put_variable("batch_stats", name, new)
+        return output
+
+
+class Cell(Composite, nn.RNNCellBase):
+    """A recurrent cell that is given by its formula; its carry is as in Flax's own cells."""
+
+    @nn.compact
+    def __call__(self, carry: Any, inputs: Any) -> Any:
+        """One step: ``(new carry, output)``."""
+        state = self.spec().step(
+            self._run(True), inputs, core.unpacked(carry, output_last=True)
+        )
+        return core.packed(state, output_last=True), state[0]
+
+    @nn.nowrap
+    def initialize_carry(self, rng: Any, input_shape: tuple[int, ...]) -> Any:
+        """Zeros, for inputs of shape ``(*batch, features)``."""
+        skeleton: Any = self.skeleton
+        spec = skeleton.merge(skeleton.empty())
+        return core.packed(spec.initial_carry(input_shape), output_last=True)
+
+    @property
+    def num_feature_axes(self) -> int:
+        """The number of axes of an input that are no batch axes."""
+        spec_type: Any = self.spec_type
+        return spec_type.feature_axes
+
+
+def _layer(spec_type: type[specs.Spec]) -> Any:
+    """The composite of one kind of layer."""
+    base = Cell if issubclass(spec_type, specs.Cell) else Composite
+    signature = core.signature(spec_type, "deterministic", "name", "parent")
+    return core.subclass(base, spec_type, __name__, __signature__=signature)
+
+
+Dropout = _layer(specs.Dropout)
+LSTMCell = _layer(specs.LSTMCell)
+Linear = _layer(specs.Linear)
+
+COMPOSITES = (Dropout, LSTMCell, Linear)

@@ -1,0 +1,116 @@
+"""NNX modules for what ``flax.nnx`` lacks. Buffers are ``BatchStat`` variables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+from flax import nnx
+
+from .. import specs
+from . import core
+
+
+class Composite(nnx.Module):
+    """A layer that is given by its formula.
+
+    Args:
+        *args: the sizes that ``spec_type.shaped`` takes, or one spec.
+        rngs: streams for the initial arrays, and for what training draws.
+        deterministic: whether the layer evaluates; ``.train()`` and ``.eval()`` set it.
+        **options: the options that ``spec_type.shaped`` takes.
+
+    Raises:
+        ArgumentError: the sizes or options are wrong.
+    """
+
+    spec_type: ClassVar[type[specs.Spec]]
+
+    def __init__(
+        self,
+        *args: Any,
+        rngs: Any = None,
+        deterministic: bool = False,
+        **options: Any,
+    ):
+        def key() -> jax.Array:
+            return (rngs or nnx.Rngs(0)).params()
+
+        spec = core.construct(self.spec_type, args, options, key)
+        self.skeleton, arrays = core.split(spec)
+        buffers = _boxed(self.skeleton.buffers(arrays), nnx.BatchStat)
+        trained = _boxed(self.skeleton.trained(arrays), nnx.Param)
+        for name, box in core.combine(trained, buffers).items():
+            setattr(self, name, nnx.data(box))
+        self.deterministic = deterministic
+        if self.spec_type.random:
+            self.rngs = rngs.dropout.fork() if isinstance(rngs, nnx.Rngs) else rngs
+
+    @property
+    def spec(self) -> Any:
+        """The layer's spec, with the arrays as they are now."""
+        arrays = {name: vars(self).get(name) for name in self.skeleton.empty()}
+        is_box = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+        values = jax.tree.map(lambda box: box.get_value(), arrays, is_leaf=is_box)
+        return self.skeleton.merge(values)
+
+    def _run(self, rngs: Any) -> specs.Run:
+        rngs = getattr(self, "rngs", None) if rngs is None else rngs
+        key = rngs.dropout if isinstance(rngs, nnx.Rngs) else rngs
+        return specs.Run(not self.deterministic, key)
+
+    def __call__(self, *inputs: Any, rngs: Any = None, **options: Any) -> Any:
+        """The layer's output for a batch."""
+        run, spec = self._run(rngs), self.spec
+        output = spec.apply(run, *inputs, **options)
+        _assign(vars(self), core.updated(spec, run))
+        return output
+
+
+class Cell(Composite, nnx.RNNCellBase):
+    """A recurrent cell that is given by its formula; its carry is as in Flax's own cells."""
+
+    def __call__(self, carry: Any, inputs: Any) -> Any:
+        """One step: ``(new carry, output)``."""
+        spec = self.spec
+        state = spec.step(self._run(None), inputs, core.unpacked(carry, output_last=True))
+        return core.packed(state, output_last=True), state[0]
+
+    def initialize_carry(
+        self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None
+    ) -> Any:
+        """Zeros, for inputs of shape ``(*batch, features)``."""
+        return core.packed(self.spec.initial_carry(input_shape), output_last=True)
+
+    @property
+    def num_feature_axes(self) -> int:
+        """The number of axes of an input that are no batch axes."""
+        spec_type: Any = self.spec_type
+        return spec_type.feature_axes
+
+
+def _boxed(tree: Mapping[str, Any], kind: type[nnx.Variable]) -> dict[str, Any]:
+    return jax.tree.map(kind, dict(tree))
+
+
+def _assign(boxes: Any, tree: Mapping[str, Any]) -> None:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            _assign(boxes[name], value)
+        else:
+            boxes[name].set_value(value)
+
+
+def _layer(spec_type: type[specs.Spec]) -> Any:
+    """The composite of one kind of layer."""
+    base = Cell if issubclass(spec_type, specs.Cell) else Composite
+    signature = core.signature(spec_type, "rngs", "deterministic")
+    return core.subclass(base, spec_type, __name__, __signature__=signature)
+
+
+Dropout = _layer(specs.Dropout)
+LSTMCell = _layer(specs.LSTMCell)
+Linear = _layer(specs.Linear)
+
+COMPOSITES = (Dropout, LSTMCell, Linear)

@@ -1,0 +1,129 @@
+"""Modules that hold a spec: usable by themselves, and built where no native layer is exact."""
+
+import importlib
+
+import brainstate
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from interop.correspondence import arrays_of
+from interop.registry import registry
+from interop.specs import Cell, Run
+from interop.walk import Reading
+
+from .conftest import NAMES, Framework
+
+# Sizes and options for the constructor of each composite, and the shape of an input.
+MADE = {
+    "Dropout": ((0.3,), {"broadcast_dims": (1,)}, (5, 4)),
+    "LSTMCell": ((3, 4), {"activation": jax.nn.relu}, (5, 3)),
+    "Linear": ((3, 4), {"mask": np.arange(12).reshape(3, 4) % 2}, (5, 3)),
+}
+
+
+def composites(name):
+    return {cls.__name__: cls for cls in registry.adapter(name).composites.values()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_composite_is_in_the_table(name):
+    module = importlib.import_module(f"interop.composites.{name}")
+    assert composites(name).keys() == MADE.keys()
+    for layer, cls in composites(name).items():
+        assert getattr(module, layer) is cls
+        assert cls.__doc__ == cls.spec_type.__doc__
+
+
+def make(name, layer):
+    """A composite of a framework from its public constructor: what users of it hold."""
+    sizes, options, x = MADE[layer]
+    cls = composites(name)[layer]
+    if name == "nnx":
+        return cls(*sizes, **options, rngs=nnx.Rngs(0), deterministic=True)
+    if name == "linen":
+        module = cls(*sizes, **options, deterministic=True)
+        if issubclass(cls, nn.RNNCellBase):
+            carry = module.initialize_carry(None, x)
+            return module, module.init(jax.random.key(0), carry, jnp.ones(x))
+        return module, module.init(jax.random.key(0), jnp.ones(x))
+    if name == "equinox":
+        key = jax.random.key(0)
+        module, state = eqx.nn.make_with_state(cls)(*sizes, **options, key=key)
+        module = eqx.nn.inference_mode(module)
+        is_stateful = module.is_stateful()
+        return (module, state) if is_stateful else module
+    brainstate.random.seed(0)
+    return cls(*sizes, **options)
+
+
+def step(name, model, x, state):
+    """One step of a cell from a given state: the new ``h``."""
+    module, params = model if isinstance(model, tuple) else (model, None)
+    carry = state[::-1] if len(state) > 1 else state[0]
+    if name == "nnx":
+        return module(carry, x)[1]
+    if name == "linen":
+        return module.apply(params, carry, x)[1]
+    if name == "equinox":
+        h = jax.vmap(module)(x, tuple(state) if len(state) > 1 else state[0])
+        return h[0] if isinstance(h, tuple) else h
+    module.init_state(len(x))
+    for attribute, value in zip(module.spec_type.carry, state, strict=True):
+        getattr(module, attribute).value = value
+    return module(x)
+
+
+@pytest.mark.parametrize("layer", MADE)
+def test_a_composite_converts_to_every_framework_and_back(source, target, layer):
+    _, _, x = MADE[layer]
+    model = make(source.name, layer)
+    converted = target.convert_from(source, model, sample_input=x[1:])
+    back = source.convert_from(target, converted, sample_input=x[1:])
+    assert type(part(back)) in registry.adapter(source.name).readers
+    specs = [held(fw, m) for fw, m in ((source, model), (target, converted), (source, back))]
+    for spec in specs[1:]:
+        assert jax.tree.map(jnp.shape, arrays_of(spec)) == jax.tree.map(
+            jnp.shape, arrays_of(specs[0])
+        )
+        for key, array in arrays_of(spec).items():
+            np.testing.assert_allclose(array, arrays_of(specs[0])[key], rtol=1e-6, atol=1e-7)
+    if not issubclass(composites(source.name)[layer].spec_type, Cell):
+        found, wanted = target.call(converted, given(x)), source.call(model, given(x))
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def part(model):
+    return model[0] if isinstance(model, tuple) else model
+
+
+def held(fw, model):
+    """The spec that a model of one layer is read as."""
+    module, keywords = fw.arguments(model)
+    adapter = registry.adapter(fw.name)
+    node = adapter.open(module, keywords.get("params"), keywords.get("state"))
+    return Reading(adapter, registry).read(node, "model")
+
+
+def given(shape):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+
+CELLS = {"LSTMCell": ("h", "c")}
+
+
+@pytest.mark.parametrize("layer", CELLS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cell_steps_as_its_formula(name, layer):
+    model = make(name, layer)
+    (batch, *_), names = MADE[layer][2], CELLS[layer]
+    spec = held(Framework(name), model)
+    x = given(MADE[layer][2])
+    state = tuple(given((batch, spec.hidden)) * (i + 1) for i, _ in enumerate(names))
+    found = step(name, model, x, state)
+    wanted = spec.step(Run(), x, state)[0]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
