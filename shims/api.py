@@ -50,6 +50,7 @@ def wrap(
     state: Any = None,
     batch_axes: int | None = None,
     axis_name: str | None = None,
+    carry: Any = None,
 ) -> Any:
     """Make ``module`` a live module of another framework.
 
@@ -60,6 +61,9 @@ def wrap(
         state: the ``eqx.nn.State`` of a stateful Equinox module.
         batch_axes: leading axes that an Equinox module is mapped over, 1 by default.
         axis_name: the name of the first of them.
+        carry: what one example starts from, for an Equinox module that is a recurrent cell of
+            your own: it is called ``module(x, carry)`` and returns ``(carry, output)``.
+            Its input has one feature axis, or ``module.num_feature_axes``.
 
     Returns:
         The host's shim class around ``module``, sharing its arrays; ``module`` itself if it
@@ -83,6 +87,7 @@ def wrap(
         "state": state,
         "batch_axes": batch_axes,
         "axis_name": axis_name,
+        "carry": carry,
     }
     guest_of(module, **options)  # refuses what cannot be wrapped at all
     host = side_of(into, "host")

@@ -12,11 +12,11 @@ import inspect
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from importlib import import_module
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import jax
 import numpy as np
@@ -43,6 +43,7 @@ __all__ = [
     "attribute_path",
     "check_partitionings",
     "guest_of",
+    "is_cell",
     "is_traced",
     "leaves",
     "materialize",
@@ -285,6 +286,9 @@ class Structure(ABC):
             of ``jax.vmap``.
         partitionings: what the guest notes of how to split its arrays, by path; those without
             a note are left out.
+        feature_axes: trailing axes of a recurrent cell's input that are not batch axes; None
+            for what is no cell.
+        carried: paths of hidden state that ``step`` takes from the carry, not from values.
     """
 
     guest_type: type
@@ -294,6 +298,8 @@ class Structure(ABC):
     fills: frozenset[str] = frozenset()
     reduces_over_names: bool = False
     partitionings: Mapping[Path, Partitioning] = {}
+    feature_axes: int | None = None
+    carried: Collection[Path] = ()
 
     @abstractmethod
     def build(self, values: Mapping[Path, Any]) -> Any:
@@ -312,6 +318,45 @@ class Structure(ABC):
     def partitioned(self, partitionings: Mapping[Path, Partitioning]) -> Structure:
         """The same with other ``partitionings``."""
         return self
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether ``step`` and ``initial_carry`` can be called."""
+        return self.feature_axes is not None or bool(self.carried)
+
+    def takes_carry(self, args: tuple[Any, ...]) -> bool:
+        """Whether the arguments of a cell's call are the carry and the inputs; else they are
+        the inputs alone, and the guest keeps its hidden state itself."""
+        return self.feature_axes is not None
+
+    def step(
+        self, values: Mapping[Path, Any], call: Call
+    ) -> tuple[tuple[Any, Any], dict[Path, Any], Structure]:
+        """Run a private copy of a recurrent cell.
+
+        Args:
+            values: the values, of which those of ``carried`` paths are not used.
+            call: its arguments are the carry, then the inputs.
+
+        Returns:
+            As ``run``, with ``(carry, output)`` for the output.
+        """
+        return self.run(values, call)
+
+    def initial_carry(
+        self,
+        values: Mapping[Path, Any],
+        input_shape: tuple[Any, ...],
+        key: Callable[[], jax.Array],
+    ) -> Any:
+        """The carry that a recurrent cell starts from.
+
+        Args:
+            values: the values, all of them.
+            input_shape: the shape of one step's input, ``(*batch, *features)``.
+            key: draws a random key from the host.
+        """
+        raise NotImplementedError
 
     def module(self, native: Any) -> Any:
         """The module of a native object, where that is more than the module."""
@@ -333,9 +378,11 @@ class Guest(ABC):
 
     Attributes:
         native: what the user gave: the module, or the module with its weights.
+        cell_types: the framework's classes of recurrent cells.
     """
 
     native: Any
+    cell_types: ClassVar[tuple[type, ...]] = ()
 
     @abstractmethod
     def structure(self) -> Structure:
@@ -398,6 +445,14 @@ def guest_of(module: Any, **options: Any) -> Guest:
             remedy="Leave the argument out",
         )
     return make(module, **given)
+
+
+def is_cell(module: Any, carry: Any = None) -> bool:
+    """Whether ``module`` is a recurrent cell: of its framework's classes of cells, or called
+    one by giving the ``carry`` that it starts from."""
+    framework = None if isinstance(module, type) else registry.framework_of(module)
+    make: Any = None if framework is None else side_of(framework, "guest")
+    return make is not None and (carry is not None or isinstance(module, make.cell_types))
 
 
 def materialize(

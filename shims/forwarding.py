@@ -14,6 +14,7 @@ from .core import Path, Structure
 
 __all__ = [
     "OfInstance",
+    "cell_signature",
     "check_names",
     "forwarded",
     "refuse_attribute",
@@ -56,6 +57,15 @@ def signature_with(structure: Structure, keywords: Iterable[str]) -> inspect.Sig
     ]
     last = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
     return own.replace(parameters=[*(p for p in parameters if p not in last), *added, *last])
+
+
+def cell_signature(positional: Iterable[str], keywords: Iterable[str]) -> inspect.Signature:
+    """The signature of a recurrent cell's shim: its host's, whatever the guest's is."""
+    made = inspect.Parameter
+    return inspect.Signature(
+        [made(name, made.POSITIONAL_OR_KEYWORD) for name in positional]
+        + [made(name, made.KEYWORD_ONLY, default=None) for name in keywords]
+    )
 
 
 def check_names(

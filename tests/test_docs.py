@@ -80,7 +80,7 @@ def test_one_model_of_four_frameworks_trains_alike_in_all_four_hosts():
 
 def test_a_brainstate_rnn_trains_inside_linen():
     text = run_example("brainstate_rnn_in_linen")
-    assert "own array: True" in text
+    assert "own weights: True" in text
     assert number(text, "test accuracy") > 94
     assert number(text, "largest change of the BrainState weight") > 0.01
 

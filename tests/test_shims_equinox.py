@@ -95,11 +95,9 @@ def test_batch_statistics_over_no_batch_are_refused():
     assert frozen(X[0], state=state)[0].shape == (3,)
 
 
-def test_hidden_state_needs_batches():
+def test_hidden_state_of_a_batch_stands_in_the_state():
     cell = brainstate.nn.LSTMCell(3, 4)
     cell.init_state(5)
-    with pytest.raises(interop.ArgumentError, match="batched=True"):
-        shims.ToEquinox(cell)
     reference = brainstate.graph.clone(cell)
     shim, state = stateful(cell, batched=True)
     for _ in range(3):

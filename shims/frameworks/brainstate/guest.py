@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
+import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import brainstate
@@ -22,7 +24,17 @@ from brainstate.random import DEFAULT
 
 from interop.errors import ArgumentError, ConversionError, UnsupportedStructureError
 
-from ...core import Call, Cell, Kind, LiveGuest, Structure, is_traced, leaves, path_text
+from ...core import (
+    Call,
+    Cell,
+    Kind,
+    LiveGuest,
+    Path,
+    Structure,
+    is_traced,
+    leaves,
+    path_text,
+)
 
 StatePath = tuple[str | int, ...]
 
@@ -74,6 +86,8 @@ def _forward(cls: type[brainstate.nn.Module]) -> Callable[..., Any]:
 
 class BrainStateGuest(LiveGuest):
     """A BrainState module, seen from a shim."""
+
+    cell_types = (brainstate.nn.RNNCell, brainstate.nn.Dynamics)
 
     def __init__(self, module: brainstate.nn.Module):
         self.native = module
@@ -145,6 +159,10 @@ class BrainStateStructure(Structure):
             for path, state in states.items()
             for leaf_path, leaf in leaves(path, state.value)
         }
+        self.carried = [path for path, kind in self.kinds.items() if kind is Kind.HIDDEN]
+        if isinstance(module, BrainStateGuest.cell_types):
+            size: Any = module.in_size
+            self.feature_axes = 1 if size is None else len(size)
         nodes: Any = module.nodes()
         self.reduces_over_names = any(
             getattr(node, "axis_name", None) is not None for node in nodes.values()
@@ -180,6 +198,106 @@ class BrainStateStructure(Structure):
             out = _invoke(module, call)
             guest = BrainStateGuest(module)
             return out, guest.values(), guest.structure()
+
+    def takes_carry(self, args):
+        if len(args) < 2 or not self.is_recurrent:
+            return False
+        parameters = list(inspect.signature(self.forward).parameters.values())[1:]
+        most = sum(parameter.kind in _POSITIONAL for parameter in parameters)
+        takes_any = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
+        return isinstance(args[0], Mapping) or (len(args) > most and not takes_any)
+
+    def step(self, values, call):
+        carry, *inputs = call.args
+        shape = jnp.shape(jax.tree.leaves(inputs)[0])
+        known = carry if isinstance(carry, Mapping) else {}
+        hidden = {
+            path: known[name] for path in self.carried if (name := path_text(path)) in known
+        }
+        module = self._initialised({**values, **hidden}, self._batch(shape), _any_key)
+        _fill(module, values, carry)
+        own = graph.flatten(module, treefy_state=False)[1].to_flat().values()
+        with _random_from(call.key, private={id(state) for state in own}):
+            out = _invoke(module, dataclasses.replace(call, args=tuple(inputs)))
+            new = BrainStateGuest(module).cells()
+            others = {c.path: c.get() for c in new if c.kind is not Kind.HIDDEN}
+            return (_hidden(module), out), others, self
+
+    def initial_carry(self, values, input_shape, key):
+        return _hidden(self._initialised(values, self._batch(input_shape), key))
+
+    def _batch(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The batch axes of a cell's input; other modules see one example."""
+        if self.feature_axes is None:
+            return ()
+        if len(input_shape) < self.feature_axes:
+            raise ArgumentError(
+                f"{self.guest_type.__qualname__} takes inputs of {self.feature_axes} axes and "
+                f"leading batch axes, got the shape {tuple(input_shape)}"
+            )
+        return tuple(input_shape[: len(input_shape) - self.feature_axes])
+
+    def _initialised(
+        self, values: Mapping[Path, Any], batch: tuple[int, ...], key: Callable[[], jax.Array]
+    ) -> Any:
+        """A private copy whose hidden state is newly made.
+
+        ``init_state`` knows one batch axis; it makes the states of several in one.
+        """
+        module = self.build(dict.fromkeys(self.carried, jnp.zeros(())) | dict(values))
+        own = graph.flatten(module, treefy_state=False)[1].to_flat().values()
+        with _random_from(key, private={id(state) for state in own}):
+            size = math.prod(batch) if batch else None
+            brainstate.nn.init_all_states(module, batch_size=size)
+        for cell in BrainStateGuest(module).cells() if len(batch) > 1 else ():
+            value = cell.get()
+            if cell.kind is Kind.HIDDEN and value.shape[:1] == (size,):
+                cell._put(jnp.reshape(value, (*batch, *value.shape[1:])))
+        return module
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _any_key() -> jax.Array:
+    """Draws what is overwritten."""
+    return jax.random.key(0)
+
+
+def _hidden(module: brainstate.nn.Module) -> dict[str, Any]:
+    """The hidden state of a module, by the paths of its arrays."""
+    cells = BrainStateGuest(module).cells()
+    return {path_text(cell.path): cell.get() for cell in cells if cell.kind is Kind.HIDDEN}
+
+
+def _fill(module: brainstate.nn.Module, values: Mapping[Path, Any], carry: Any) -> None:
+    """Give a newly initialised copy its values, and the hidden state of a carry.
+
+    Raises:
+        ConversionError: the carry does not fit the cell.
+        UnsupportedStructureError: initialising made state that is not hidden state.
+    """
+    name = type(module).__qualname__
+    hidden = _hidden(module).keys()
+    given = carry.keys() if isinstance(carry, Mapping) else set[str]()
+    if not isinstance(carry, Mapping) or given != hidden:
+        raise ConversionError(
+            f"the carry of {name} is a dict of its hidden states",
+            missing=sorted(hidden - given),
+            unexpected=sorted(map(str, given - hidden)),
+            remedy="Start from initialize_carry",
+        )
+    cells = BrainStateGuest(module).cells()
+    others = {path_text(cell.path) for cell in cells if cell.path not in values}
+    if lost := sorted(others - hidden):
+        raise UnsupportedStructureError(
+            f"init_state of {name} makes state that is not hidden state, and would be lost "
+            f"between steps: {', '.join(lost)}",
+            remedy="Make it a HiddenState, or in the constructor",
+        )
+    for cell in cells:
+        is_hidden = cell.kind is Kind.HIDDEN
+        cell.set(carry[path_text(cell.path)] if is_hidden else values[cell.path])
 
 
 # -- what compares --

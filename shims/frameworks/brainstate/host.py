@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import brainstate
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from interop.errors import ArgumentError, ConversionError, InteropError
 from interop.registry import registry
@@ -34,7 +35,9 @@ from ...core import (
     at,
     attribute_path,
     guest_of,
+    is_cell,
     is_traced,
+    leaves,
     materialize,
     nest,
     path_text,
@@ -182,6 +185,9 @@ _SHARED = """
     flags hold. A guest that is given keys gets them from ``brainstate.random``; one that
     holds streams of its own keeps them, and they advance.
 
+    A guest that is a recurrent cell makes a :class:`WrappedCell`, a ``brainstate.nn.RNNCell``
+    with ``init_state(batch_size)`` and ``update(x)``.
+
     Raises:
         ArgumentError: ``module`` is a class, or of another framework; a name of the guest
             collides with one of the shim's; weights or state are missing.
@@ -189,10 +195,27 @@ _SHARED = """
     """
 
 
+def _cell_class(cls: type[Wrapped]) -> type[Wrapped]:
+    """The class of cells that belongs to a class of shims."""
+    if cls not in _cell_classes:
+        _cell_classes[cls] = type(
+            f"{cls.__name__}Cell", (WrappedCell, cls), {"__module__": cls.__module__}
+        )
+    return _cell_classes[cls]
+
+
+_cell_classes: dict[type, type] = {}
+
+
 class Wrapped(brainstate.nn.Module):
     __doc__: Any = _documented(
         "A foreign module as a ``brainstate.nn.Module``; see the classes for each framework."
     )
+
+    def __new__(cls, module: Any = None, *args: Any, carry: Any = None, **kwargs: Any) -> Any:
+        is_new = not issubclass(cls, WrappedCell) and is_cell(module, carry)
+        made: Any = _cell_class(cls) if is_new else cls
+        return super().__new__(made)
 
     def __init__(
         self,
@@ -201,15 +224,21 @@ class Wrapped(brainstate.nn.Module):
         state: Any = None,
         batch_axes: int | None = None,
         axis_name: str | None = None,
+        carry: Any = None,
     ):
         super().__init__()
         guest = guest_of(
-            module, params=params, state=state, batch_axes=batch_axes, axis_name=axis_name
+            module,
+            params=params,
+            state=state,
+            batch_axes=batch_axes,
+            axis_name=axis_name,
+            carry=carry,
         )
         _check_link()
         structure = guest.structure()
         check_names(
-            structure, host=Wrapped, keywords=(), methods=_METHODS, paths=structure.kinds
+            structure, host=type(self), keywords=(), methods=_METHODS, paths=structure.kinds
         )
         if isinstance(guest, LiveGuest):
             _guests[self] = guest
@@ -293,7 +322,14 @@ class Wrapped(brainstate.nn.Module):
             live=live,
         )
 
-    def _shim_run(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _shim_run(
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        is_step: bool = False,
+    ) -> Any:
         self._shim_refresh()
         states = self._shim_states()
         values = {path: state.value for path, state in states.items()}
@@ -304,7 +340,8 @@ class Wrapped(brainstate.nn.Module):
             training=brainstate.environ.get("fit", None),
             key=brainstate.random.split_key,
         )
-        out, new, _ = self._shim_structure.run(values, call)
+        structure = self._shim_structure
+        out, new, _ = (structure.step if is_step else structure.run)(values, call)
         for path, state in states.items():
             if new.get(path, values[path]) is not values[path]:
                 state.value = new[path]
@@ -356,6 +393,99 @@ class Wrapped(brainstate.nn.Module):
         placed = nest({attribute_path(path): state for path, state in states.items()})
         vars(self).update(placed)
         self._shim_structure = structure
+
+
+class WrappedCell(Wrapped, brainstate.nn.RNNCell):
+    """A recurrent cell of another framework as a ``brainstate.nn.RNNCell``.
+
+    The classes for each framework make it of a guest that is a cell: an ``RNNCellBase`` of
+    NNX or Linen, an Equinox ``LSTMCell`` or ``GRUCell``, and whatever is given with ``carry=``.
+    ``init_state(batch_size)`` makes its hidden states, one ``HiddenState`` for each array of
+    the guest's carry, in the guest's structure under ``carry``; ``update(x)`` moves them and
+    returns the output, also in ``brainstate.transform.for_loop``.
+
+    Attributes:
+        carry: the hidden states.
+        in_size: the feature axes of the input. Few cells need it to start, such as
+            convolutions; set it for those.
+    """
+
+    carry: Any = None
+    _shim_carried: Any
+
+    def init_state(self, batch_size: Any = None, **kwargs: Any) -> None:
+        """Make the hidden states.
+
+        Args:
+            batch_size: the batch axis, or axes; None for one example.
+
+        Raises:
+            ArgumentError: the cell starts by the size of its input, and ``in_size`` is not set.
+        """
+        start = self._shim_start(batch_size)
+        states = {path: brainstate.HiddenState(leaf) for path, leaf in leaves((), start)}
+        self._shim_carried = tuple(states), jax.tree.structure(start)
+        self.carry = nest(states) if () not in states else states[()]
+
+    def reset_state(self, batch_size: Any = None, **kwargs: Any) -> None:
+        """Give the hidden states the values that ``init_state`` gives them.
+
+        Raises:
+            ArgumentError: there are none, or as ``init_state`` does.
+        """
+        states = self._shim_hidden()
+        fresh = jax.tree.leaves(self._shim_start(batch_size))
+        for state, value in zip(states, fresh, strict=True):
+            state.value = value
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        states, tree = self._shim_hidden(), self._shim_carried[1]
+        carry = jax.tree.unflatten(tree, [state.value for state in states])
+        after, out = self._shim_run("__call__", (carry, *args), kwargs, is_step=True)
+        if jax.tree.structure(after) != tree:
+            raise ConversionError(
+                f"{self._shim_structure.guest_type.__qualname__} returned a carry of another "
+                f"structure: {jax.tree.structure(after)}, it was {tree}",
+                remedy="Return (carry, output), with the carry as it came",
+            )
+        for state, value in zip(states, jax.tree.leaves(after), strict=True):
+            state.value = value
+        return out
+
+    def _shim_start(self, batch_size: Any) -> Any:
+        self._shim_refresh()
+        structure = self._shim_structure
+        batch = () if batch_size is None else tuple(np.atleast_1d(batch_size).tolist())
+        size: Any = self.in_size
+        features = size or (_UnknownSize(),) * (structure.feature_axes or 0)
+        key = brainstate.random.split_key
+        try:
+            return structure.initial_carry(self._shim_values(), (*batch, *features), key)
+        except _SizeWantedError as e:
+            raise ArgumentError(
+                f"{structure.guest_type.__qualname__} starts by the size of its input, which "
+                f"is not known",
+                remedy="Set it: shim.in_size = (features,), without batch axes",
+            ) from e
+
+    def _shim_hidden(self) -> list[brainstate.State]:
+        if self.carry is None:
+            raise ArgumentError(
+                f"the cell {self._shim_structure.guest_type.__qualname__} has no state yet",
+                remedy="Call init_state(batch_size) first",
+            )
+        return [at(self.carry, path) for path in self._shim_carried[0]]
+
+
+class _SizeWantedError(Exception):
+    """A cell asked for a size that is not known."""
+
+
+class _UnknownSize:
+    """Stands for the size of a feature axis: most cells start without it."""
+
+    def __index__(self) -> int:
+        raise _SizeWantedError
 
 
 def _checked(framework: str, module: Any) -> Any:
@@ -424,6 +554,9 @@ class FromEquinox(Wrapped):
         batch_axes: leading axes that the module is mapped over.
         axis_name: the name of the first of them, by default as the module's own batch
             normalisations say.
+        carry: what one example starts from, for a recurrent cell of your own: it is called
+            ``module(x, carry)`` and returns ``(carry, output)``.
+            Its input has one feature axis, or ``module.num_feature_axes``.
 
     Example:
         >>> import equinox as eqx, jax, jax.numpy as jnp, shims
@@ -440,7 +573,12 @@ class FromEquinox(Wrapped):
         state: Any = None,
         batch_axes: int = 1,
         axis_name: str | None = None,
+        carry: Any = None,
     ):
         super().__init__(
-            _checked("equinox", module), state=state, batch_axes=batch_axes, axis_name=axis_name
+            _checked("equinox", module),
+            state=state,
+            batch_axes=batch_axes,
+            axis_name=axis_name,
+            carry=carry,
         )

@@ -7,12 +7,14 @@ argument, splits the key, and keeps one state for the batch.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
+import numpy as np
 
 from interop.errors import ArgumentError, MissingKeyError
 
@@ -36,12 +38,15 @@ def _kind(leaf: Any) -> Kind:
 class EquinoxGuest(Guest):
     """An Equinox module and its state, seen from a shim."""
 
+    cell_types = (eqx.nn.LSTMCell, eqx.nn.GRUCell)
+
     def __init__(
         self,
         module: eqx.Module,
         state: eqx.nn.State | None = None,
         batch_axes: int = 1,
         axis_name: str | None = None,
+        carry: Any = None,
     ):
         if state is not None and not isinstance(state, eqx.nn.State):
             raise ArgumentError(f"expected an eqx.nn.State, got {type(state).__qualname__}")
@@ -55,7 +60,11 @@ class EquinoxGuest(Guest):
         self.native = module if state is None else (module, state)
         self._module, self._state = module, state
         self._structure = EquinoxStructure(
-            module, state, batch_axes, axis_name or _axis_name(module)
+            module,
+            state,
+            batch_axes,
+            axis_name or _axis_name(module),
+            jax.tree.map(np.asarray, carry),
         )
 
     def structure(self):
@@ -84,7 +93,9 @@ def _axis_name(module: eqx.Module) -> str | None:
 class EquinoxStructure(Structure):
     """A module's tree without its arrays, and the layout of its state."""
 
-    def __init__(self, module, state, batch_axes: int, axis_name: str | None):
+    def __init__(
+        self, module, state, batch_axes: int, axis_name: str | None, carry: Any = None
+    ):
         self.guest_type = type(module)
         self.base_type = eqx.Module
         self.forward = type(module).__call__
@@ -109,7 +120,12 @@ class EquinoxStructure(Structure):
             tuple(self.kinds),
             batch_axes,
             axis_name,
+            _contents(carry),
         )
+        self._own_carry = carry is not None
+        self._initial = _initial_carry(module) if carry is None else carry
+        if self._initial is not None:
+            self.feature_axes = int(getattr(module, "num_feature_axes", 1))
 
     def __eq__(self, other):
         return type(other) is EquinoxStructure and (self is other or self._key == other._key)
@@ -141,6 +157,52 @@ class EquinoxStructure(Structure):
         return module, state
 
     def run(self, values, call):
+        return self._run(values, call, self._batch_axes)
+
+    def step(self, values, call):
+        if len(call.args) < 2:
+            raise ArgumentError(
+                f"{self.guest_type.__qualname__} is called with its carry and one input",
+                remedy="Start from initialize_carry",
+            )
+        carry, x, *rest = call.args
+        axes = self._axes(carry, x)
+        call = dataclasses.replace(call, args=(x, carry, *rest))
+        out, new, after = self._run(values, call, axes)
+        if not self._own_carry:  # the output is the first part of Equinox's own hidden states
+            out = (out, jax.tree.leaves(out)[0])
+        return out, new, after
+
+    def initial_carry(self, values, input_shape, key):
+        batch = tuple(input_shape)[: len(input_shape) - self._rank]
+        return jax.tree.map(
+            lambda leaf: jax.numpy.broadcast_to(leaf, (*batch, *leaf.shape)), self._initial
+        )
+
+    @property
+    def _rank(self) -> int:
+        return self.feature_axes or 0
+
+    def _axes(self, carry: Any, x: Any) -> int:
+        """The batch axes of a cell's call."""
+        wanted = jax.tree.structure(self._initial)
+        if jax.tree.structure(carry) != wanted:
+            raise ArgumentError(
+                f"the carry of {self.guest_type.__qualname__} has the structure {wanted}, got "
+                f"{jax.tree.structure(carry)}",
+                remedy="Start from initialize_carry",
+            )
+        pairs = zip(jax.tree.leaves(carry), jax.tree.leaves(self._initial), strict=True)
+        axes = max(map(jax.numpy.ndim, jax.tree.leaves(x)), default=0) - self._rank
+        if any(jax.numpy.ndim(leaf) - one.ndim != axes for leaf, one in pairs):
+            raise ArgumentError(
+                f"the batch axes of carry and input differ: {self.guest_type.__qualname__} "
+                f"got {jax.tree.map(jax.numpy.shape, (carry, x))}",
+                remedy="Start from initialize_carry with the input's shape",
+            )
+        return axes
+
+    def _run(self, values, call, axes: int):
         module, state = self._build(values)
         if call.training is not None:
             module = eqx.nn.inference_mode(module, value=not call.training)
@@ -164,17 +226,17 @@ class EquinoxStructure(Structure):
         key = kwargs.pop("key", None)
         if key is None and "key" in parameters:
             key = _key(call)
-        mapped = self._mapped(one_example)
-        out, state = mapped(call.args, kwargs, self._split(key, call.args), state)
+        mapped = self._mapped(one_example, axes)
+        out, state = mapped(call.args, kwargs, self._split(key, call.args, axes), state)
         new = dict(values)
         if state is not None:
             new |= zip(self._state_paths, jax.tree.leaves(state), strict=True)
         return out, new, self
 
-    def _mapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _mapped(self, function: Callable[..., Any], axes: int) -> Callable[..., Any]:
         each: Any = _leading_axis
         name: Any = self._axis_name
-        for axis in reversed(range(self._batch_axes)):
+        for axis in reversed(range(axes)):
             function = eqx.filter_vmap(
                 function,
                 in_axes=(each, each, each, None),
@@ -183,23 +245,38 @@ class EquinoxStructure(Structure):
             )
         return function
 
-    def _split(self, key: Any, args: Any) -> Any:
-        if key is None or not self._batch_axes:
+    def _split(self, key: Any, args: Any, axes: int) -> Any:
+        if key is None or not axes:
             return key
         first = next((a for a in jax.tree.leaves(args) if eqx.is_array_like(a)), None)
-        if first is None or jax.numpy.ndim(first) < self._batch_axes:
+        if first is None or jax.numpy.ndim(first) < axes:
             raise ArgumentError(
-                f"{self.guest_type.__qualname__} is mapped over {self._batch_axes} leading "
+                f"{self.guest_type.__qualname__} is mapped over {axes} leading "
                 f"axes, and its input has fewer",
                 remedy="Give it a batch, or set batch_axes",
             )
-        return jax.random.split(key, jax.numpy.shape(first)[: self._batch_axes])
+        return jax.random.split(key, jax.numpy.shape(first)[:axes])
 
     def module(self, native):
         return native if self._state_tree is None else native[0]
 
     def convert_arguments(self, native):
         return {} if self._state_tree is None else {"state": native[1]}
+
+
+def _initial_carry(module: eqx.Module) -> Any:
+    """What one example of Equinox's own cells starts from; None for any other module."""
+    if not isinstance(module, EquinoxGuest.cell_types):
+        return None
+    cell: Any = module
+    zeros = np.zeros(cell.hidden_size, cell.weight_hh.dtype)
+    return (zeros, zeros) if isinstance(module, eqx.nn.LSTMCell) else zeros
+
+
+def _contents(tree: Any) -> Any:
+    """A tree of concrete arrays as a key."""
+    flat, structure = jax.tree.flatten(tree)
+    return structure, tuple((x.tobytes(), x.shape, str(x.dtype)) for x in flat)
 
 
 def _leading_axis(leaf: Any) -> int | None:

@@ -7,13 +7,18 @@ private copy of the guest; ``write_back`` commits the values to the guest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
 import jax
 
-from interop.errors import ArgumentError, ConversionError, MissingKeyError
+from interop.errors import (
+    ArgumentError,
+    ConversionError,
+    MissingKeyError,
+    UnsupportedStructureError,
+)
 
 from ...core import (
     Call,
@@ -69,6 +74,12 @@ class ToEquinox(eqx.nn.StatefulLayer):
     A function that closes over a shim keeps its leaves as constants, as with any
     ``eqx.Module``.
 
+    Recurrent state is per example, and so an explicit carry: a guest that is a recurrent cell,
+    or that has hidden state, is called ``carry, out = shim(x, carry)``, with its input first
+    as Equinox's own cells have it, and with the result that the body of ``jax.lax.scan``
+    returns; ``shim.initialize_carry(x.shape)`` is what it starts from. With ``batched=True``
+    the hidden state of a BrainState guest may also stand in the ``State``.
+
     Args:
         module: the guest, a module instance.
         batched: whether calls see a whole batch; by default one example, as Equinox's own
@@ -78,9 +89,9 @@ class ToEquinox(eqx.nn.StatefulLayer):
 
     Raises:
         ArgumentError: ``module`` is a class, or not a module; a name of the guest collides
-            with one of the shim's; the guest has hidden state, which is per batch, and
-            ``batched`` is False; (calls) ``state`` is missing or not wanted, or statistics
-            would be taken over no batch.
+            with one of the shim's; the guest has a random stream or other state that is per
+            batch, and ``batched`` is False; (calls) ``carry`` or ``state`` is missing or not
+            wanted, or statistics would be taken over no batch.
         MissingKeyError: (calls) the guest draws random numbers, and there is no ``key``.
 
     Example:
@@ -114,7 +125,8 @@ class ToEquinox(eqx.nn.StatefulLayer):
             streams = jax.numpy.issubdtype(
                 jax.numpy.result_type(values[path]), jax.dtypes.prng_key
             )
-            if not batched and (kind is Kind.HIDDEN or streams):
+            hidden = kind is Kind.HIDDEN and path not in structure.carried
+            if not batched and (hidden or streams):
                 raise ArgumentError(
                     f"{structure.guest_type.__qualname__} keeps {path_text(path)}, "
                     f"{'a random stream' if streams else 'hidden state'}, for a whole batch",
@@ -122,11 +134,11 @@ class ToEquinox(eqx.nn.StatefulLayer):
                 )
         trainable = _paths(structure, trainable=True)
         self.params = nest({_place(path): values[path] for path in trainable})
-        others = tuple(values[path] for path in _paths(structure, trainable=False))
-        self.buffers = eqx.nn.StateIndex(others) if others else None
         self.inference = inference
         self.batched = batched
         self._shim_structure = structure
+        others = tuple(values[path] for path in self._shim_others)
+        self.buffers = eqx.nn.StateIndex(others) if others else None
         self._shim_link = _Link(guest if isinstance(guest, LiveGuest) else None)
 
     def is_stateful(self) -> bool:
@@ -138,26 +150,53 @@ class ToEquinox(eqx.nn.StatefulLayer):
             args, state = args[:-1], args[-1]
         self._shim_check_state(state)
         values = self._shim_values(state)
-
-        def draw() -> jax.Array:
-            if key is None:
-                raise MissingKeyError(
-                    "the wrapped layer draws random numbers, and the call has no key",
-                    remedy="Pass key=, or switch to eqx.nn.inference_mode",
-                )
-            return key
-
         structure = self._shim_structure
-        call = Call("__call__", args, kwargs, training=not self.inference, key=draw)
-        out, new, _ = structure.run(values, call)
+        cell_args = (*args[1:2], *args[:1], *args[2:])  # the carry first, as a step has it
+        is_step = structure.takes_carry(cell_args)
+        self._shim_check_carry(is_step and len(args) > 1)
+        call = Call(
+            "__call__",
+            cell_args if is_step else args,
+            kwargs,
+            training=not self.inference,
+            key=_key_source(key),
+        )
+        out, new, _ = (structure.step if is_step else structure.run)(values, call)
         if self.buffers is None or state is None:
             return out
-        others = _paths(structure, trainable=False)
+        others = self._shim_others
         after = tuple(new.get(path, values[path]) for path in others)
         if all(a is values[path] for path, a in zip(others, after, strict=True)):
             return out, state
         self._shim_check_statistics(values, new)
         return out, state.set(self.buffers, after)
+
+    def initialize_carry(self, input_shape: tuple[int, ...], *, key: Any = None) -> Any:
+        """The carry that a recurrent guest starts from.
+
+        Args:
+            input_shape: the shape of one step's input, without a batch axis unless calls have
+                one.
+            key: for guests that ask for one.
+
+        Returns:
+            What the guest's framework has for it; of a BrainState guest, a dict of its hidden
+            states by path, ``{"h": ..., "c": ...}``.
+
+        Raises:
+            UnsupportedStructureError: the guest is no recurrent cell and has no hidden state.
+            MissingKeyError: the guest needs a key, and there is none.
+        """
+        structure = self._shim_structure
+        if not structure.is_recurrent:
+            raise UnsupportedStructureError(
+                f"{structure.guest_type.__qualname__} is no recurrent cell",
+                remedy="Derive it from its framework's class of cells",
+            )
+        trainable = {p: at(self.params, _place(p)) for p in _paths(structure, trainable=True)}
+        guest = self._shim_link.guest
+        own = {} if guest is None else guest.values()
+        return structure.initial_carry({**own, **trainable}, input_shape, _key_source(key))
 
     def unwrap(self, state: Any = None) -> Any:
         """A guest that holds the shim's values; the very guest that was wrapped where the
@@ -235,7 +274,8 @@ class ToEquinox(eqx.nn.StatefulLayer):
             leaf = at(self.params, _place(path))
             shown[path] = leaf, ".".join(("params", *_place(path))), own.get(path) is leaf
         for path in _paths(structure, trainable=False):
-            shown[path] = own.get(path), "eqx.nn.State", False
+            place = "eqx.nn.State" if path in self._shim_others else "carry"
+            shown[path] = own.get(path), place, False
         return report_of(self, structure, shown, live=False)
 
     def _shim_values(self, state: Any) -> dict[Path, Any]:
@@ -243,18 +283,36 @@ class ToEquinox(eqx.nn.StatefulLayer):
         trainable = _paths(structure, trainable=True)
         values = {path: at(self.params, _place(path)) for path in trainable}
         if self.buffers is not None:
-            others = _paths(structure, trainable=False)
-            values |= zip(others, state.get(self.buffers), strict=True)
+            values |= zip(self._shim_others, state.get(self.buffers), strict=True)
         return values
 
+    @property
+    def _shim_others(self) -> list[Path]:
+        """Paths of what stands in the ``State``."""
+        structure = self._shim_structure
+        carried = () if self.batched else structure.carried
+        return [p for p in _paths(structure, trainable=False) if p not in carried]
+
     def _shim_current(self, state: Any) -> dict[Path, Any]:
+        guest = self._shim_link.guest
+        own = {} if guest is None else guest.values()
         if self.buffers is None or state is not None:
-            return self._shim_values(state)
-        if self._shim_link.guest is None:
+            return own | self._shim_values(state)
+        if guest is None:
             raise ArgumentError("the shim is stateful, and its state was not given")
-        own = self._shim_link.guest.values()
         trainable = _paths(self._shim_structure, trainable=True)
         return own | {path: at(self.params, _place(path)) for path in trainable}
+
+    def _shim_check_carry(self, is_given: bool) -> None:
+        structure = self._shim_structure
+        if structure.is_recurrent and not is_given and not self.batched:
+            raise ArgumentError(
+                f"{structure.guest_type.__qualname__} has recurrent state, which is an "
+                f"explicit carry, and the call has none",
+                remedy="Call carry, out = shim(x, carry), starting from "
+                "shim.initialize_carry(x.shape); or pass batched=True, for hidden state that "
+                "stands in the eqx.nn.State",
+            )
 
     def _shim_check_state(self, state: Any) -> None:
         if (state is None) == (self.buffers is None):
@@ -285,6 +343,18 @@ class ToEquinox(eqx.nn.StatefulLayer):
                     remedy="Pass batched=True and call it with batches, or give the layer an "
                     "axis_name",
                 )
+
+
+def _key_source(key: Any) -> Callable[[], jax.Array]:
+    def draw() -> jax.Array:
+        if key is None:
+            raise MissingKeyError(
+                "the wrapped layer draws random numbers, and the call has no key",
+                remedy="Pass key=, or switch to eqx.nn.inference_mode",
+            )
+        return key
+
+    return draw
 
 
 def _paths(structure: Structure, *, trainable: bool) -> list[Path]:

@@ -43,6 +43,8 @@ def _kind(path: Any, leaf: Any) -> Kind:
 class LinenGuest(Guest):
     """A Linen module and its variables, seen from a shim."""
 
+    cell_types = (nn.RNNCellBase,)
+
     def __init__(self, module: nn.Module, params: Any = None):
         if not isinstance(params, Mapping):
             raise ArgumentError(
@@ -101,6 +103,8 @@ class LinenStructure(Structure):
         self.partitionings = _partitionings(variables)
         self.base_type = nn.Module
         self.fills = frozenset((*_TRAINING, *_EVALUATION))
+        if isinstance(module, nn.RNNCellBase):
+            self.feature_axes = module.num_feature_axes
 
     def __eq__(self, other):
         return type(other) is LinenStructure and (
@@ -144,6 +148,10 @@ class LinenStructure(Structure):
                 **(_mode(method, call) | dict(call.kwargs)),
             )
         return out, dict(_leaves({**variables, **changed})), self
+
+    def initial_carry(self, values, input_shape, key):
+        cell: Any = self._module
+        return cell.initialize_carry(key(), input_shape)
 
     def module(self, native):
         return native[0]

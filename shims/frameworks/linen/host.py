@@ -7,7 +7,7 @@ guest with the variables it is given, and ``write_back`` commits them to the gue
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -25,14 +25,15 @@ from ...core import (
     Path,
     Structure,
     guest_of,
+    is_cell,
     materialize,
     nest,
     report_of,
 )
-from ...forwarding import OfInstance, check_names, signature_with
+from ...forwarding import OfInstance, cell_signature, check_names, signature_with
 from ...report import LinkReport
 
-__all__ = ["ToLinen"]
+__all__ = ["ToLinen", "ToLinenCell"]
 
 _COLLECTIONS = {
     Kind.PARAMETER: "params",
@@ -40,13 +41,14 @@ _COLLECTIONS = {
     Kind.HIDDEN: "carry",
     Kind.BUFFER: "buffers",
 }
+_OPTIONS = ("params", "state", "batch_axes", "axis_name", "carry")
 _RESULTS = ("intermediates", "perturbations")
 _KEYWORDS = ("deterministic",)
 _METHODS = ("materialize", "unwrap", "write_back", "init", "apply")
 
 
 def _signature_of_class() -> inspect.Signature:
-    optional = ("deterministic", "params", "state", "batch_axes", "axis_name", "parent", "name")
+    optional = ("deterministic", *_OPTIONS, "parent", "name")
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind, default=None) for name in optional]
     return inspect.Signature([inspect.Parameter("module", kind), *parameters])
@@ -94,6 +96,11 @@ class ToLinen(nn.Module):
         state: the ``eqx.nn.State`` of a stateful Equinox guest.
         batch_axes: leading axes that an Equinox guest is mapped over, 1 by default.
         axis_name: the name of the first of them.
+        carry: what one example starts from, for an Equinox guest that is a recurrent cell of
+            your own: it is called ``guest(x, carry)`` and returns ``(carry, output)``.
+            Its input has one feature axis, or ``guest.num_feature_axes``.
+
+    A guest that is a recurrent cell makes a :class:`ToLinenCell`, which ``nn.RNN`` drives.
 
     Raises:
         ArgumentError: ``module`` is a class, or not a module; a name of the guest collides
@@ -118,16 +125,20 @@ class ToLinen(nn.Module):
     state: Any = None
     batch_axes: int | None = None
     axis_name: str | None = None
+    carry: Any = None
+
+    def __new__(cls, module: Any = None, *args: Any, carry: Any = None, **kwargs: Any) -> Any:
+        made: Any = ToLinenCell if cls is ToLinen and is_cell(module, carry) else cls
+        return super().__new__(made)
 
     def __post_init__(self) -> None:
         if not isinstance(self.module, _Held):
-            names = ("params", "state", "batch_axes", "axis_name")
-            guest = guest_of(self.module, **{name: getattr(self, name) for name in names})
+            guest = guest_of(self.module, **{name: getattr(self, name) for name in _OPTIONS})
             check_names(
                 guest.structure(), host=object, keywords=_KEYWORDS, methods=_METHODS, paths=()
             )
             object.__setattr__(self, "module", _Held(guest))
-            for name in names:
+            for name in _OPTIONS:
                 object.__setattr__(self, name, None)
         super().__post_init__()
 
@@ -140,9 +151,10 @@ class ToLinen(nn.Module):
         deterministic = self.deterministic if deterministic is None else deterministic
         training = None if deterministic is None else not deterministic
         structure = self._shim_structure
-        values = self._shim_values(structure)
-        key = self._shim_key(training)
-        out, new, _ = structure.run(values, Call("__call__", args, kwargs, training, key))
+        is_step = self._shim_takes_carry(args)
+        values = self._shim_values(structure, structure.carried if is_step else ())
+        call = Call("__call__", args, kwargs, training, self._shim_key(training))
+        out, new, _ = (structure.step if is_step else structure.run)(values, call)
         if not self.is_initializing():
             self._shim_store(structure, values, new)
         return out
@@ -156,8 +168,7 @@ class ToLinen(nn.Module):
         """
         if variables is None:
             return self._shim_guest.native
-        structure = self._shim_structure
-        return structure.build(_values(structure, variables, self._shim_guest.values()))
+        return self._shim_structure.build(self._shim_given(variables))
 
     @nn.nowrap
     def materialize(
@@ -179,11 +190,8 @@ class ToLinen(nn.Module):
                 the guest cannot be rebuilt; ``error.path`` names it.
             ConversionError: ``variables`` do not fit.
         """
-        structure, values = self._shim_structure, self._shim_guest.values()
-        if variables is not None:
-            values = _values(structure, variables, values)
-        train = self.deterministic is False
-        return materialize(structure, values, "linen", {"train": train}, copy=copy)
+        values, train = self._shim_given(variables), self.deterministic is False
+        return materialize(self._shim_structure, values, "linen", {"train": train}, copy=copy)
 
     @nn.nowrap
     def write_back(self, variables: Mapping[str, Any]) -> None:
@@ -204,7 +212,7 @@ class ToLinen(nn.Module):
                 "the wrapped module has changed since it was wrapped",
                 remedy="Wrap it again",
             )
-        values = _values(self._shim_structure, variables, guest.values())
+        values = self._shim_given(variables)
         for cell in guest.cells():
             cell.set(values[cell.path])
 
@@ -228,9 +236,25 @@ class ToLinen(nn.Module):
     def _shim_structure(self) -> Structure:
         return self._shim_guest.structure()
 
-    def _shim_values(self, structure: Structure) -> dict[Path, Any]:
-        """The values that the variables hold; at ``init`` the guest's own."""
-        own = self._shim_guest.values()
+    @nn.nowrap
+    def _shim_takes_carry(self, args: tuple[Any, ...]) -> bool:
+        return False
+
+    @nn.nowrap
+    def _shim_given(self, variables: Mapping[str, Any] | None) -> dict[Path, Any]:
+        """The values that ``variables`` hold; without them, and of hidden state that stands in
+        a carry instead, the guest's own."""
+        structure, own = self._shim_structure, self._shim_guest.values()
+        if variables is None:
+            return own
+        carried = () if _COLLECTIONS[Kind.HIDDEN] in variables else structure.carried
+        wanted = {path: value for path, value in own.items() if path not in carried}
+        return own | _values(structure, variables, wanted)
+
+    def _shim_values(self, structure: Structure, carried: Collection[Path]) -> dict[Path, Any]:
+        """The values that the variables hold, but those that a carry holds; at ``init`` the
+        guest's own."""
+        own = {p: v for p, v in self._shim_guest.values().items() if p not in carried}
         if self.is_initializing():
             names = structure.partitionings
             shown = {path: boxed(value, names.get(path)) for path, value in own.items()}
@@ -259,6 +283,45 @@ class ToLinen(nn.Module):
             return _no_key
         key = self.make_rng(names[0])
         return lambda: key
+
+
+class ToLinenCell(ToLinen, nn.RNNCellBase):
+    """A live ``nn.RNNCellBase`` around a recurrent cell of another framework.
+
+    ``ToLinen`` makes it of a guest that is a cell: a ``brainstate.nn.RNNCell`` or
+    ``Dynamics``, an ``nnx.RNNCellBase``, an Equinox ``LSTMCell`` or ``GRUCell``, and whatever
+    is given with ``carry=``. It is called ``cell(carry, x)`` and returns ``(carry, output)``,
+    as Linen's own cells, and so works in ``nn.RNN``, ``nn.Bidirectional`` and ``nn.scan``.
+
+    The carry is what the guest's framework has for it; of a BrainState guest, a dict of its
+    hidden states by path, ``{"h": ..., "c": ...}``, which are then no variables. Called with
+    the inputs alone, ``cell(x)``, a BrainState guest has them in the collection ``carry``.
+    """
+
+    __signature__ = OfInstance(
+        lambda shim: cell_signature(("carry", "inputs"), _KEYWORDS), _signature_of_class()
+    )
+
+    @property
+    def num_feature_axes(self) -> int:
+        """Trailing axes of the input that are not batch axes."""
+        return self._shim_structure.feature_axes or 0
+
+    @nn.nowrap
+    def initialize_carry(self, rng: jax.Array, input_shape: tuple[int, ...]) -> Any:
+        """The carry that the guest starts from.
+
+        Args:
+            rng: a key, for guests that start at random.
+            input_shape: the shape of one step's input, ``(*batch, *features)``.
+        """
+        is_applied = self.scope is not None and not self.is_initializing()
+        values = self._shim_given(self.variables if is_applied else None)
+        return self._shim_structure.initial_carry(values, input_shape, lambda: rng)
+
+    @nn.nowrap
+    def _shim_takes_carry(self, args: tuple[Any, ...]) -> bool:
+        return self._shim_structure.takes_carry(args)
 
 
 def _no_key() -> jax.Array:

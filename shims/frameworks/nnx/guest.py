@@ -71,6 +71,8 @@ class _VariableCell(Cell):
 class NnxGuest(LiveGuest):
     """An NNX module, seen from a shim."""
 
+    cell_types = (nnx.RNNCellBase,)
+
     def __init__(self, module: nnx.Module):
         for path, variable in _variables(module):
             if not isinstance(variable, nnx.Variable):
@@ -148,6 +150,8 @@ class NnxStructure(Structure):
         )
         found = {path: partitioning_of(variable) for path, variable in flat}
         self.partitionings = {path: names for path, names in found.items() if names}
+        if isinstance(module, nnx.RNNCellBase):
+            self.feature_axes = module.num_feature_axes
         trees = tuple((path, tree) for path, (_, _, tree) in self._makers.items())
         self._key = (self._definition, trees)
 
@@ -187,6 +191,10 @@ class NnxStructure(Structure):
             for leaf_path, leaf in leaves(path, variable.get_raw_value())
         }
         return out, new, self
+
+    def initial_carry(self, values, input_shape, key):
+        cell: Any = self.build(values)
+        return cell.initialize_carry(input_shape, nnx.Rngs(key()))
 
     def _rngs(self, method: Any, call: Call) -> dict[str, Any]:
         """The host's key, for a guest that takes ``rngs`` and holds no stream of its own."""

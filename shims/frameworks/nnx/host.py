@@ -27,6 +27,7 @@ from ...core import (
     at,
     attribute_path,
     guest_of,
+    is_cell,
     is_traced,
     materialize,
     nest,
@@ -35,6 +36,7 @@ from ...core import (
 )
 from ...forwarding import (
     OfInstance,
+    cell_signature,
     check_names,
     forwarded,
     refuse_attribute,
@@ -44,7 +46,7 @@ from ...forwarding import (
 from ...report import LinkReport
 from .views import check_link, owned, view_of
 
-__all__ = ["ToNNX"]
+__all__ = ["ToNNX", "ToNNXCell"]
 
 
 class _Anchor:
@@ -138,6 +140,11 @@ _DOC = """A live ``nnx.Module`` around a module of another framework.
         state: the ``eqx.nn.State`` of a stateful Equinox guest.
         batch_axes: leading axes that an Equinox guest is mapped over, 1 by default.
         axis_name: the name of the first of them, by default as the guest's own layers say.
+        carry: what one example starts from, for an Equinox guest that is a recurrent cell of
+            your own: it is called ``guest(x, carry)`` and returns ``(carry, output)``.
+            Its input has one feature axis, or ``guest.num_feature_axes``.
+
+    A guest that is a recurrent cell makes a :class:`ToNNXCell`, which ``nnx.RNN`` drives.
 
     Raises:
         ArgumentError: ``module`` is a class, or not a module; a name of the guest collides
@@ -159,6 +166,10 @@ class ToNNX(nnx.Module):
     __doc__: Any = OfInstance(lambda shim: inspect.getdoc(shim._shim_first.forward), _DOC)
     _shim_anchor: Any = _AnchorSlot()
 
+    def __new__(cls, module: Any = None, *args: Any, carry: Any = None, **kwargs: Any) -> Any:
+        made: Any = ToNNXCell if cls is ToNNX and is_cell(module, carry) else cls
+        return super().__new__(made)
+
     def __init__(
         self,
         module: Any,
@@ -168,9 +179,15 @@ class ToNNX(nnx.Module):
         state: Any = None,
         batch_axes: int | None = None,
         axis_name: str | None = None,
+        carry: Any = None,
     ):
         guest = guest_of(
-            module, params=params, state=state, batch_axes=batch_axes, axis_name=axis_name
+            module,
+            params=params,
+            state=state,
+            batch_axes=batch_axes,
+            axis_name=axis_name,
+            carry=carry,
         )
         check_link()
         _check_defaults()
@@ -310,10 +327,14 @@ class ToNNX(nnx.Module):
         key = _key_source(rngs if rngs is not None else self.rngs, training=training)
         call = Call(method, args, kwargs, training=training, key=key)
         anchor = self._shim_anchor
+        is_step = method == "__call__" and self._shim_takes_carry(args)
         if anchor.guest is None:
-            return self._shim_run_copy(anchor.first, call)
+            run = self._shim_step if is_step else self._shim_run_copy
+            return run(anchor.first, call)
         self._shim_show(anchor.guest.cells())
         try:
+            if is_step:
+                return self._shim_step(anchor.structure, call)
             return anchor.guest.call(call)
         except BaseException:
             if self.rngs is not None:
@@ -322,12 +343,24 @@ class ToNNX(nnx.Module):
         finally:
             self._shim_show(anchor.guest.cells())
 
-    def _shim_run_copy(self, structure: Structure, call: Call) -> Any:
-        values = self._shim_values(structure)
-        out, new, after = structure.run(values, call)
+    def _shim_takes_carry(self, args: tuple[Any, ...]) -> bool:
+        return False
+
+    def _shim_store(self, values: Mapping[Path, Any], new: Mapping[Path, Any]) -> None:
         for path in values.keys() & new.keys():
             if new[path] is not values[path]:
                 self._shim_variable(path).set_value(new[path])
+
+    def _shim_step(self, structure: Structure, call: Call) -> Any:
+        values = self._shim_values(structure)
+        out, new, _ = structure.step(values, call)
+        self._shim_store(values, new)
+        return out
+
+    def _shim_run_copy(self, structure: Structure, call: Call) -> Any:
+        values = self._shim_values(structure)
+        out, new, after = structure.run(values, call)
+        self._shim_store(values, new)
         # State that appears in a call is kept, unless it was traced: it is gone with the trace.
         if after != structure and not is_traced(new):
             self._shim_place(
@@ -382,6 +415,65 @@ class ToNNX(nnx.Module):
                 delattr(self, attribute_path(path)[0])
         for name, value in tree.items():
             super().__setattr__(name, nnx.data(value))
+
+
+_CELL_DOC = """A live ``nnx.RNNCellBase`` around a recurrent cell of another framework.
+
+    ``ToNNX`` makes it of a guest that is a cell: a ``brainstate.nn.RNNCell`` or ``Dynamics``,
+    a Linen ``RNNCellBase``, an Equinox ``LSTMCell`` or ``GRUCell``, and whatever is given with
+    ``carry=``. It is called ``cell(carry, x)`` and returns ``(carry, output)``, as NNX's own
+    cells, and so works in ``nnx.RNN``, ``nnx.Bidirectional`` and ``nnx.scan``.
+
+    The carry is what the guest's framework has for it; of a BrainState guest, a dict of its
+    hidden states by path, ``{"h": ..., "c": ...}``. The hidden states of that guest itself
+    are neither read nor changed. Called with the inputs alone, ``cell(x)``, a BrainState guest
+    keeps its state itself, in Variables; ``cell.init_state(batch_size)`` makes it.
+    """
+
+
+class ToNNXCell(ToNNX, nnx.RNNCellBase):
+    __doc__: Any = OfInstance(lambda shim: inspect.getdoc(shim._shim_first.forward), _CELL_DOC)
+    __signature__ = OfInstance(
+        lambda shim: cell_signature(("carry", "inputs"), _KEYWORDS),
+        without_self(ToNNX.__init__),
+    )
+
+    @property
+    def num_feature_axes(self) -> int:
+        """Trailing axes of the input that are not batch axes."""
+        return self._shim_first.feature_axes or 0
+
+    def initialize_carry(
+        self,
+        input_shape: tuple[int, ...],
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        carry_init: Callable[..., jax.Array] | None = None,
+    ) -> Any:
+        """The carry that the guest starts from.
+
+        Args:
+            input_shape: the shape of one step's input, ``(*batch, *features)``.
+            rngs: for guests that start at random.
+            carry_init: an initializer for each array of the carry, in place of the guest's.
+
+        Raises:
+            MissingKeyError: the guest or ``carry_init`` needs a key, and there is no ``rngs``.
+        """
+        structure = self._shim_anchor.structure
+        draw = _carry_source(rngs)
+        carry = structure.initial_carry(self._shim_values(structure), input_shape, draw)
+        if carry_init is None:
+            return carry
+        return jax.tree.map(lambda leaf: carry_init(draw(), leaf.shape, leaf.dtype), carry)
+
+    def _shim_takes_carry(self, args: tuple[Any, ...]) -> bool:
+        return self._shim_anchor.structure.takes_carry(args)
+
+
+def _carry_source(rngs: Any) -> Callable[[], jax.Array]:
+    if rngs is None:
+        return _no_key
+    return rngs.carry if isinstance(rngs, nnx.Rngs) else rngs
 
 
 def _stream(rngs: Any) -> Any:
