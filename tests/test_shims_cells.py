@@ -631,6 +631,54 @@ def test_carry_is_for_equinox_modules():
         shims.wrap(brainstate.nn.LSTMCell(3, 4), into="nnx", carry=H)
 
 
+def test_an_equinox_module_must_return_its_carry():
+    class Forgetful(eqx.Module):
+        def __call__(self, x, carry):
+            return carry
+
+    carry = (jnp.zeros(4), jnp.zeros(4))
+    shim = shims.ToNNX(Forgetful(), carry=carry)
+    with pytest.raises(interop.ArgumentError, match=r"Return \(carry, output\)"):
+        shim(carry, XS[0, 0])
+
+    class Peephole(eqx.nn.LSTMCell):
+        def __call__(self, input, hidden, *, key=None):
+            return super().__call__(input, hidden), input
+
+    cell = shims.FromEquinox(Peephole(3, 4, key=jax.random.key(0)))
+    cell.init_state(5)
+    with pytest.raises(interop.ArgumentError, match="Pass carry="):
+        cell(XS[0])
+
+
+def test_compiled_steps_leak_nothing_and_are_traced_once():
+    in_nnx, in_brainstate = lstm_in("brainstate", "nnx"), lstm_in("nnx", "brainstate")
+    in_brainstate.init_state(5)
+    traced = []
+
+    @nnx.jit
+    def run(rnn, xs):
+        traced.append(1)
+        return rnn(xs)
+
+    rnn = nnx.RNN(in_nnx, time_major=True)
+    with jax.checking_leaks():
+        outputs = [run(rnn, XS)]
+        compiled = brainstate.transform.jit(
+            lambda xs: brainstate.transform.for_loop(in_brainstate, xs)
+        )
+        outputs.append(compiled(XS))
+    first = len(traced)
+    nnx.update(rnn, jax.tree.map(lambda a: 1.0 * a, nnx.state(rnn, nnx.Param)))
+    outputs.append(run(rnn, XS))
+    assert len(traced) == first
+    for found in outputs:
+        close(found, cells.lstm(WEIGHTS, XS, jnp.zeros((5, 4)), jnp.zeros((5, 4)))[0])
+    guests = in_nnx.unwrap().states(), in_brainstate.states()
+    values = jax.tree.leaves([[s.value for s in g.values()] for g in guests])
+    assert not any(isinstance(value, jax.core.Tracer) for value in values)
+
+
 def test_batch_axes_of_carry_and_input_must_agree():
     shim = lstm_in("equinox", "nnx")
     with pytest.raises(interop.ArgumentError, match="batch axes"):

@@ -247,8 +247,9 @@ class BrainStateStructure(Structure):
         module = self.build(dict.fromkeys(self.carried, jnp.zeros(())) | dict(values))
         own = graph.flatten(module, treefy_state=False)[1].to_flat().values()
         with _random_from(key, private={id(state) for state in own}):
-            size = math.prod(batch) if batch else None
-            brainstate.nn.init_all_states(module, batch_size=size)
+            size = math.prod(batch)
+            arguments: Any = {"batch_size": size} if batch else {}
+            brainstate.nn.init_all_states(module, **arguments)
         for cell in BrainStateGuest(module).cells() if len(batch) > 1 else ():
             value = cell.get()
             if cell.kind is Kind.HIDDEN and value.shape[:1] == (size,):

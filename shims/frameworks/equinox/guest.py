@@ -171,6 +171,14 @@ class EquinoxStructure(Structure):
         out, new, after = self._run(values, call, axes)
         if not self._own_carry:  # the output is the first part of Equinox's own hidden states
             out = (out, jax.tree.leaves(out)[0])
+        if not isinstance(out, tuple) or [_tree(out[0]), len(out)] != [_tree(carry), 2]:
+            raise ArgumentError(
+                f"{self.guest_type.__qualname__} is called as a recurrent cell and returns "
+                f"{_tree(out)}, which does not hold its carry {_tree(carry)}",
+                remedy="Return (carry, output), and the carry as it came"
+                if self._own_carry
+                else "Pass carry=, and return (carry, output)",
+            )
         return out, new, after
 
     def initial_carry(self, values, input_shape, key):
@@ -185,11 +193,11 @@ class EquinoxStructure(Structure):
 
     def _axes(self, carry: Any, x: Any) -> int:
         """The batch axes of a cell's call."""
-        wanted = jax.tree.structure(self._initial)
-        if jax.tree.structure(carry) != wanted:
+        wanted = _tree(self._initial)
+        if _tree(carry) != wanted:
             raise ArgumentError(
                 f"the carry of {self.guest_type.__qualname__} has the structure {wanted}, got "
-                f"{jax.tree.structure(carry)}",
+                f"{_tree(carry)}",
                 remedy="Start from initialize_carry",
             )
         pairs = zip(jax.tree.leaves(carry), jax.tree.leaves(self._initial), strict=True)
@@ -277,6 +285,10 @@ def _contents(tree: Any) -> Any:
     """A tree of concrete arrays as a key."""
     flat, structure = jax.tree.flatten(tree)
     return structure, tuple((x.tobytes(), x.shape, str(x.dtype)) for x in flat)
+
+
+def _tree(value: Any) -> Any:
+    return jax.tree.structure(value)
 
 
 def _leading_axis(leaf: Any) -> int | None:
