@@ -57,7 +57,6 @@ class Constant:
         return f"{self._key[1]}{list(self._key[0])}"
 
 
-@dataclasses.dataclass(frozen=True)
 class Skeleton:
     """A spec without its arrays; equal for equal options, and hashable.
 
@@ -67,8 +66,16 @@ class Skeleton:
             for a child, a :class:`Constant` for an array that is an option.
     """
 
-    spec_type: type[Spec]
-    fields: tuple[tuple[str, Any], ...]
+    def __init__(self, spec_type: type[Spec], fields: tuple[tuple[str, Any], ...]):
+        self.spec_type, self.fields = spec_type, fields
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Skeleton):
+            return NotImplemented
+        return self.spec_type is other.spec_type and self.fields == other.fields
+
+    def __hash__(self) -> int:
+        return hash((self.spec_type, self.fields))
 
     def merge(self, arrays: Mapping[str, Any]) -> Any:
         """The spec with given arrays, a tree."""
@@ -172,9 +179,11 @@ def construct(spec_type: type[Spec], args: Any, options: Mapping[str, Any], key:
     if args and isinstance(args[0], spec_type):
         return args[0]
     try:
-        empty = spec_type.shaped(*args, **options)
+        signature(spec_type).bind(*args, **options)
     except TypeError as e:
-        raise ArgumentError(str(e), remedy=f"See help({spec_type.__name__})") from e
+        name = spec_type.__name__
+        raise ArgumentError(f"{name}: {e}", remedy=f"See help({name})") from e
+    empty = spec_type.shaped(*args, **options)
     return empty if key is None else empty.initial(key())
 
 
