@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -191,8 +192,8 @@ def sample_shape(sample_input: Any) -> specs.Shape | None:
         return None
     shape = getattr(sample_input, "shape", sample_input)
     try:
-        shape = tuple(int(n) for n in shape)
-    except (TypeError, ValueError):
+        shape = tuple(map(operator.index, shape)) if isinstance(shape, tuple | list) else (-1,)
+    except TypeError:
         shape = (-1,)
     if min(shape, default=1) < 1:
         raise ArgumentError(

@@ -150,8 +150,9 @@ def compare(a: Any, b: Any, *inputs: Any, train: bool = False) -> Comparison:
         does not compute the same.
 
     Raises:
-        ArgumentError: ``a`` or ``b`` is no model, there is no input, or ``train`` is asked for
-            models with dropout, whose masks differ between frameworks.
+        ArgumentError: ``a`` or ``b`` is no model, there is no input, a model fails on the
+            inputs, or ``train`` is asked for models with dropout, whose masks differ between
+            frameworks.
         ConversionError: the outputs have different shapes.
 
     Example:
@@ -163,7 +164,7 @@ def compare(a: Any, b: Any, *inputs: Any, train: bool = False) -> Comparison:
     """
     if not inputs:
         raise ArgumentError("compare needs at least one batch of inputs")
-    batch: tuple[Any, ...] = tuple(map(jnp.asarray, inputs))
+    batch = tuple(map(_array, inputs))
     first, second = _Runner(a, train), _Runner(b, train)
     places = _places(first, second, batch[0].shape[1:])
     to_first = second.adapter.channels_first
@@ -259,7 +260,7 @@ class _Runner:
 
         def call(parameters: Any, inputs: tuple[Any, ...]) -> Any:
             node = self.adapter.with_parameters(self.node, parameters)
-            return after(self.adapter.run(node, inputs, self.train))
+            return after(self._run(node, inputs))
 
         out, pull = jax.vjp(call, self.adapter.parameters(self.node), inputs)
         rng = np.random.default_rng(0)
@@ -271,12 +272,34 @@ class _Runner:
         parameters, given = pull(seeds)
         return out, parameters, given
 
+    def _run(self, node: Any, inputs: tuple[Any, ...]) -> Any:
+        try:
+            return self.adapter.run(node, inputs, self.train)
+        except Exception as e:
+            shapes = ", ".join(str(x.shape) for x in inputs)
+            raise ArgumentError(
+                f"the {self.adapter.name} model fails on inputs of shape {shapes} "
+                f"({type(e).__name__}: {e})",
+                path="model",
+                remedy="Pass batches, (batch, *example), as the first model takes them",
+            ) from e
+
     def run_layer(self, spec: specs.Spec, x: Any) -> Any:
         node = self.reading.nodes[id(spec)]
         fn: Any = self.adapter.module(node)
         if isinstance(fn, self.adapter.module_type):
             return self.adapter.run(node, (x,), self.train)
         return (jax.vmap(fn) if self.adapter.per_example else fn)(x)
+
+
+def _array(given: Any) -> Any:
+    try:
+        return jnp.asarray(given)
+    except (TypeError, ValueError, OverflowError) as e:
+        raise ArgumentError(
+            f"an input must be an array, got {type(given).__qualname__}",
+            remedy="Pass batches, (batch, *example), as the first model takes them",
+        ) from e
 
 
 class _Listing(Reading):

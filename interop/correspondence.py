@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -90,8 +90,9 @@ class WeightMapping:
             of equal layout are the same objects.
 
         Raises:
-            ConversionError: no part of ``tree`` has the source's parameters, or a leaf
-                neither fits its parameter nor is one value for it.
+            ConversionError: no part of ``tree`` has the source's parameters, ``like`` does not
+                have the target's, or a leaf neither fits its parameter nor is one value for
+                it.
             ArgumentError: ``weights`` or ``like`` is needed.
 
         Example:
@@ -150,8 +151,12 @@ class WeightMapping:
         """This mapping followed by ``other``, as one.
 
         Raises:
-            ArgumentError: ``other`` does not start where this one ends.
+            ArgumentError: ``other`` is no mapping, or does not start where this one ends.
         """
+        if not isinstance(cast(Any, other), WeightMapping):
+            raise ArgumentError(
+                f"other must be a WeightMapping, got {type(other).__qualname__}"
+            )
         ends: Shapes = {change.target: change.shape for change in self.changes}
         if (self.target, ends) != (other.source, other.shapes):
             raise ArgumentError(
@@ -227,6 +232,13 @@ class WeightMapping:
         tree = self._target_tree if like is None else _tree(like)
         if tree is not None:
             treedef, paths = tree
+            if moved.keys() != set(paths):
+                raise ConversionError(
+                    f"like= does not have the parameters of the {self.target} model",
+                    missing=sorted(map(name, moved.keys() - set(paths))),
+                    unexpected=sorted(map(name, set(paths) - moved.keys())),
+                    remedy="Pass the target's parameters in their own container",
+                )
             return jax.tree.unflatten(treedef, [moved[path] for path in paths])
         container = registry.adapter(self.target).container(moved)
         if container is None:

@@ -127,6 +127,12 @@ def register_layer_mapping(mapping: LayerMapping) -> None:
         ...     interop.to_nnx(Scale(3.0))(2.0)
         6.0
     """
+    if not isinstance(cast(Any, mapping), LayerMapping):
+        raise ArgumentError(
+            f"mapping must be a LayerMapping, got {mapping!r}",
+            remedy="Pass interop.LayerMapping(bst_type, framework, foreign_type, to_bst, "
+            "to_foreign)",
+        )
     hub = _adapter_of(mapping.bst_type, "bst_type")
     other = registry.adapter(mapping.framework)
     if not hub.is_hub or other.is_hub:

@@ -364,16 +364,16 @@ class Registry:
             MissingDependencyError: its package is not installed.
             BrokenDependencyError: its package is installed and cannot be imported.
         """
+        if not isinstance(cast(Any, name), str) or name not in self.names():
+            raise ArgumentError(
+                f"unknown framework {name!r}",
+                remedy=f"Known are: {', '.join(map(repr, self.names()))}",
+            )
         if name not in self._adapters:
             self._adapters[name] = self._load(name)
         return self._adapters[name]
 
     def _load(self, name: str) -> Adapter:
-        if name not in self.names():
-            raise ArgumentError(
-                f"unknown framework {name!r}",
-                remedy=f"Known are: {', '.join(map(repr, self.names()))}",
-            )
         file = f"{self._package.__name__}.{name}"
         try:
             return importlib.import_module(file).adapter

@@ -190,6 +190,10 @@ def dropout():
 LINEAR = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
 BAD = {
     "no input": (lambda: interop.compare(LINEAR, LINEAR), "at least one batch"),
+    "another number of features": (
+        lambda: interop.compare(LINEAR, LINEAR, array(2, 7)),
+        r"^model: the nnx model fails on inputs of shape \(2, 7\)",
+    ),
     "no model": (lambda: interop.compare(LINEAR, 3.0, X), "not a module"),
     "masks": (
         lambda: interop.compare(dropout(), dropout(), X, train=True),

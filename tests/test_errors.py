@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.core import FrozenDict
 
 import interop
 
@@ -370,6 +371,77 @@ def test_bad_input_is_refused_with_a_path_and_a_remedy(name):
     assert [word for word in words if word not in message] == []
     assert e.value.remedy
     assert message.endswith((".", "?", "!"))
+
+
+ONES = jnp.ones((2, 3))
+WRONG = {
+    "None": None,
+    "a number": np.float32(3),
+    "text": "abc",
+    "a dict": {},
+    "a frozen dict": FrozenDict(),
+    "a list": [],
+    "a pair": (1, 2),
+    "fractions": (2.5,),
+    "a class": nnx.Linear,
+    "a function": jnp.sin,
+    "an array": jnp.ones(7),
+    "a key": KEY,
+    "an object": object(),
+    "a variable": nnx.Param(jnp.ones(3)),
+    "an nnx state": nnx.state(nnx.Linear(3, 4, rngs=RNGS)),
+    "a module without a forward": nnx.List([]),
+    "an abstract module": eqx.Module(),
+    "a bound module": nn.Dense(4).bind(variables(**ARRAYS)),
+    "boxes of nothing": {"params": {"kernel": 3}},
+}
+USES = {
+    "convert": lambda wrong: interop.convert(wrong, to="nnx"),
+    "convert to": lambda wrong: interop.convert(LINEAR, to=wrong),
+    "sample_input": lambda wrong: interop.convert(LINEAR, to="nnx", sample_input=wrong),
+    "to_linen": lambda wrong: interop.to_linen(wrong),
+    "from_equinox": lambda wrong: interop.from_equinox(wrong),
+    "from_linen": lambda wrong: interop.from_linen(nn.Dense(4), wrong),
+    "from_linen, params": lambda wrong: interop.from_linen(nn.Dense(4), {"params": wrong}),
+    "from_linen, layers": lambda wrong: interop.from_linen(MLP, variables(layers_0=wrong)),
+    "from_linen, kernel": lambda wrong: interop.from_linen(
+        nn.Dense(7, use_bias=False), variables(kernel=wrong)
+    ),
+    "supported_layers": lambda wrong: interop.supported_layers(0 if wrong is None else wrong),
+    "explain": lambda wrong: interop.explain(wrong, "nnx"),
+    "explain to": lambda wrong: interop.explain(LINEAR, wrong),
+    "mapping": lambda wrong: interop.mapping(wrong, to="nnx"),
+    "mapping to": lambda wrong: interop.mapping(LINEAR, to=wrong),
+    "apply": lambda wrong: interop.mapping(LINEAR, to="nnx").apply(wrong),
+    "like": lambda wrong: interop.mapping(LINEAR, to="nnx").apply(
+        {("weight",): LINEAR.weight.value}, like=wrong if wrong is not None else 0
+    ),
+    "then": lambda wrong: interop.mapping(LINEAR, to="nnx").then(wrong),
+    "from_json": lambda wrong: interop.WeightMapping.from_json(wrong),
+    "compare": lambda wrong: interop.compare(wrong, LINEAR, ONES),
+    "compare inputs": lambda wrong: interop.compare(LINEAR, LINEAR, wrong),
+    "LayerMapping": lambda wrong: interop.register_layer_mapping(wrong),
+    "register_builder": lambda wrong: interop.register_builder(wrong, interop.specs.Linear),
+    "register_reader": lambda wrong: interop.register_reader(nnx.Linear, wrong),
+}
+
+
+# What is right in some places: a shape, an array, a model that does not convert.
+ACCEPTED: dict[str, list[str]] = {}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_wrong_thing_in_any_place_is_our_error_and_says_so(use):
+    accepted, texts = [], []
+    for name, wrong in WRONG.items():
+        try:
+            USES[use](wrong)
+        except interop.InteropError as e:
+            texts.append(str(e))
+        else:
+            accepted.append(name)
+    assert accepted == ACCEPTED.get(use, [])
+    assert min(map(len, texts)) > 20
 
 
 @pytest.mark.parametrize("name", VARIABLES)

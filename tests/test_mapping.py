@@ -331,6 +331,12 @@ BAD_MAPPINGS = {
         lambda: one_linear().apply({"kernel": WEIGHT.T, "bias": BIAS}),
         r"^kernel: the leaf has shape \(4, 3\), its parameter \(3, 4\)",
     ),
+    "like= of another tree": (
+        lambda: interop.WeightMapping.from_json(one_linear().to_json()).apply(
+            {"kernel": WEIGHT, "bias": BIAS}, like={"weight": WEIGHT.T}
+        ),
+        "like= does not have .* missing bias",
+    ),
     "mappings that do not meet": (
         lambda: one_linear().then(one_linear()),
         "a mapping to equinox .* cannot be followed by one from nnx",

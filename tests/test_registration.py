@@ -293,6 +293,18 @@ def test_a_layer_with_a_pair_for_another_framework_alone_is_refused_by_name():
         assert e.value.path == "model[0]"
 
 
+def test_the_rest_of_a_linen_model_with_a_registered_layer_is_still_checked():
+    module = nn.Sequential([LinenGain(), nn.Dense(2)])
+    gain, dense = {"gain": GAIN}, {"kernel": WEIGHT_2, "bias": BIAS[:2]}
+    with interop.registered(MAPPINGS["linen"]):
+        interop.from_linen(module, {"params": {"layers_0": gain, "layers_1": dense}})
+        extra = {"layers_0": gain, "layers_1": {"kernel": WEIGHT_2}, "layers_2": dense}
+        with pytest.raises(interop.ConversionError) as e:
+            interop.from_linen(module, {"params": extra})
+    assert e.value.missing == ("params/layers_1/bias",)
+    assert e.value.unexpected == ("params/layers_2/bias", "params/layers_2/kernel")
+
+
 def test_a_subclass_of_a_registered_layer_is_refused():
     class Louder(Gain):
         pass

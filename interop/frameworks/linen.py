@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen import dtypes
 
 from .. import formulas, specs
@@ -252,15 +253,17 @@ def _check_variables(model: nn.Module, variables: Mapping[str, Any]) -> None:
     """
     wanted: dict[Key, tuple[int | str, ...]] = {}
     parents: dict[int, Any] = {}
+    given = dict(_flatten(variables, ()))
     for module, scope, parent in _leaves(model, (), None):
         places = "".join(f"[{name.removeprefix('layers_')}]" for name in scope)
         layer_type = adapter.reader(module, f"model{places}").layer_type
         if layer_type in COMPOSITES:
             declared = _composite_variables(module)
-        elif layer_type not in _VARIABLES:
-            return  # its reader was registered by a user, and checks them by itself
-        else:
+        elif layer_type in _VARIABLES:
             declared = _VARIABLES[layer_type](module)
+        else:  # its reader was registered by a user, and checks them by itself
+            given = {k: v for k, v in given.items() if k[1 : 1 + len(scope)] != scope}
+            continue
         shapes = {key: shape for key, shape in declared.items() if shape is not None}
         if shapes and parents.setdefault(id(module), parent) is not parent:
             raise UnsupportedStructureError(
@@ -273,7 +276,6 @@ def _check_variables(model: nn.Module, variables: Mapping[str, Any]) -> None:
             wanted[key] = tuple(
                 n if isinstance(n, int) else f"{n} of {'/'.join(scope)}" for n in shape
             )
-    given = dict(_flatten(variables, ()))
     mismatched = _mismatches(wanted, given)
     if wanted.keys() == given.keys() and not mismatched:
         return
@@ -319,7 +321,7 @@ def _mismatches(
         known = [sizes.get(n, n) for n in wanted[key]]
         if isinstance(array, nn.meta.AxisMetadata):
             lines.append(f"{where} is boxed in {type(array).__name__} (use nn.unbox)")
-        elif not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        elif not isinstance(array, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
             lines.append(f"{where} is a {type(array).__qualname__}, not an array")
         elif _fits(array.shape, known):
             sizes |= zip(wanted[key], array.shape, strict=True)
