@@ -190,9 +190,10 @@ def _check_instance(model: Any) -> None:
 def sample_shape(sample_input: Any) -> specs.Shape | None:
     if sample_input is None:
         return None
-    shape = getattr(sample_input, "shape", sample_input)
+    shape: Any = getattr(sample_input, "shape", sample_input)
     try:
-        shape = tuple(map(operator.index, shape)) if isinstance(shape, tuple | list) else (-1,)
+        is_sequence = issubclass(type(shape), tuple | list)
+        shape = tuple(map(operator.index, shape)) if is_sequence else (-1,)
     except TypeError:
         shape = (-1,)
     if min(shape, default=1) < 1:

@@ -293,13 +293,16 @@ class _Runner:
 
 
 def _array(given: Any) -> Any:
+    remedy = "Pass batches, (batch, *example), as the first model takes them"
     try:
-        return jnp.asarray(given)
+        array = jnp.asarray(given)
     except (TypeError, ValueError, OverflowError) as e:
         raise ArgumentError(
-            f"an input must be an array, got {type(given).__qualname__}",
-            remedy="Pass batches, (batch, *example), as the first model takes them",
+            f"an input must be an array, got {type(given).__qualname__}", remedy=remedy
         ) from e
+    if not array.ndim:
+        raise ArgumentError(f"an input must be a batch, got {given!r}", remedy=remedy)
+    return array
 
 
 class _Listing(Reading):

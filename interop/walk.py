@@ -217,6 +217,7 @@ class Building:
     def _build(self, spec: specs.Spec) -> Any:
         if isinstance(spec, specs.Deferred):
             return spec.build(self)
+        self._check_sample(spec)
         try:
             rule = self.adapter.builder(spec, self.found, self.path)
             self._check_options(spec, rule)
@@ -273,6 +274,21 @@ class Building:
                 self.found.__qualname__, path=self.path, target=self.adapter.name
             )
         return self.shape
+
+    def _check_sample(self, spec: specs.Spec) -> None:
+        if self.sample is None or spec.in_features is None or not self.shape:
+            return
+        axis = 0 if self.adapter.channels_first and spec.space else -1
+        space = f"{spec.space} axes of space and " if spec.space else ""
+        misfits = spec.space and len(self.shape) != spec.space + 1
+        if misfits or self.shape[axis] != spec.in_features:
+            self.refuse(
+                "sample_input",
+                self.sample,
+                f"an example has shape {self.shape} here, and this layer takes "
+                f"{space}{spec.in_features} features",
+                "Pass one example as the model takes it, without its batch axis",
+            )
 
     def _check_options(self, spec: specs.Spec, rule: BuildRule) -> None:
         for field in dataclasses.fields(spec):

@@ -108,6 +108,21 @@ BAD_ARGUMENTS = {
         lambda: interop.convert(LINEAR, to="nnx", sample_input="abc"),
         (interop.ArgumentError, ValueError, None, ["sample_input", "'abc'"]),
     ),
+    "sample_input: other features than the weight has": (
+        lambda: interop.convert(in_a_stack(brainstate.nn.ReLU()), to="nnx", sample_input=(7,)),
+        (
+            interop.UnsupportedLayerError,
+            NotImplementedError,
+            "model[0]",
+            ["sample_input=(7,)", "3 features"],
+        ),
+    ),
+    "sample_input: other channels than the kernel has": (
+        lambda: interop.convert(
+            nnx.Conv(3, 4, (3, 3), rngs=RNGS), to="equinox", sample_input=(3, 8, 8)
+        ),
+        (interop.UnsupportedLayerError, NotImplementedError, "model", ["3 features"]),
+    ),
     "sample_input: an empty axis": (
         lambda: interop.convert(LINEAR, to="nnx", sample_input=(0, 3)),
         (interop.ArgumentError, ValueError, None, ["(0, 3)"]),
@@ -426,8 +441,13 @@ USES = {
 }
 
 
-# What is right in some places: a shape, an array, a model that does not convert.
-ACCEPTED: dict[str, list[str]] = {}
+# What is right in some places: a model whose problem is reported, an array, parameters.
+ACCEPTED = {
+    "sample_input": ["None", "a number", "a list", "a key", "a variable"],
+    "explain": ["a module without a forward", "an abstract module", "a bound module"],
+    "like": ["an nnx state"],
+    "compare inputs": ["a variable"],
+}
 
 
 @pytest.mark.parametrize("use", USES)

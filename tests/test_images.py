@@ -158,7 +158,9 @@ def test_brainstate_asks_for_the_shape_of_images():
 @pytest.mark.parametrize("shape", [(7, 6, 4), (7, 6), (2, 7, 6, 3)])
 def test_a_sample_that_contradicts_the_kernel_is_refused(shape):
     layer = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
-    with pytest.raises(interop.UnsupportedLayerError, match="then 3 channels") as e:
+    with pytest.raises(
+        interop.UnsupportedLayerError, match="2 axes of space and 3 features"
+    ) as e:
         interop.from_nnx(layer, sample_input=shape)
     assert e.value.option == "sample_input"
 

@@ -108,6 +108,11 @@ class Spec:
         return 0
 
     @property
+    def in_features(self) -> int | None:
+        """The features, or channels, that an example must have; None where any will do."""
+        return None
+
+    @property
     def holds_state(self) -> bool:
         """Whether using the layer at two places ties something."""
         return False

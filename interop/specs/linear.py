@@ -77,7 +77,13 @@ class Linear(Spec):
         return True
 
     def output_shape(self, shape: Shape | None) -> Shape | None:
+        # Unless something tells of more axes, an example has one: as users of such stacks mean
+        # it. Layers built for it that depend on it fail on others when they are called.
         return (*(shape[:-1] if shape else self.leading_shape), self.weight.shape[1])
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[0]
 
     def with_rows(self, order: np.ndarray[Any, Any]) -> Spec:
         mask = None if self.mask is None else self.mask[order]

@@ -61,6 +61,10 @@ class Conv(Spec):
     def holds_state(self) -> bool:
         return True
 
+    @property
+    def in_features(self) -> int:
+        return self.channels
+
     def pads(self, shape: Shape) -> tuple[tuple[int, int], ...]:
         """The padding of an example of that shape, as pairs."""
         if not isinstance(self.padding, str):
