@@ -10,6 +10,7 @@ from typing import Any
 from . import specs
 from .errors import ArgumentError, InteropError
 from .layout import crossed
+from .partitioning import carry
 from .registry import Adapter, registry
 from .walk import Building, Reading
 
@@ -134,7 +135,8 @@ def _convert(
     spec = reading.read(node, "model")
     there = crossed(spec, reading.origins, shape, adapter, target)
     building = Building(target, reading.origins, there.sample, options)
-    return target.close(building.build(there.spec), options)
+    built = carry(adapter, node, target, building.build(there.spec))
+    return target.close(built, options)
 
 
 def adapter_of(model: Any) -> Adapter:

@@ -24,6 +24,7 @@ from .errors import (
     UnsupportedLayerError,
     UnsupportedStructureError,
 )
+from .partitioning import Partitioning
 from .specs import Spec
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ class Adapter(abc.ABC):
     """Whether modules see one example, and the caller maps over the batch."""
     channels_first: ClassVar[bool] = False
     """Whether spatial layers take their channels before the axes of space."""
+    has_partitionings: ClassVar[bool] = False
+    """Whether the framework notes beside arrays how to split them."""
     has_identity: ClassVar[bool] = True
     """Whether a module that stands at two places stays one module."""
     companion: ClassVar[str | None] = None
@@ -152,6 +155,24 @@ class Adapter(abc.ABC):
     @abc.abstractmethod
     def arrays(self, node: Any) -> Iterable[Any]:
         """The arrays that a node holds, of whatever kind, as objects."""
+
+    def partitionings(self, node: Any) -> Iterable[tuple[str, Any, Partitioning]]:
+        """The path, the array and the note, of each array that is to be split."""
+        return ()
+
+    def partition(
+        self, built: Any, partitionings: Mapping[int, Partitioning]
+    ) -> tuple[Any, set[int]]:
+        """Take the notes over, where the framework has a place for them.
+
+        Args:
+            built: what a builder returned; it may be changed.
+            partitionings: by the ``id`` of the arrays that ``built`` may hold.
+
+        Returns:
+            The same with notes, and the ids of the arrays that were found in it.
+        """
+        return built, set()
 
     @abc.abstractmethod
     def parameters(self, node: Any) -> Any:

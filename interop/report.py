@@ -16,6 +16,7 @@ from .api import adapter_of, keywords_of, open_model, sample_shape
 from .correspondence import changes_of
 from .errors import ConversionError, InteropError, MissingShapeError
 from .layout import Crossed, crossed
+from .partitioning import check
 from .registry import Adapter, registry
 from .walk import Building, Reading
 
@@ -221,6 +222,11 @@ def explain(
         fits = False
     except InteropError:
         pass  # the survey finds it again, with all others
+    try:
+        if not target.has_partitionings:
+            check(adapter, node, target, set())
+    except ConversionError as e:
+        problems.append(e)
     survey = _Survey(adapter, problems, fits)
     spec = survey.read(node, "model")
     try:

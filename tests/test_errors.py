@@ -347,7 +347,7 @@ VARIABLES = {
     "empty": (nn.Dense(4), {}, ["missing", '{"params": ...}']),
     "boxed": (
         nn.Dense(4),
-        variables(kernel=nn.Partitioned(WEIGHT, ("a", "b")), bias=BIAS),
+        variables(kernel=nn.Partitioned(WEIGHT, ("a", "b", "c")), bias=BIAS),
         ["params/kernel is boxed in Partitioned", "nn.unbox"],
     ),
     "no arrays": (

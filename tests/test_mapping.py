@@ -443,3 +443,18 @@ def test_the_gates_of_an_lstm_are_mapped_with_their_forget_bias():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1.2e-7), back, params
     )
+
+
+@pytest.mark.parametrize("into", ["linen", "equinox"])
+def test_a_mapping_moves_the_state_of_an_nnx_optimizer(into):
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+    nnx.update(optimizer, jax.tree.map(lambda a: a + 1, nnx.state(optimizer)))
+    optimizer.update(model, nnx.grad(lambda m: (m(jnp.ones((2, 3))) ** 2).sum())(model))
+    moved = interop.mapping(model, to=into).apply(optimizer.opt_state)[0].mu
+    kernel = np.asarray(optimizer.opt_state[0].mu["kernel"][...])
+    assert np.abs(kernel).min() > 0
+    if into == "linen":
+        np.testing.assert_array_equal(moved["kernel"], kernel)
+    else:
+        np.testing.assert_array_equal(moved.weight, kernel.T)

@@ -15,7 +15,7 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("program", ["sharded_shims"])
+@pytest.mark.parametrize("program", ["sharded_conversions", "sharded_shims"])
 def test_shardings_and_names_are_kept_on_eight_devices(program):
     file = PROGRAMS / f"{program}.py"
     done = subprocess.run(

@@ -41,11 +41,15 @@ Key = tuple[str, ...]
 
 @dataclasses.dataclass(eq=False)
 class Node:
-    """A module and its part of the variables; ``placed`` once a stack has taken it in."""
+    """A module and its part of the variables; ``placed`` once a stack has taken it in.
+
+    The variables are without boxes; a root keeps in ``given`` those that the user gave.
+    """
 
     module: Any
     variables: Mapping[str, Any]
     placed: bool = False
+    given: Mapping[str, Any] | None = None
 
     def array(self, name: str, collection: str = "params") -> Any:
         """The array of that name, or None."""
@@ -56,6 +60,7 @@ class Linen(Adapter):
     name = "linen"
     module_type = nn.Module
     companion = "params"
+    has_partitionings = True
 
     def open(self, model, params, state):
         super().open(model, None, state)
@@ -66,7 +71,7 @@ class Linen(Adapter):
                 path="model",
                 remedy='Pass what model.init(...) returned, {"params": ...}',
             )
-        return Node(model, params)
+        return Node(model, _unboxed(params), given=params)
 
     def check(self, root):
         _check_variables(root.module, root.variables)
@@ -97,11 +102,28 @@ class Linen(Adapter):
         held = jax.tree.leaves(node.variables)
         return [*held, *(mask for mask in masks if mask is not None)]
 
+    def partitionings(self, node):
+        flat: Any = jax.tree_util.tree_leaves_with_path(node.given, is_leaf=is_box)
+        return [
+            ("/".join(str(key.key) for key in keys), leaf.value, found)
+            for keys, leaf in flat
+            if is_box(leaf) and (found := partitioning_of(leaf)) is not None
+        ]
+
+    def partition(self, built, partitionings):
+        if not isinstance(built, Node):
+            return built, set()
+        placed = {id(array) for array in jax.tree.leaves(built.variables)}
+        variables = jax.tree.map(
+            lambda array: boxed(array, partitionings.get(id(array))), built.variables
+        )
+        return Node(built.module, variables), placed & partitionings.keys()
+
     def parameters(self, node):
-        return node.variables.get("params", {})
+        return (node.variables if node.given is None else node.given).get("params", {})
 
     def with_parameters(self, node, parameters):
-        return Node(node.module, {**node.variables, "params": parameters})
+        return Node(node.module, {**node.variables, "params": _unboxed(parameters)})
 
     def container(self, leaves):
         tree: dict[str, Any] = {}
@@ -138,6 +160,15 @@ adapter.ships(COMPOSITES)
 def is_box(value: Any) -> bool:
     """Whether ``value`` is an array in one of Linen's own boxes of names."""
     return type(value) in (nn.Partitioned, nn.LogicallyPartitioned)
+
+
+def _unboxed(tree: Any) -> Any:
+    """``tree`` without the boxes that :func:`partitioning_of` understands."""
+
+    def unbox(value: Any) -> Any:
+        return value.value if is_box(value) and partitioning_of(value) is not None else value
+
+    return jax.tree.map(unbox, tree, is_leaf=is_box)
 
 
 def partitioning_of(box: Any) -> Partitioning | None:

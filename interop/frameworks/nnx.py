@@ -26,6 +26,7 @@ from ..registry import Adapter
 class Nnx(Adapter):
     name = "nnx"
     module_type = nnx.Module
+    has_partitionings = True
 
     def containers(self, node):
         return [(k, v) for k, v in vars(node).items() if isinstance(v, nnx.Variable)]
@@ -43,6 +44,21 @@ class Nnx(Adapter):
             *jax.tree.leaves(nnx.state(node)),
             *(mask for mask in masks if mask is not None),
         ]
+
+    def partitionings(self, node):
+        return [
+            (".".join(map(str, path)), variable.get_raw_value(), found)
+            for path, variable in _variables(node)
+            if (found := partitioning_of(variable)) is not None
+        ]
+
+    def partition(self, built, partitionings):
+        placed: set[int] = set()
+        for _, variable in _variables(built) if isinstance(built, nnx.Module) else ():
+            if (key := id(variable.get_raw_value())) in partitionings:
+                variable.set_metadata(**metadata_of(partitionings[key]))
+                placed.add(key)
+        return built, placed
 
     def parameters(self, node):
         return nnx.state(node, nnx.Param)
@@ -80,6 +96,15 @@ class Nnx(Adapter):
 
 adapter = Nnx()
 adapter.ships(COMPOSITES)
+
+
+def _variables(node: nnx.Module) -> list[tuple[Any, nnx.Variable]]:
+    flat: Any = nnx.to_flat_state(nnx.state(node))
+    return [(path, v) for path, v in flat if isinstance(v, nnx.Variable)]
+
+
+_PARTITIONING = {"out_sharding", "mesh", "sharding_rules"}
+_BOXES = (nn.Partitioned, nn.LogicallyPartitioned)
 
 
 def partitioning_of(variable: nnx.Variable) -> Partitioning | None:
@@ -120,8 +145,12 @@ def _array(layer, ctx, name: str, wanted: type[nnx.Variable] = nnx.Param) -> Any
             f"only an nnx.{wanted.__name__} converts; another kind may be trained in its own "
             f"way, or not at all",
         )
-    ignored = nnx.Variable.required_metadata
-    metadata = {k: v for k, v in variable.get_metadata().items() if k not in ignored and v}
+    known = set(nnx.Variable.required_metadata)
+    if partitioning_of(variable) is not None:
+        known |= _PARTITIONING
+        if variable.get_metadata().get("linen_meta_type") in _BOXES:
+            known.add("linen_meta_type")
+    metadata = {k: v for k, v in variable.get_metadata().items() if k not in known and v}
     if metadata:
         ctx.refuse(f"{name} metadata", metadata, "other frameworks have no place for it")
     return variable.get_raw_value()

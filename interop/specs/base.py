@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ..errors import ArgumentError
 
@@ -33,6 +34,7 @@ __all__ = [
     "move_channels",
     "moved_axis",
     "promoted_dtype",
+    "rows",
     "shape_of",
 ]
 
@@ -258,6 +260,21 @@ def promoted_dtype(statistics: Array, *parameters: Array | None) -> DType | None
     given = [array for array in parameters if array is not None]
     widest = common_dtype(statistics, *given)
     return None if given and common_dtype(*given) == widest else widest
+
+
+def rows(array: Array, order: np.ndarray[Any, Any]) -> Array:
+    """``array[order]``, split over devices as ``array`` is."""
+    if isinstance(array, Tracer) or not isinstance(array, jax.Array):
+        return array[order]
+    sharding: Any = array.sharding
+    if len(sharding.device_set) == 1:
+        return array[order]
+
+    def take(whole: Array) -> Array:
+        return whole[order]
+
+    compiled: Any = jax.jit(take, out_shardings=sharding)
+    return compiled(array)
 
 
 def mismatches_of(**arrays: tuple[Array | None, Shape | None]) -> list[str]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import formulas
-from .base import Array, DType, Run, Shape, Spec, mismatches_of
+from .base import Array, DType, Run, Shape, Spec, mismatches_of, rows
 
 __all__ = [
     "Embedding",
@@ -87,7 +87,7 @@ class Linear(Spec):
 
     def with_rows(self, order: np.ndarray[Any, Any]) -> Spec:
         mask = None if self.mask is None else self.mask[order]
-        return replace(self, weight=self.weight[order], mask=mask)
+        return replace(self, weight=rows(self.weight, order), mask=mask)
 
     def mismatches(self) -> list[str]:
         out = self.weight.shape[1:]
