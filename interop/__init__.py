@@ -32,6 +32,8 @@ from .errors import (
     UnsupportedLayerError,
     UnsupportedStructureError,
 )
+from .files import load, save
+from .named_weights import load_weights, weights
 from .registration import (
     LayerContext,
     LayerMapping,
@@ -75,16 +77,20 @@ __all__ = [
     "from_equinox",
     "from_linen",
     "from_nnx",
+    "load",
+    "load_weights",
     "mapping",
     "register_builder",
     "register_layer_mapping",
     "register_reader",
     "registered",
+    "save",
     "specs",
     "supported_layers",
     "to_equinox",
     "to_linen",
     "to_nnx",
+    "weights",
 ]
 
 

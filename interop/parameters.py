@@ -10,7 +10,17 @@ from typing import Any
 
 import jax
 
-__all__ = ["Path", "arrays", "is_empty", "is_leaf", "leaves", "leaves_by_name", "name"]
+__all__ = [
+    "Path",
+    "arrays",
+    "is_empty",
+    "is_leaf",
+    "is_quantity",
+    "leaves",
+    "leaves_by_name",
+    "name",
+    "path_of",
+]
 
 Path = tuple[str | int, ...]
 
@@ -23,6 +33,11 @@ def is_leaf(x: Any) -> bool:
     return isinstance(x, jax.sharding.PartitionSpec) or is_empty(x)
 
 
+def is_quantity(x: Any) -> bool:
+    """Whether ``x`` is an array with a physical unit."""
+    return hasattr(x, "mantissa") and hasattr(x, "unit")
+
+
 def leaves(container: Any) -> dict[Path, Any]:
     """Every leaf of a container of parameters by its path, in the order of the pytree.
 
@@ -31,11 +46,13 @@ def leaves(container: Any) -> dict[Path, Any]:
     found: dict[Path, Any] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(container, is_leaf=is_leaf):
         boxed = len(keys) > 1 and getattr(keys[-1], "name", None) == "value"
-        path: Path = ()
-        for key in keys[:-1] if boxed else keys:
-            path += _step(key)
-        found[path] = leaf
+        found[path_of(keys[:-1] if boxed else keys)] = leaf
     return found
+
+
+def path_of(keys: Any) -> Path:
+    """A path of JAX's tree functions as one of ours."""
+    return tuple(step for key in keys for step in _step(key))
 
 
 def arrays(container: Any) -> dict[Path, Any]:

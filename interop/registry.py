@@ -198,6 +198,23 @@ class Adapter(abc.ABC):
         """One of :attr:`composites` that holds ``spec``."""
         return cls(spec)
 
+    @abc.abstractmethod
+    def held(self, node: Any) -> Mapping[tuple[Any, ...], Any]:
+        """Every value that lasts, by path, each container once: parameters, statistics and
+        other buffers; neither random keys nor what belongs to one run, as hidden states do.
+        """
+
+    @abc.abstractmethod
+    def hold(self, node: Any, values: Mapping[tuple[Any, ...], Any]) -> Any:
+        """``node`` with such values: the same object where it can change in place.
+
+        Values that are not given stay.
+        """
+
+    def native(self, node: Any) -> Any:
+        """What a user holds: the module, or the module with what belongs to it."""
+        return node
+
     # -- rules --------------------------------------------------------------------------
 
     def reads(

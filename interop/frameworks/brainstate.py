@@ -24,6 +24,7 @@ from ..composites.brainstate import COMPOSITES, Lambda
 from ..registry import Adapter
 
 _PARAM_TYPES = (brainstate.ParamState, type(nn.LayerNorm((1,)).weight))
+_OF_A_RUN = (brainstate.ShortTermState, brainstate.random.RandomState)
 
 
 class BrainState(Adapter):
@@ -67,6 +68,16 @@ class BrainState(Adapter):
             else:
                 found[path] = leaf
         return found
+
+    def held(self, node):
+        states = node.states().items()
+        return {path: s.value for path, s in states if not isinstance(s, _OF_A_RUN)}
+
+    def hold(self, node, values):
+        states = node.states()
+        for path, value in values.items():
+            states[path].value = value
+        return node
 
     def run(self, node, inputs, train):
         copy = brainstate.graph.treefy_merge(*brainstate.graph.treefy_split(node))

@@ -21,15 +21,20 @@ import numpy as np
 from .. import formulas, specs
 from ..composites.equinox import COMPOSITES
 from ..errors import ArgumentError
+from ..parameters import is_quantity, path_of
 from ..registry import Adapter
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Node:
-    """A module, and the state of the model that it is a part of."""
+    """A module, and the state of the model that it is a part of.
+
+    ``has_own_state`` tells that the module still holds it, as before ``make_with_state``.
+    """
 
     module: Any
     state: eqx.nn.State | None
+    has_own_state: bool = False
 
 
 class Equinox(Adapter):
@@ -47,7 +52,9 @@ class Equinox(Adapter):
                 f"state must be an eqx.nn.State, got {type(state).__qualname__}",
                 remedy="Pass what eqx.nn.make_with_state returned beside the model",
             )
-        return Node(model, state if state is not None else _initial_state(model))
+        if state is not None:
+            return Node(model, state)
+        return Node(model, _initial_state(model), has_own_state=True)
 
     def module(self, node):
         return node.module if isinstance(node, Node) else node
@@ -80,6 +87,32 @@ class Equinox(Adapter):
     def with_parameters(self, node, parameters):
         return Node(eqx.combine(parameters, node.module), node.state)
 
+    def held(self, node):
+        found, seen = {}, set()
+        for keys, leaf in _leaves(node.module)[0]:
+            if _is_index(leaf) and leaf.marker not in seen:
+                seen.add(leaf.marker)
+                found[path_of(keys)] = node.state.get(leaf)
+            elif not _is_index(leaf) and (is_quantity(leaf) or _is_array(leaf)):
+                found[path_of(keys)] = leaf
+        return found
+
+    def hold(self, node, values):
+        leaves, treedef = _leaves(node.module)
+        named = [(path_of(keys), leaf) for keys, leaf in leaves]
+        indices = {path: leaf for path, leaf in named if _is_index(leaf) and path in values}
+        states = {index.marker: values[path] for path, index in indices.items()}
+        changed = [
+            _with_initial(leaf, states) if _is_index(leaf) else values.get(path, leaf)
+            for path, leaf in named
+        ]
+        module = jax.tree.unflatten(treedef, changed)
+        return dataclasses.replace(node, module=module, state=_updated(node.state, states))
+
+    def native(self, node):
+        is_one = node.state is None or node.has_own_state
+        return node.module if is_one else (node.module, node.state)
+
     def run(self, node, inputs, train):
         module = eqx.nn.inference_mode(node.module, not train)
         if node.state is None or not _takes_state(module):
@@ -102,6 +135,32 @@ def _takes_state(module: Any) -> bool:
 
 def _is_index(x: Any) -> bool:
     return isinstance(x, eqx.nn.StateIndex)
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, np.ndarray | jax.ShapeDtypeStruct) or eqx.is_array(x)
+
+
+def _leaves(module: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    return jax.tree_util.tree_flatten_with_path(
+        module, is_leaf=lambda x: _is_index(x) or is_quantity(x)
+    )
+
+
+def _with_initial(index: eqx.nn.StateIndex, values: dict[Any, Any]) -> eqx.nn.StateIndex:
+    """The index with its new value, if it is one that holds its value itself."""
+    if index.marker not in values or not jax.tree.leaves(index.init):
+        return index
+    return eqx.tree_at(lambda x: x.init, index, values[index.marker])
+
+
+def _updated(state: eqx.nn.State | None, values: dict[Any, Any]) -> eqx.nn.State | None:
+    """A state with other values; its ``set`` would also compare weak types."""
+    if state is None:
+        return None
+    old, markers = state.tree_flatten()
+    new = [values.get(marker, value) for marker, value in zip(markers, old, strict=True)]
+    return eqx.nn.State.tree_unflatten(markers, new)
 
 
 def _is_module(x: Any) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -37,6 +38,9 @@ from .nnx import (
 )
 
 Key = tuple[str, ...]
+
+# Collections that a call leaves behind; "carry" is what live wrappers call hidden state.
+_OF_A_RUN = ("intermediates", "perturbations", "cache", "carry")
 
 
 @dataclasses.dataclass(eq=False)
@@ -134,11 +138,23 @@ class Linen(Adapter):
             part[path[-1]] = leaf
         return tree
 
+    def held(self, node):
+        return {(k,): tree for k, tree in node.variables.items() if k not in _OF_A_RUN}
+
+    def hold(self, node, values):
+        changed = {name: tree for (name,), tree in values.items()}
+        return Node(node.module, {**node.variables, **changed})
+
+    def native(self, node):
+        return node.module, node.variables
+
     def run(self, node, inputs, train):
-        mutable = [name for name in node.variables if name != "params"] if train else False
+        mutable = [name for name in node.variables if name != "params"]
         module = _in_mode(node.module, train, {})
-        out = module.apply(node.variables, *inputs, mutable=mutable)
-        return out[0] if train else out
+        taken = inspect.signature(type(module).__call__).parameters.keys()
+        taken -= _fields(type(module))  # which are set already
+        modes = {name: train is value for name, value in _MODES.items() if name in taken}
+        return module.apply(node.variables, *inputs, mutable=mutable, **modes)[0]
 
     def for_callback(self, node):
         return node
@@ -189,7 +205,14 @@ def boxed(value: Any, partitioning: Partitioning | None) -> Any:
     )
 
 
-_MODES = {"use_running_average": False, "deterministic": False, "train": True}
+# Fields of layers, and arguments of calls, that switch the mode; the value for training.
+_MODES = {
+    "use_running_average": False,
+    "deterministic": False,
+    "train": True,
+    "training": True,
+    "is_training": True,
+}
 
 
 def _in_mode(layer: Any, train: bool, memo: dict[int, Any]) -> Any:

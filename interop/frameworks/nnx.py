@@ -22,6 +22,8 @@ from ..errors import ArgumentError
 from ..partitioning import Partitioning
 from ..registry import Adapter
 
+_OF_A_RUN = (nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation)
+
 
 class Nnx(Adapter):
     name = "nnx"
@@ -69,6 +71,15 @@ class Nnx(Adapter):
 
     def container(self, leaves):
         return nnx.from_flat_state([(path, nnx.Param(leaf)) for path, leaf in leaves.items()])
+
+    def held(self, node):
+        return {path: variable.get_value() for path, variable in _lasting(node).items()}
+
+    def hold(self, node, values):
+        variables = _lasting(node)
+        for path, value in values.items():
+            variables[path].set_value(value)
+        return node
 
     def run(self, node, inputs, train):
         model = nnx.clone(node)
@@ -131,6 +142,12 @@ def metadata_of(partitioning: Partitioning | None) -> dict[str, Any]:
         metadata["sharding_rules"] = partitioning.rules
         metadata["linen_meta_type"] = nn.LogicallyPartitioned
     return metadata
+
+
+def _lasting(node: nnx.Module) -> dict[tuple[Any, ...], nnx.Variable]:
+    """The Variables that outlast a run, by path, each once."""
+    found = nnx.to_flat_state(nnx.state(node))
+    return {path: v for path, v in found if not isinstance(v, _OF_A_RUN)}
 
 
 def _array(layer, ctx, name: str, wanted: type[nnx.Variable] = nnx.Param) -> Any:

@@ -44,6 +44,14 @@ class Toy(Adapter):
     def container(self, leaves):
         return dict(leaves)
 
+    def held(self, node):
+        return self.parameters(node)
+
+    def hold(self, node, values):
+        for path, module in _modules(node):
+            vars(module).update({p[-1]: x for p, x in values.items() if p[:-1] == path})
+        return node
+
     def run(self, node, inputs, train):
         return node(*inputs)
 

@@ -23,8 +23,8 @@ from ...core import Cell, Kind, Probe, Views
 __all__ = ["Buffer", "HiddenState", "cell_of", "check_link", "owned", "view_of"]
 
 
-class HiddenState(nnx.Variable):
-    """Recurrent state of a guest: never a parameter."""
+class HiddenState(nnx.Cache):
+    """Recurrent state of a guest: never a parameter, and not worth a checkpoint."""
 
 
 class Buffer(nnx.Variable):
