@@ -32,6 +32,7 @@ from .errors import (
     UnsupportedLayerError,
     UnsupportedStructureError,
 )
+from .exporting import export
 from .files import load, save
 from .named_weights import load_weights, weights
 from .registration import (
@@ -74,6 +75,7 @@ __all__ = [
     "compare",
     "convert",
     "explain",
+    "export",
     "from_equinox",
     "from_linen",
     "from_nnx",
