@@ -15,8 +15,10 @@ from .core import Path, Structure
 __all__ = [
     "OfInstance",
     "cell_signature",
+    "check_keywords",
     "check_names",
     "forwarded",
+    "is_method",
     "refuse_attribute",
     "signature_with",
     "without_self",
@@ -103,6 +105,21 @@ def check_names(
         )
 
 
+def check_keywords(structure: Structure, name: str, keywords: Iterable[str]) -> None:
+    """Refuse to forward a method of the guest that names an argument as the host does.
+
+    Raises:
+        ArgumentError: an argument of the method has the name of one of ``keywords``.
+    """
+    arguments = inspect.signature(getattr(structure.guest_type, name)).parameters
+    if taken := sorted((set(keywords) & set(arguments)) - structure.fills):
+        raise ArgumentError(
+            f"{structure.guest_type.__qualname__}.{name} has arguments that calls of the shim "
+            f"take themselves: {', '.join(taken)}",
+            remedy="Rename them, or call the method on shim.unwrap()",
+        )
+
+
 def _own_methods(structure: Structure) -> set[str]:
     """Public methods of the guest's class, but its call, that its framework's base lacks."""
     classes = structure.guest_type.__mro__
@@ -132,6 +149,13 @@ def refuse_attribute(guest: Any, name: str) -> None:
         )
 
 
+def is_method(guest: Any, name: str) -> bool:
+    """Whether ``guest.name`` is a method of its class, which computes with its arrays."""
+    static: Any = inspect.getattr_static
+    defined: Any = static(guest.__class__, name, None)
+    return callable(defined) and not isinstance(defined, _NO_METHODS)
+
+
 def forwarded(guest: Any, name: str, run: Callable[..., Any]) -> Any:
     """``guest.name``: an attribute as it is, a method as a call of the shim.
 
@@ -144,10 +168,7 @@ def forwarded(guest: Any, name: str, run: Callable[..., Any]) -> Any:
         AttributeError: the guest has no such attribute.
     """
     value: Any = getattr(guest, name)
-    static: Any = inspect.getattr_static
-    defined: Any = static(guest.__class__, name, None)
-    is_method = callable(defined) and not isinstance(defined, _NO_METHODS)
-    if not is_method:
+    if not is_method(guest, name):
         return value
 
     @wrapt.decorator

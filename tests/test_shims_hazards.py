@@ -318,6 +318,34 @@ def test_keys_and_scalars_given_to_an_equinox_guest():
     assert (out[0] != out[1]).any()
 
 
+def test_a_method_whose_argument_the_host_takes_itself_is_refused():
+    class Encodes(bnn.Module):
+        def update(self, x):
+            return x
+
+        def encode(self, x, key=None, deterministic=None):
+            return x
+
+    for shim, name in (
+        (shims.ToLinen(Encodes()), "deterministic"),
+        (shims.ToEquinox(Encodes()), "key"),
+    ):
+        with pytest.raises(interop.ArgumentError, match=f"encode has arguments.*{name}"):
+            _ = shim.encode
+    assert shims.ToNNX(Encodes()).encode(X, key=KEY) is X
+
+
+def test_a_guest_whose_method_a_linen_module_has_itself_is_refused():
+    class Binds(bnn.Module):
+        def update(self, x):
+            return x
+
+        def bind(self): ...
+
+    with pytest.raises(interop.ArgumentError, match="bind"):
+        shims.ToLinen(Binds())
+
+
 def test_collections_of_results_are_no_weights():
     shim = shims.ToLinen(bnn.Linear(4, 2))
     variables = shim.init(KEY, X)

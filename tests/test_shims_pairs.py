@@ -1,6 +1,8 @@
 """Every ordered pair of frameworks: one guest with forward logic of its own, batch
 normalisation and dropout, inside every other framework, against plain JAX."""
 
+from pathlib import Path
+
 import brainstate
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ import shims
 from . import live
 from .live import X
 
+GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}  # float32 sums in another order
 XS = jnp.stack([X, X + 1, 2 * X])
 
@@ -119,6 +122,16 @@ def test_scan_over_time_carries_the_statistics(source, hosted):
     assert_allclose(source.block_arrays(host.unwrap())["var"], stats["var"], **TOLERANCE)
 
 
+def test_other_methods_run_on_the_hosts_values_and_attributes_read_through(source, hosted):
+    model, host = hosted()
+    host.step(X)
+    trained = source.block_arrays(host.unwrap())
+    expected = 2 * (X @ trained["w1"] + trained["b1"])
+    assert_allclose(host.method("encode", X, gain=2.0)["code"], expected, **TOLERANCE)
+    assert not hasattr(host.shim, "no_such_attribute")
+    assert host.shim.label == "a block"
+
+
 def test_shapes_can_be_computed_without_values(hosted):
     _, host = hosted()
     assert host.shape(X) == (6, 2)
@@ -180,6 +193,27 @@ def test_explain_shows_each_array_once_with_its_owner(source, hosted):
     assert report.live is (live and mutable_host)
     for text in (str(report), report.to_markdown()):
         assert all(row.path in text and row.array in text for row in report.rows)
+
+
+def test_paths_containers_and_kinds_are_a_fixed_format(source, target, hosted):
+    _, host = hosted()
+    golden = GOLDEN / f"{source.name}-{target.name}.txt"
+    assert f"{shims.explain(host.shim)}\n" == golden.read_text()
+
+
+def test_paths_are_the_same_in_every_host():
+    paths = {}
+    for golden in GOLDEN.iterdir():
+        _, _, *rows = golden.read_text().splitlines()
+        guest = golden.stem.partition("-")[0]
+        found = {row.split("  ")[0] for row in rows}
+        assert paths.setdefault(guest, found) == found
+    assert len(paths) == 4
+
+
+def test_repr_names_the_guest(hosted):
+    _, host = hosted()
+    assert "Block" in repr(host.shim)
 
 
 def test_explain_of_anything_else_is_refused():

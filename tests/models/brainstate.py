@@ -528,6 +528,8 @@ CONSTRUCTORS = {
 class Block(nn.Module):
     """What :func:`tests.live.truth` computes."""
 
+    label = "a block"
+
     def __init__(self, rate):
         super().__init__()
         p, s = live.PARAMS, live.STATS
@@ -540,6 +542,9 @@ class Block(nn.Module):
     def update(self, x):
         h = self.inp(x)
         return self.out(self.drop(jnp.tanh(self.norm(h)))) + h.sum(-1, keepdims=True)
+
+    def encode(self, x, *, gain=1.0):
+        return {"code": gain * self.inp(x)}
 
 
 def block(rate=0.0):
@@ -580,6 +585,11 @@ class Host:
 
     def jit(self, x, train=False):
         return self._jit[train](x)
+
+    def method(self, name, x, **options):
+        call = brainstate.transform.jit(lambda x: getattr(self.shim, name)(x, **options))
+        with brainstate.environ.context(fit=False):
+            return call(x)
 
     def parameters(self):
         return [state.value for state in self._params.values()]

@@ -1,5 +1,7 @@
 """Equinox models: ``(model, state)``. Modules see one example; ``run`` maps over the batch."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -412,6 +414,7 @@ CONSTRUCTORS = {
 class Block(eqx.Module):
     """What :func:`tests.live.truth` computes, of one example."""
 
+    label: ClassVar = "a block"
     inp: eqx.nn.Linear
     norm: eqx.nn.BatchNorm
     drop: eqx.nn.Dropout
@@ -421,6 +424,9 @@ class Block(eqx.Module):
         h = self.inp(x)
         y, state = self.norm(h, state)
         return self.out(self.drop(jnp.tanh(y), key=key)) + h.sum(keepdims=True), state
+
+    def encode(self, x, state, *, gain=1.0):
+        return {"code": gain * self.inp(x)}, state
 
 
 def block(rate=0.0):
@@ -473,6 +479,13 @@ class Host:
     def jit(self, x, train=False):
         out, self.state = _apply(self._mode(train), x, self.state, self._key())
         return out
+
+    def method(self, name, x, **options):
+        @eqx.filter_jit
+        def call(shim, x, state):
+            return getattr(shim, name)(x, state=state, **options)
+
+        return call(self._mode(False), x, self.state)[0]
 
     def parameters(self):
         return jax.tree.leaves(eqx.filter(self.shim, eqx.is_inexact_array))

@@ -1,10 +1,12 @@
 """Flax Linen models: ``(module, variables)``."""
 
 import functools
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import shims
 
@@ -412,6 +414,7 @@ CONSTRUCTORS = {
 class Block(nn.Module):
     """What :func:`tests.live.truth` computes."""
 
+    label: ClassVar = "a block"
     rate: float
 
     @nn.compact
@@ -426,6 +429,10 @@ class Block(nn.Module):
         )
         y = nn.Dropout(self.rate, deterministic=not train)(jnp.tanh(norm(h)))
         return nn.Dense(2, name="out")(y) + h.sum(-1, keepdims=True)
+
+    def encode(self, x, *, gain=1.0):
+        h = x @ self.get_variable("params", "inp")["kernel"]
+        return {"code": gain * (h + self.get_variable("params", "inp")["bias"])}
 
 
 def block(rate=0.0):
@@ -479,6 +486,21 @@ class Host:
     def jit(self, x, train=False):
         out, self.variables = self._jit[train](self.variables, self._rngs(), x)
         return out
+
+    def method(self, name, x, **options):
+        shim = self.shim
+
+        class Parent(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                return getattr(shim.copy(name="inner"), name)(x, deterministic=True, **options)
+
+        variables = {k: {"inner": tree} for k, tree in self.variables.items()}
+        inside = jax.jit(Parent().apply)(variables, x)
+        call = functools.partial(shim.apply, method=name, deterministic=True, **options)
+        outside = jax.jit(call)(self.variables, x)
+        jax.tree.map(np.testing.assert_array_equal, inside, outside)
+        return outside
 
     def parameters(self):
         return jax.tree.leaves(self.variables["params"])

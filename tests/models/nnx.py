@@ -468,6 +468,8 @@ CONSTRUCTORS = {
 class Block(nnx.Module):
     """What :func:`tests.live.truth` computes."""
 
+    label = "a block"
+
     def __init__(self, rate):
         p, s = live.PARAMS, live.STATS
         self.inp = linear(p["w1"], p["b1"])
@@ -479,6 +481,9 @@ class Block(nnx.Module):
     def __call__(self, x):
         h = self.inp(x)
         return self.out(self.drop(jnp.tanh(self.norm(h)))) + h.sum(-1, keepdims=True)
+
+    def encode(self, x, *, gain=1.0):
+        return {"code": gain * self.inp(x)}
 
 
 def block(rate=0.0):
@@ -515,6 +520,10 @@ class Host:
     def jit(self, x, train=False):
         _switch(self.shim, train)
         return _jit(self.shim, x)
+
+    def method(self, name, x, **options):
+        _switch(self.shim, False)
+        return nnx.jit(lambda m, x: getattr(m, name)(x, **options))(self.shim, x)
 
     def parameters(self):
         return jax.tree.leaves(nnx.state(self.shim, nnx.Param))

@@ -34,13 +34,14 @@ from ...core import (
     path_text,
     report_of,
 )
-from ...forwarding import check_names
+from ...forwarding import check_keywords, check_names, forwarded, is_method
 from ...report import LinkReport
 
 __all__ = ["ToEquinox"]
 
 _KEYWORDS = ("state", "key")
 _METHODS = ("materialize", "unwrap", "write_back", "is_stateful")
+_METHODS += ("params", "buffers", "inference", "batched")
 
 
 class _Link:
@@ -70,6 +71,9 @@ class ToEquinox(eqx.nn.StatefulLayer):
     an ``eqx.nn.State``: build a stateful shim by
     ``eqx.nn.make_with_state(shims.ToEquinox)(layer)`` and call it as ``out, state =
     shim(x, state, key=key)``; one without them as ``shim(x, key=key)``.
+
+    Other public methods of the guest take ``state`` and ``key`` as the call does, and run on
+    the shim's values: ``shim.encode(x)``. Plain attributes read through.
 
     A function that closes over a shim keeps its leaves as constants, as with any
     ``eqx.Module``.
@@ -146,16 +150,52 @@ class ToEquinox(eqx.nn.StatefulLayer):
         return self.buffers is not None
 
     def __call__(self, *args: Any, state: Any = None, key: Any = None, **kwargs: Any) -> Any:
+        return self._shim_run("__call__", args, kwargs, state=state, key=key)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or "_shim_link" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+        guest = self._shim_module()
+        if is_method(guest, name):
+            check_keywords(self._shim_structure, name, _KEYWORDS)
+
+        def run(method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+            own = {k: v for k, v in kwargs.items() if k in _KEYWORDS}
+            rest = {k: v for k, v in kwargs.items() if k not in _KEYWORDS}
+            return self._shim_run(method, args, rest, **own)
+
+        return forwarded(guest, name, run)
+
+    def _shim_module(self) -> Any:
+        """The guest's module as it is now, to look attributes up in."""
+        if self.buffers is None or self._shim_link.guest is not None:
+            return self._shim_structure.module(self.unwrap())
+        # Of a guest whose arrays stand beside it the module alone is looked at.
+        values = {p: at(self.params, _place(p)) for p in self._shim_structure.kinds}
+        return self._shim_structure.module(self._shim_structure.build(values))
+
+    def _shim_run(
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        state: Any = None,
+        key: Any = None,
+    ) -> Any:
         if state is None and args and isinstance(args[-1], eqx.nn.State):
             args, state = args[:-1], args[-1]
         self._shim_check_state(state)
         values = self._shim_values(state)
         structure = self._shim_structure
         cell_args = (*args[1:2], *args[:1], *args[2:])  # the carry first, as a step has it
-        is_step = structure.takes_carry(cell_args)
-        self._shim_check_carry(is_step and len(args) > 1)
+        is_call = method == "__call__"
+        is_step = is_call and structure.takes_carry(cell_args)
+        if is_call or structure.carried:
+            self._shim_check_carry(is_step and len(args) > 1)
         call = Call(
-            "__call__",
+            method,
             cell_args if is_step else args,
             kwargs,
             training=not self.inference,

@@ -6,7 +6,9 @@ guest with the variables it is given, and ``write_back`` commits them to the gue
 
 from __future__ import annotations
 
+import functools
 import inspect
+import types
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -30,7 +32,14 @@ from ...core import (
     nest,
     report_of,
 )
-from ...forwarding import OfInstance, cell_signature, check_names, signature_with
+from ...forwarding import (
+    OfInstance,
+    cell_signature,
+    check_keywords,
+    check_names,
+    is_method,
+    signature_with,
+)
 from ...report import LinkReport
 
 __all__ = ["ToLinen", "ToLinenCell"]
@@ -86,6 +95,9 @@ class ToLinen(nn.Module):
     its compilation. ``apply`` uses what it is given and checks it first. After training,
     ``write_back`` commits the values.
 
+    Other public methods of the guest run as the call does: ``shim.encode(x)`` in a Linen
+    parent, ``shim.apply(variables, x, method="encode")`` outside; attributes read through.
+
     Under ``nn.vmap`` and ``nn.scan`` with split parameters all members start out identical,
     as there is nothing random in handing out weights.
 
@@ -135,7 +147,7 @@ class ToLinen(nn.Module):
         if not isinstance(self.module, _Held):
             guest = guest_of(self.module, **{name: getattr(self, name) for name in _OPTIONS})
             check_names(
-                guest.structure(), host=object, keywords=_KEYWORDS, methods=_METHODS, paths=()
+                guest.structure(), host=ToLinen, keywords=_KEYWORDS, methods=_METHODS, paths=()
             )
             object.__setattr__(self, "module", _Held(guest))
             for name in _OPTIONS:
@@ -151,13 +163,33 @@ class ToLinen(nn.Module):
         deterministic = self.deterministic if deterministic is None else deterministic
         training = None if deterministic is None else not deterministic
         structure = self._shim_structure
-        is_step = self._shim_takes_carry(args)
+        method = kwargs.pop("_shim_method", "__call__")  # the one compact entry of them all
+        is_step = method == "__call__" and self._shim_takes_carry(args)
         values = self._shim_values(structure, structure.carried if is_step else ())
-        call = Call("__call__", args, kwargs, training, self._shim_key(training))
+        call = Call(method, args, kwargs, training, self._shim_key(training))
         out, new, _ = (structure.step if is_step else structure.run)(values, call)
         if not self.is_initializing():
             self._shim_store(structure, values, new)
         return out
+
+    @nn.nowrap
+    def __getattr__(self, name: str) -> Any:
+        held = vars(self).get("module")
+        if name.startswith("_") or not isinstance(held, _Held):
+            return super().__getattr__(name)
+        guest = held.structure.module(held.guest.native)
+        if not is_method(guest, name):
+            is_applied = self.scope is not None and not self.is_initializing()
+            now = self.unwrap(self.variables) if is_applied else held.guest.native
+            return getattr(held.structure.module(now), name)
+
+        check_keywords(held.structure, name, _KEYWORDS)
+
+        @functools.wraps(getattr(type(guest), name))
+        def through_the_shim(shim: Any, *args: Any, **kwargs: Any) -> Any:
+            return shim(*args, **kwargs, _shim_method=name)
+
+        return types.MethodType(through_the_shim, self)  # as apply(..., method=name) wants it
 
     @nn.nowrap
     def unwrap(self, variables: Mapping[str, Any] | None = None) -> Any:
