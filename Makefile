@@ -13,17 +13,21 @@ endif
 
 RUN = $(VENV)/bin/python -m
 
-.PHONY: help demo test lint types format table clean
+.PHONY: help demo test test-onnx lint types format table clean
 .NOTPARALLEL:
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
 demo: $(VENV)/installed-test ## Train a BrainState layer inside a Flax model
 	$(VENV)/bin/python examples/embed_in_flax.py
 
 test: $(VENV)/installed-test ## Run the tests; more pytest options in ARGS
 	$(RUN) pytest -n 2 --dist worksteal $(ARGS)
+
+test-onnx: ## Run the tests of ONNX, in a virtualenv of their own
+	$(MAKE) $(VENV)-onnx/installed-onnxtest VENV=$(VENV)-onnx
+	$(VENV)-onnx/bin/python -m pytest tests/test_onnx.py $(ARGS)
 
 lint: $(VENV)/installed-lint ## Check format and style
 	$(RUN) ruff format --check .

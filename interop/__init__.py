@@ -35,6 +35,7 @@ from .errors import (
 from .exporting import export
 from .files import load, save
 from .named_weights import load_weights, weights
+from .onnx import to_onnx
 from .registration import (
     LayerContext,
     LayerMapping,
@@ -92,6 +93,7 @@ __all__ = [
     "to_equinox",
     "to_linen",
     "to_nnx",
+    "to_onnx",
     "weights",
 ]
 

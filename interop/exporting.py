@@ -18,7 +18,7 @@ from .errors import ArgumentError, InteropError, UnsupportedStructureError
 from .named_weights import named, open_any, replaced
 from .parameters import is_quantity
 
-__all__ = ["evaluated", "export", "shapes_of"]
+__all__ = ["evaluated", "export", "in_batches", "shapes_of"]
 
 
 def export(
@@ -61,29 +61,43 @@ def export(
         >>> exported.call(jnp.ones((5, 3))).shape
         (5, 4)
     """
-    if batch not in ("symbolic", "fixed") or weights not in ("inside", "arguments"):
+    if weights not in ("inside", "arguments"):
         raise ArgumentError(
-            f"export takes no batch={batch!r} with weights={weights!r}",
-            remedy='Pass batch="symbolic" or "fixed", weights="inside" or "arguments"',
+            f"export takes no weights={weights!r}",
+            remedy='Pass weights="inside" or "arguments"',
         )
     run, own = evaluated(model, params, state)
     arrays = {name: leaf.mantissa if is_quantity(leaf) else leaf for name, leaf in own.items()}
     fn = run if weights == "arguments" else partial(run, arrays)
     given = (jax.tree.map(_shape, arrays),) if weights == "arguments" else ()
 
-    def trace(shapes: Any) -> jax.export.Exported:
+    def trace(*shapes: Any) -> jax.export.Exported:
         return jax.export.export(jax.jit(fn), platforms=platforms)(*given, *shapes)
 
+    return in_batches(trace, lambda *shapes: jax.eval_shape(fn, *given, *shapes), inputs, batch)
+
+
+def in_batches(
+    trace: Callable[..., Any], check: Callable[..., Any], inputs: tuple[Any, ...], batch: str
+) -> Any:
+    """What ``trace`` makes of the shapes of inputs, with a symbolic batch size if asked for.
+
+    ``check`` raises where the model cannot take inputs of such shapes at all.
+    """
+    if batch not in ("symbolic", "fixed"):
+        raise ArgumentError(
+            f"there is no batch={batch!r}", remedy='Pass batch="symbolic" or "fixed"'
+        )
     fixed = shapes_of(inputs, None)
     if batch == "fixed":
-        return trace(fixed)
+        return trace(*fixed)
     (size,) = jax.export.symbolic_shape("batch")
     try:
-        return trace(shapes_of(inputs, size))
+        return trace(*shapes_of(inputs, size))
     except InteropError:
         raise
     except Exception as e:
-        jax.eval_shape(fn, *given, *fixed)  # raises where the model cannot take these inputs
+        check(*fixed)
         reason = str(e).strip().partition("\n")[0]
         raise UnsupportedStructureError(
             f"its code needs a fixed batch size ({type(e).__name__}: {reason})",

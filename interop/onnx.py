@@ -1,0 +1,193 @@
+"""A model as an ONNX file, made by jax2onnx and proved by onnxruntime."""
+
+# jax declares some of its types only in part, jax2onnx and onnxruntime none.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import os
+from typing import Any
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+
+from .errors import (
+    ArgumentError,
+    BrokenDependencyError,
+    ConversionError,
+    MissingDependencyError,
+    UnsupportedStructureError,
+)
+from .exporting import evaluated, in_batches
+from .files import write
+
+__all__ = ["to_onnx"]
+
+_TOLERANCE = 1e-5
+
+
+def to_onnx(
+    model: Any,
+    *inputs: Any,
+    path: str | os.PathLike[str],
+    batch: str = "symbolic",
+    params: Any = None,
+    state: Any = None,
+) -> None:
+    """Write a model in evaluation mode as an ONNX file, once it is proved to be right.
+
+    Args:
+        model, params, state: as in :func:`interop.export`.
+        inputs: a batch for each argument: arrays of numbers that the model can take. The file
+            is run by onnxruntime on others like them, and compared with the model.
+        path: the file; written when all is well, and else left as it was.
+        batch: ``"symbolic"`` for any batch size, or ``"fixed"``.
+
+    Raises:
+        UnsupportedStructureError: an operation has no counterpart in ONNX, named in the
+            message; or as :func:`interop.export`.
+        ConversionError: onnxruntime computes something else, beyond 1e-5.
+        ArgumentError: as :func:`interop.export`; or an input is no array.
+        MissingDependencyError, BrokenDependencyError: jax2onnx or onnxruntime cannot be
+            imported: extra ``onnx``.
+    """
+    converter, runtime = _package("jax2onnx"), _package("onnxruntime")
+    if not all(hasattr(x, "shape") and hasattr(x, "dtype") for x in inputs):
+        raise ArgumentError("inputs must be arrays", remedy="Pass one batch for each argument")
+    run, own = evaluated(model, params, state)
+    fn = functools.partial(run, own)
+
+    def convert(*shapes: Any) -> bytes:
+        program = jax.make_jaxpr(fn)(*shapes)
+
+        def flat(*xs: Any) -> list[Any]:
+            return _evaluate(program.jaxpr, program.consts, *xs)
+
+        try:
+            return converter.to_onnx(flat, list(shapes)).SerializeToString()
+        except Exception as e:
+            raise UnsupportedStructureError(
+                f"{_operation(e)} cannot be written as ONNX ({type(e).__name__}: {e})",
+                path="model",
+                remedy="Replace that operation, or use interop.export",
+            ) from e
+
+    data = in_batches(convert, functools.partial(jax.eval_shape, fn), inputs, batch)
+    _check(runtime.InferenceSession(data), fn, inputs, grow=batch == "symbolic")
+    write(path, data)
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as e:
+        if e.name != name:
+            raise BrokenDependencyError(name, e, _versions(name)) from e
+        raise MissingDependencyError("interop.to_onnx", name) from e
+    except Exception as e:
+        raise BrokenDependencyError(name, e, _versions(name)) from e
+
+
+def _versions(name: str) -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in ("jax", name)}
+
+
+# Nested programs by the primitive that calls them: jax2onnx gets one flat program.
+_NESTED = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "checkpoint": "jaxpr",
+}
+_POOLS: dict[str, tuple[Any, float]] = {
+    "reduce_window_max": (jax.lax.max, -np.inf),
+    "reduce_window_min": (jax.lax.min, np.inf),
+    "reduce_window_sum": (jax.lax.add, 0.0),
+}
+
+
+def _evaluate(jaxpr: Any, consts: Any, *args: Any) -> list[Any]:
+    """Run a program, its nested ones in place, and pools as joined slices of their input."""
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+    def read(variable: Any) -> Any:
+        is_literal = isinstance(variable, jax.extend.core.Literal)
+        return variable.val if is_literal else values[variable]
+
+    for eqn in jaxpr.eqns:
+        operands, name = list(map(read, eqn.invars)), eqn.primitive.name
+        if name in _NESTED:
+            nested = eqn.params[_NESTED[name]]
+            inner = getattr(nested, "jaxpr", nested)
+            out = _evaluate(inner, getattr(nested, "consts", ()), *operands)
+        elif name in _POOLS and set(eqn.params["base_dilation"]) == {1}:
+            out = [_pooled(eqn, *operands)]
+        else:
+            out = eqn.primitive.bind(*operands, **eqn.params)
+            out = out if eqn.primitive.multiple_results else [out]
+        values.update(zip(eqn.outvars, out, strict=True))
+    return list(map(read, jaxpr.outvars))
+
+
+def _pooled(eqn: Any, x: Any) -> Any:
+    """jax2onnx takes every axis of a pool for one of space, which onnxruntime refuses."""
+    join, fill = _POOLS[eqn.primitive.name]
+    facts = ("window_dimensions", "window_strides", "padding", "window_dilation")
+    windows = zip(*[eqn.params[fact] for fact in facts], strict=True)
+    for axis, (size, stride, pads, dilation) in enumerate(windows):
+        if size == stride == 1 and not any(pads):
+            continue
+        edge = jax.lax.full_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis), fill)
+        x = jax.lax.concatenate([*[edge] * pads[0], x, *[edge] * pads[1]], axis)
+        reach = (eqn.outvars[0].aval.shape[axis] - 1) * stride + 1
+        starts = [i * dilation for i in range(size)]
+        parts = [jax.lax.slice_in_dim(x, i, i + reach, stride, axis) for i in starts]
+        x = functools.reduce(join, parts)
+    return x
+
+
+def _operation(error: BaseException) -> str:
+    """The operation that jax2onnx was at: the last in its frames."""
+    found, trace = "the model", error.__traceback__
+    while trace is not None:
+        eqn: Any = trace.tb_frame.f_locals.get("eqn")
+        if hasattr(eqn, "primitive"):
+            found = f"the operation {eqn.primitive.name}"
+        trace = trace.tb_next
+    return found
+
+
+def _check(session: Any, fn: Any, inputs: tuple[Any, ...], *, grow: bool) -> None:
+    """Compare the file with the model on a second input, of another batch size if it can.
+
+    Raises:
+        ConversionError: they differ.
+    """
+    rng = np.random.default_rng(0)
+    given = [_like(np.asarray(x), rng, grow=grow) for x in inputs]
+    names = [x.name for x in session.get_inputs()]
+    found = session.run(None, dict(zip(names, given, strict=True)))
+    for i, (y, wanted) in enumerate(zip(found, jax.tree.leaves(fn(*given)), strict=True)):
+        wanted = np.asarray(wanted, np.float64)
+        scale = max(1.0, float(np.abs(wanted).max(initial=0.0)))
+        if y.shape != wanted.shape or not np.allclose(y, wanted, 0.0, _TOLERANCE * scale):
+            raise ConversionError(
+                f"output {i} of the ONNX file is not the model's within {_TOLERANCE:g}",
+                path="model",
+                remedy="Nothing was written. Use interop.export, and report this",
+            )
+
+
+def _like(x: Any, rng: np.random.Generator, *, grow: bool) -> Any:
+    shape = (x.shape[0] + 1, *x.shape[1:]) if grow and x.ndim else x.shape
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return rng.normal(size=shape).astype(x.dtype)
+    return rng.choice(x.ravel(), size=shape).astype(x.dtype)
