@@ -77,7 +77,7 @@ def test_shared_code_names_no_framework(path):
         f"{path.name}:{line}: {word}"
         for tree in judged(path)
         for word, line in words(tree)
-        if any(name in word.lower() for name in NAMES)
+        if any(name in word.lower().replace("onnx", "") for name in NAMES)  # a file format
     ]
     assert found == []
 
