@@ -23,6 +23,7 @@ __all__ = [
     "open_model",
     "sample_shape",
     "supported_layers",
+    "unchecked",
 ]
 
 
@@ -173,11 +174,16 @@ def open_model(model: Any) -> tuple[Adapter, Any]:
     Raises:
         ArgumentError: it is no model of a known framework.
     """
-    module, keywords = keywords_of(model)
-    adapter = adapter_of(module)
-    node = adapter.open(module, keywords.get("params"), keywords.get("state"))
+    adapter, node = unchecked(model)
     adapter.check(node)
     return adapter, node
+
+
+def unchecked(model: Any) -> tuple[Adapter, Any]:
+    """:func:`open_model` for a model that may have forward logic of its own."""
+    module, keywords = keywords_of(model)
+    adapter = adapter_of(module)
+    return adapter, adapter.open(module, keywords.get("params"), keywords.get("state"))
 
 
 def _check_instance(model: Any) -> None:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import specs
-from .api import open_model
+from .api import unchecked
 from .correspondence import WeightMapping, mapping
 from .errors import ArgumentError, ConversionError, InteropError, NotEquivalentError
 from .formulas import identity
@@ -237,12 +236,17 @@ class _Runner:
     """A model with what is needed to call it."""
 
     def __init__(self, model: Any, train: bool):
-        self.adapter, self.node = open_model(model)
+        self.adapter, self.node = unchecked(model)
         self.train = train
         self.spec: specs.Spec | None = None
         self.reading = _Listing(self.adapter, registry)
-        with contextlib.suppress(InteropError):  # what does not convert is compared as a whole
+        try:
+            self.adapter.check(self.node)
             self.spec = self.reading.read(self.node, "model")
+        except ConversionError:  # weights that do not fit
+            raise
+        except InteropError:  # what does not convert is compared as a whole
+            self.spec = None
         self.layers = list(_layers(self.spec, "model"))
         random = [x for _, x in self.layers if isinstance(x, specs.Dropout) and x.rate]
         if train and random:

@@ -176,6 +176,54 @@ class WeightMapping:
             other._target_tree,
         )
 
+    @classmethod
+    def identity(cls, framework: str, container: Any) -> WeightMapping:
+        """The mapping of a container of parameters to itself."""
+        shapes = _shapes(container)
+        ids = rearrangement.number(shapes)
+        shifts = {path: np.zeros(shape) for path, shape in shapes.items()}
+        changes = rearrangement.find(shapes, dict(ids), shifts)
+        return cls(framework, framework, shapes, changes, _tree(container), _tree(container))
+
+    def relocated(self, framework: str, container: Any) -> WeightMapping:
+        """This mapping from another container of the source's parameters.
+
+        Args:
+            framework: whose container it is.
+            container: the same parameters at the same paths, as text, or with the name of a
+                collection before them.
+
+        Raises:
+            ConversionError: it holds others.
+        """
+        shapes = _shapes(container)
+        here, own = ({tuple(map(str, path)): path for path in s} for s in (shapes, self.shapes))
+        for prefix in ((), ("params",), ("params", "params")):
+            moved = {(*prefix, *text): path for text, path in own.items()}
+            same = moved.keys() == here.keys()
+            if same and all(shapes[here[t]] == self.shapes[moved[t]] for t in moved):
+                break
+        else:
+            raise ConversionError(
+                f"the parameters of the {framework} container are not those of the source",
+                missing=[name(path) for path in self.shapes],
+                unexpected=[name(path) for path in shapes],
+            )
+        paths = {moved[text]: here[text] for text in moved}
+        changes = tuple(
+            dataclasses.replace(
+                change,
+                pieces=tuple(
+                    dataclasses.replace(piece, source=paths[piece.source])
+                    for piece in change.pieces
+                ),
+            )
+            for change in self.changes
+        )
+        return WeightMapping(
+            framework, self.target, shapes, changes, _tree(container), self._target_tree
+        )
+
     def to_json(self) -> str:
         """The mapping as text, for :meth:`from_json`; it holds no weights."""
         return json.dumps(
@@ -274,8 +322,8 @@ def mapping(
 
     Args:
         a: a model; ``(module, variables)`` for Linen, ``(model, state)`` for an Equinox model
-            with state.
-        b: a model of the same layers, of any framework.
+            with state. Or a live shim, whose parameters are in its host's container.
+        b: a model of the same layers, of any framework; of a shim, what it materialized to.
         to: instead of ``b``, the framework that ``a`` would be converted to.
         sample_input: one example for ``a`` without its batch axis, or its shape; needed where
             :func:`interop.convert` needs it, such as for a Flatten between layouts.
@@ -301,9 +349,11 @@ def mapping(
             "mapping takes two models, or one and the framework to=",
             remedy='Write mapping(a, b) or mapping(a, to="...")',
         )
+    module, keywords = keywords_of(a)
+    if b is not None and (stands_for := getattr(type(module), "_shim_mapping", None)):
+        return stands_for(a, b, sample_input)
     adapter, node = open_model(a)
     if to is not None:
-        module, keywords = keywords_of(a)
         b = convert_with(module, to, sample_input=sample_input, options={}, **keywords)
     other, other_node = open_model(b)
     shape = sample_shape(sample_input)
@@ -514,6 +564,10 @@ def _check_layers(first: _Numbered, second: _Numbered) -> None:
         f"{second.layers[i][0]} in {second.adapter.name}",
         path=first.layers[i][0],
     )
+
+
+def _shapes(container: Any) -> Shapes:
+    return {path: tuple(leaf.shape) for path, leaf in arrays(container).items()}
 
 
 def _tree(container: Any) -> Any:

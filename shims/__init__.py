@@ -10,7 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .api import explain, wrap
+from .materialization import materialize
 from .report import ArrayRow, LinkReport
+from .saving import load_traced, save_traced
 
 if TYPE_CHECKING:
     from .frameworks.brainstate import FromEquinox, FromLinen, FromNNX
@@ -28,6 +30,9 @@ __all__ = [
     "ToLinen",
     "ToNNX",
     "explain",
+    "load_traced",
+    "materialize",
+    "save_traced",
     "wrap",
 ]
 

@@ -8,11 +8,13 @@ never bound to foreign values.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
 from importlib import import_module
@@ -46,10 +48,12 @@ __all__ = [
     "is_cell",
     "is_traced",
     "leaves",
-    "materialize",
+    "materialize_structure",
     "nest",
+    "noted",
     "path_of",
     "path_text",
+    "recording",
     "report_of",
     "side_of",
 ]
@@ -366,6 +370,10 @@ class Structure(ABC):
         """What ``interop.convert`` takes beside the module of a native object."""
         return {}
 
+    def tracing(self) -> contextlib.AbstractContextManager[None]:
+        """The context in which ``run`` is traced into a program that leaves the process."""
+        return contextlib.nullcontext()
+
     def __deepcopy__(self, memo: Any) -> Structure:
         return self
 
@@ -455,24 +463,55 @@ def is_cell(module: Any, carry: Any = None) -> bool:
     return make is not None and (carry is not None or isinstance(module, make.cell_types))
 
 
-def materialize(
+def materialize_structure(
     structure: Structure,
     values: Mapping[Path, Any],
     to: str,
     options: Mapping[str, Any],
     *,
     copy: bool,
+    plain: Callable[[Any], Any] = lambda native: native,
 ) -> Any:
     """What ``interop`` makes of a guest that holds ``values``, for the framework ``to``.
 
     With ``copy`` the result has buffers of its own; otherwise arrays whose layout agrees are
-    the same objects.
+    the same objects. ``plain`` replaces the shims in a native object.
     """
     if copy:
         values = {path: jax.numpy.copy(value) for path, value in values.items()}
-    native = structure.build(values)
+    native = plain(structure.build(values))
     arguments = structure.convert_arguments(native)
     return convert_with(structure.module(native), to, options=options, **arguments)
+
+
+Noted = tuple[Any, tuple[Any, ...], tuple[str, ...]]
+"""A shim that was called, the arguments described, and the names of keyword arguments."""
+
+_calls: ContextVar[list[Noted] | None] = ContextVar("calls", default=None)
+
+
+@contextlib.contextmanager
+def recording() -> Generator[list[Noted]]:
+    """The calls of shims inside."""
+    calls: list[Noted] = []
+    token = _calls.set(calls)
+    try:
+        yield calls
+    finally:
+        _calls.reset(token)
+
+
+def noted(shim: Any, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Note a call of ``shim`` if somebody is :func:`recording`; whether that is so."""
+    calls = _calls.get()
+    if calls is None or method != "__call__":
+        return calls is not None
+
+    def described(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(jax.numpy.shape(x), jax.numpy.result_type(x))
+
+    calls.append((shim, jax.tree.map(described, args), tuple(kwargs)))
+    return True
 
 
 def report_of(

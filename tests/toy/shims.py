@@ -2,7 +2,7 @@
 
 import toy
 
-from ..core import Call, Cell, Kind, LiveGuest, Structure, guest_of, materialize
+from ..core import Call, Cell, Kind, LiveGuest, Structure, guest_of, materialize_structure
 
 
 def _modules(module, path=()):
@@ -92,7 +92,7 @@ class ToToy(toy.Module):
         return self.guest.structure().run(self.values, call)[0]
 
     def materialize(self):
-        return materialize(self.guest.structure(), self.values, "toy", {}, copy=False)
+        return materialize_structure(self.guest.structure(), self.values, "toy", {}, copy=False)
 
 
 guest = ToyGuest

@@ -6,10 +6,14 @@ from interop.registry import registry
 
 from .guest import BrainStateGuest
 from .host import FromEquinox, FromLinen, FromNNX, Wrapped
+from .models import Models
 
-__all__ = ["FromEquinox", "FromLinen", "FromNNX", "guest", "host"]
+whole = Models()
+
+__all__ = ["FromEquinox", "FromLinen", "FromNNX", "guest", "host", "whole"]
 
 guest = BrainStateGuest
+
 _CLASSES = {"equinox": FromEquinox, "linen": FromLinen, "nnx": FromNNX}
 
 

@@ -2,7 +2,8 @@
 
 A ``State`` holds a tree of arrays, each of which is a cell. ``brainstate.random.DEFAULT`` is
 one state for the whole process: while a guest runs, the host's key stands in its place, under
-a lock. Private API: ``State._value``, for that exchange.
+a lock. Private API: ``State._value``, for that exchange; ``_err_jit_true_branch``, the host
+callback of ``jit_error_if``, which an exported program cannot have.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from brainstate import graph
 from brainstate.random import DEFAULT
+from brainstate.transform import _error_if
 
 from interop.errors import ArgumentError, ConversionError, UnsupportedStructureError
 
@@ -198,6 +200,9 @@ class BrainStateStructure(Structure):
             out = _invoke(module, call)
             guest = BrainStateGuest(module)
             return out, guest.values(), guest.structure()
+
+    def tracing(self):
+        return _without_checks()
 
     def takes_carry(self, args):
         if len(args) < 2 or not self.is_recurrent:
@@ -392,6 +397,19 @@ def _is_outside_traces() -> bool:
     except brainstate.TraceContextError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def _without_checks() -> Iterator[None]:
+    """Leave out the host callbacks by which BrainState checks values, such as a probability."""
+    with _RANDOM:
+        found = _error_if._err_jit_true_branch
+        _error_if._err_jit_true_branch = lambda *_: None
+        try:
+            with brainstate.environ.context(ir_compilation=False):
+                yield
+        finally:
+            _error_if._err_jit_true_branch = found
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +38,8 @@ from ...core import (
     is_cell,
     is_traced,
     leaves,
-    materialize,
     nest,
+    noted,
     path_text,
     report_of,
 )
@@ -50,6 +50,7 @@ from ...forwarding import (
     refuse_attribute,
     signature_with,
 )
+from ...materialization import materialize, shim_mapping
 from ...report import LinkReport
 
 __all__ = ["FromEquinox", "FromLinen", "FromNNX", "Wrapped"]
@@ -271,25 +272,22 @@ class Wrapped(brainstate.nn.Module):
             else self._shim_structure.build(self._shim_values())
         )
 
-    def materialize(self, *, copy: bool = False) -> brainstate.nn.Module:
+    def materialize(self, **options: Any) -> brainstate.nn.Module:
         """Turn the shim into a plain BrainState module.
 
         Args:
-            copy: give the result buffers of its own; otherwise arrays whose layout agrees
-                are the same objects, and donating one side deletes the other's.
+            options: those of :func:`shims.materialize`: ``method``, ``sample_input``,
+                ``train``, ``copy``, ``verify``, ``report``.
 
         Returns:
-            What ``interop.convert(..., to="brainstate")`` makes of the guest as it is now. An
-            update of either side is not seen by the other.
+            What ``interop.convert(..., to="brainstate")`` makes of the guest as it is now; or,
+            for ``method="trace"``, its forward logic as a traced module. An update of either
+            side is not seen by the other.
 
         Raises:
-            UnmappedLayerError, UnsupportedLayerError, UnsupportedStructureError: a part of
-                the guest cannot be rebuilt; ``error.path`` names it. Nothing was changed.
+            InteropError: as :func:`shims.materialize`. Nothing was changed.
         """
-        self._shim_refresh()
-        return materialize(
-            self._shim_structure, self._shim_values(), "brainstate", {}, copy=copy
-        )
+        return materialize(self, **options)
 
     def __getattr__(self, name: str) -> Any:
         structure = vars(self).get("_shim_structure")
@@ -312,6 +310,14 @@ class Wrapped(brainstate.nn.Module):
 
     # -- private: every name has the prefix _shim_ --
 
+    _shim_mapping = staticmethod(shim_mapping)
+
+    def _shim_held(self) -> tuple[Structure, dict[Path, brainstate.State]]:
+        return self._shim_structure, self._shim_states()
+
+    def _shim_remade(self, remake: Callable[..., Any], **facts: Any) -> brainstate.nn.Module:
+        return remake(self._shim_structure, self._shim_values(), **facts)
+
     def _shim_report(self) -> LinkReport:
         live = self._shim_refresh()
         shown = self._shim_states()
@@ -330,6 +336,7 @@ class Wrapped(brainstate.nn.Module):
         *,
         is_step: bool = False,
     ) -> Any:
+        noted(self, method, args, kwargs)
         self._shim_refresh()
         states = self._shim_states()
         values = {path: state.value for path, state in states.items()}

@@ -2,8 +2,10 @@
 
 from .guest import EquinoxGuest
 from .host import ToEquinox
+from .models import Models
 
 guest = EquinoxGuest
 host = ToEquinox
+whole = Models()
 
-__all__ = ["ToEquinox", "guest", "host"]
+__all__ = ["ToEquinox", "guest", "host", "whole"]

@@ -29,12 +29,13 @@ from ...core import (
     Structure,
     at,
     guest_of,
-    materialize,
     nest,
+    noted,
     path_text,
     report_of,
 )
 from ...forwarding import check_keywords, check_names, forwarded, is_method
+from ...materialization import materialize, shim_mapping
 from ...report import LinkReport
 
 __all__ = ["ToEquinox"]
@@ -186,6 +187,7 @@ class ToEquinox(eqx.nn.StatefulLayer):
     ) -> Any:
         if state is None and args and isinstance(args[-1], eqx.nn.State):
             args, state = args[:-1], args[-1]
+        noted(self, method, args, kwargs)
         self._shim_check_state(state)
         values = self._shim_values(state)
         structure = self._shim_structure
@@ -256,25 +258,24 @@ class ToEquinox(eqx.nn.StatefulLayer):
                 return guest.native
         return self._shim_structure.build(values)
 
-    def materialize(self, state: Any = None, *, copy: bool = False) -> Any:
+    def materialize(self, state: Any = None, **options: Any) -> Any:
         """Turn the shim into a plain Equinox module, in the shim's mode.
 
         Args:
             state: the current state; by default the guest's buffers as they are.
-            copy: give the result buffers of its own; otherwise arrays whose layout agrees
-                are the same objects.
+            options: those of :func:`shims.materialize`: ``method``, ``sample_input``,
+                ``train``, ``copy``, ``verify``, ``report``.
 
         Returns:
-            What ``interop.to_equinox`` makes of the guest with the shim's values. It sees
-            one example; use ``eqx.nn.make_with_state`` where it has batch normalisation.
+            What ``interop.to_equinox`` makes of the guest with the shim's values, which sees
+            one example; or, for ``method="trace"``, its forward logic as a traced module,
+            which takes what the shim takes. With ``state``, ``(module, state)``; without, use
+            ``eqx.nn.make_with_state`` where the result has state.
 
         Raises:
-            UnmappedLayerError, UnsupportedLayerError, UnsupportedStructureError: a part of
-                the guest cannot be rebuilt; ``error.path`` names it.
+            InteropError: as :func:`shims.materialize`.
         """
-        values = self._shim_current(state)
-        model = materialize(self._shim_structure, values, "equinox", {}, copy=copy)
-        return eqx.nn.inference_mode(model, value=self.inference)
+        return materialize(self, state=state, **options)
 
     def write_back(self, state: Any = None) -> None:
         """Commit the shim's values to the guest, all or none.
@@ -305,6 +306,16 @@ class ToEquinox(eqx.nn.StatefulLayer):
             cell.set(values[cell.path])
 
     # -- private: every name has the prefix _shim_ --
+
+    _shim_mapping = staticmethod(shim_mapping)
+
+    def _shim_remade(self, remake: Callable[..., Any], state: Any, **facts: Any) -> Any:
+        return remake(
+            self._shim_structure,
+            self._shim_current(state),
+            **facts,
+            finish=lambda made: eqx.nn.inference_mode(made, value=self.inference),
+        )
 
     def _shim_report(self) -> LinkReport:
         structure, guest = self._shim_structure, self._shim_link.guest

@@ -2,8 +2,10 @@
 
 from .guest import LinenGuest
 from .host import ToLinen
+from .models import Models
 
 guest = LinenGuest
 host = ToLinen
+whole = Models()
 
-__all__ = ["ToLinen", "guest", "host"]
+__all__ = ["ToLinen", "guest", "host", "whole"]

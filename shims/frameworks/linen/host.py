@@ -28,8 +28,8 @@ from ...core import (
     Structure,
     guest_of,
     is_cell,
-    materialize,
     nest,
+    noted,
     report_of,
 )
 from ...forwarding import (
@@ -40,16 +40,13 @@ from ...forwarding import (
     is_method,
     signature_with,
 )
+from ...materialization import materialize, shim_mapping
 from ...report import LinkReport
+from .traced import COLLECTIONS
+from .traced import place as place_of
 
 __all__ = ["ToLinen", "ToLinenCell"]
 
-_COLLECTIONS = {
-    Kind.PARAMETER: "params",
-    Kind.STATISTIC: "batch_stats",
-    Kind.HIDDEN: "carry",
-    Kind.BUFFER: "buffers",
-}
 _OPTIONS = ("params", "state", "batch_axes", "axis_name", "carry")
 _RESULTS = ("intermediates", "perturbations")
 _KEYWORDS = ("deterministic",)
@@ -161,9 +158,11 @@ class ToLinen(nn.Module):
     @nn.compact
     def __call__(self, *args: Any, deterministic: bool | None = None, **kwargs: Any) -> Any:
         deterministic = self.deterministic if deterministic is None else deterministic
+        method = kwargs.pop("_shim_method", "__call__")  # the one compact entry of them all
+        if noted(self, method, args, kwargs) and deterministic is None:
+            deterministic = True
         training = None if deterministic is None else not deterministic
         structure = self._shim_structure
-        method = kwargs.pop("_shim_method", "__call__")  # the one compact entry of them all
         is_step = method == "__call__" and self._shim_takes_carry(args)
         values = self._shim_values(structure, structure.carried if is_step else ())
         call = Call(method, args, kwargs, training, self._shim_key(training))
@@ -203,27 +202,23 @@ class ToLinen(nn.Module):
         return self._shim_structure.build(self._shim_given(variables))
 
     @nn.nowrap
-    def materialize(
-        self, variables: Mapping[str, Any] | None = None, *, copy: bool = False
-    ) -> Any:
+    def materialize(self, variables: Mapping[str, Any] | None = None, **options: Any) -> Any:
         """Turn the shim into a plain Linen module.
 
         Args:
             variables: the current values; by default the guest's.
-            copy: give the result buffers of its own; otherwise arrays whose layout agrees
-                are the same objects.
+            options: those of :func:`shims.materialize`: ``method``, ``sample_input``,
+                ``train``, ``copy``, ``verify``, ``report``.
 
         Returns:
             ``(module, variables)``, what ``interop.to_linen`` makes of the guest, for training
-            where ``deterministic`` is False.
+            where ``deterministic`` is False; or, for ``method="trace"``, its forward logic as a
+            traced module, and its variables.
 
         Raises:
-            UnmappedLayerError, UnsupportedLayerError, UnsupportedStructureError: a part of
-                the guest cannot be rebuilt; ``error.path`` names it.
-            ConversionError: ``variables`` do not fit.
+            InteropError: as :func:`shims.materialize`.
         """
-        values, train = self._shim_given(variables), self.deterministic is False
-        return materialize(self._shim_structure, values, "linen", {"train": train}, copy=copy)
+        return materialize(self, variables=variables, **options)
 
     @nn.nowrap
     def write_back(self, variables: Mapping[str, Any]) -> None:
@@ -249,6 +244,19 @@ class ToLinen(nn.Module):
             cell.set(values[cell.path])
 
     # -- private: every name has the prefix _shim_ --
+
+    _shim_mapping = staticmethod(shim_mapping)
+
+    @nn.nowrap
+    def _shim_remade(
+        self,
+        remake: Callable[..., Any],
+        variables: Mapping[str, Any] | None,
+        **facts: Any,
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        structure, values = self._shim_structure, self._shim_given(variables)
+        train = self.deterministic is False
+        return remake(structure, values, **facts, structural={"train": train})
 
     @nn.nowrap
     def _shim_report(self) -> LinkReport:
@@ -279,7 +287,7 @@ class ToLinen(nn.Module):
         structure, own = self._shim_structure, self._shim_guest.values()
         if variables is None:
             return own
-        carried = () if _COLLECTIONS[Kind.HIDDEN] in variables else structure.carried
+        carried = () if COLLECTIONS[Kind.HIDDEN] in variables else structure.carried
         wanted = {path: value for path, value in own.items() if path not in carried}
         return own | _values(structure, variables, wanted)
 
@@ -365,7 +373,7 @@ def _no_key() -> jax.Array:
 
 def _place(structure: Structure, path: Path) -> tuple[str, ...]:
     """Where a value stands in the variables."""
-    return (_COLLECTIONS[structure.kinds[path]], *map(str, path))
+    return place_of(structure.kinds[path], path)
 
 
 def _tree(structure: Structure, values: Mapping[Path, Any]) -> dict[str, dict[str, Any]]:

@@ -2,8 +2,10 @@
 
 from .guest import NnxGuest
 from .host import ToNNX
+from .models import Models
 
 guest = NnxGuest
 host = ToNNX
+whole = Models()
 
-__all__ = ["ToNNX", "guest", "host"]
+__all__ = ["ToNNX", "guest", "host", "whole"]

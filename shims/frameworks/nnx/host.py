@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from interop.errors import ArgumentError, ConversionError, MissingKeyError
+from interop.errors import ArgumentError, ConversionError
 from interop.frameworks.nnx import partitioning_of
 
 from ...core import (
@@ -29,8 +29,8 @@ from ...core import (
     guest_of,
     is_cell,
     is_traced,
-    materialize,
     nest,
+    noted,
     path_text,
     report_of,
 )
@@ -43,7 +43,9 @@ from ...forwarding import (
     signature_with,
     without_self,
 )
+from ...materialization import materialize, shim_mapping
 from ...report import LinkReport
+from .streams import key_source, no_key, stream_of
 from .views import check_link, owned, view_of
 
 __all__ = ["ToNNX", "ToNNXCell"]
@@ -196,7 +198,7 @@ class ToNNX(nnx.Module):
             structure, host=ToNNX, keywords=_KEYWORDS, methods=_METHODS, paths=structure.kinds
         )
         self.deterministic = False
-        self.rngs = nnx.data(None if rngs is None else _stream(rngs).fork())
+        self.rngs = nnx.data(None if rngs is None else stream_of(rngs).fork())
         if isinstance(guest, LiveGuest):
             type(self)._shim_anchor.link(self, _Anchor(structure, guest))
             self._shim_show(guest.cells())
@@ -248,35 +250,27 @@ class ToNNX(nnx.Module):
             return anchor.guest.native
         return self._shim_partitioned(anchor.first).build(self._shim_values(anchor.first))
 
-    def materialize(self, *, copy: bool = False) -> nnx.Module:
+    def materialize(self, **options: Any) -> nnx.Module:
         """Turn the shim into a plain NNX module.
 
         Args:
-            copy: give the result buffers of its own; otherwise arrays whose layout agrees
-                are the same objects, and donating one side deletes the other's.
+            options: those of :func:`shims.materialize`: ``method``, ``sample_input``,
+                ``train``, ``copy``, ``verify``, ``report``.
 
         Returns:
             What ``interop.to_nnx`` makes of the guest as it is now, in the shim's mode and
-            with its random stream. An update of either is not seen by the other.
+            with its random stream; or, for ``method="trace"``, its forward logic as a traced
+            module. An update of either is not seen by the other.
 
         Raises:
-            UnmappedLayerError, UnsupportedLayerError, UnsupportedStructureError: a part of
-                the guest cannot be rebuilt; ``error.path`` names it. Nothing was changed.
+            InteropError: as :func:`shims.materialize`. Nothing was changed.
 
         Example:
             >>> import brainstate, shims
             >>> shims.ToNNX(brainstate.nn.Linear(3, 4)).materialize().kernel.shape
             (3, 4)
         """
-        structure = self._shim_anchor.structure
-        values = self._shim_values(structure)
-        structure = self._shim_partitioned(structure)
-        model = materialize(structure, values, "nnx", {"rngs": self.rngs}, copy=copy)
-        if self.deterministic:
-            model.eval()
-        else:
-            model.train()
-        return model
+        return materialize(self, **options)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or "_shim_anchor" not in vars(self):
@@ -297,9 +291,30 @@ class ToNNX(nnx.Module):
 
     # -- private: every name has the prefix _shim_ --
 
+    _shim_mapping = staticmethod(shim_mapping)
+
     @property
     def _shim_first(self) -> Structure:
         return self._shim_anchor.first
+
+    def _shim_held(self) -> tuple[Structure, dict[Path, Any]]:
+        structure = self._shim_anchor.structure
+        return structure, {path: self._shim_variable(path) for path in structure.kinds}
+
+    def _shim_remade(self, remake: Callable[..., Any], **facts: Any) -> nnx.Module:
+        def in_mode(model: nnx.Module) -> nnx.Module:
+            (model.eval if self.deterministic else model.train)()
+            return model
+
+        structure = self._shim_anchor.structure
+        return remake(
+            self._shim_partitioned(structure),
+            self._shim_values(structure),
+            **facts,
+            finish=in_mode,
+            structural={"rngs": self.rngs},
+            traced={"rngs": self.rngs},
+        )
 
     def _shim_report(self) -> LinkReport:
         anchor, live = self._shim_anchor, self._shim_anchor.guest is not None
@@ -322,9 +337,10 @@ class ToNNX(nnx.Module):
         rngs: Any = None,
         deterministic: bool | None = None,
     ) -> Any:
+        noted(self, method, args, kwargs)
         training = not (self.deterministic if deterministic is None else deterministic)
         count = None if self.rngs is None else self.rngs.count.get_value()
-        key = _key_source(rngs if rngs is not None else self.rngs, training=training)
+        key = key_source(rngs if rngs is not None else self.rngs, training=training)
         call = Call(method, args, kwargs, training=training, key=key)
         anchor = self._shim_anchor
         is_step = method == "__call__" and self._shim_takes_carry(args)
@@ -472,50 +488,8 @@ class ToNNXCell(ToNNX, nnx.RNNCellBase):
 
 def _carry_source(rngs: Any) -> Callable[[], jax.Array]:
     if rngs is None:
-        return _no_key
+        return no_key
     return rngs.carry if isinstance(rngs, nnx.Rngs) else rngs
-
-
-def _stream(rngs: Any) -> Any:
-    """The stream that a native dropout layer would draw from."""
-    if isinstance(rngs, nnx.RngStream):
-        return rngs
-    if not isinstance(rngs, nnx.Rngs):
-        raise ArgumentError(
-            f"rngs must be an nnx.Rngs, got {type(rngs).__qualname__}",
-            remedy="Pass rngs=nnx.Rngs(seed)",
-        )
-    try:
-        return rngs["dropout"]
-    except (AttributeError, KeyError) as e:
-        raise MissingKeyError(
-            "rngs has neither a 'dropout' nor a default stream",
-            remedy="Pass rngs=nnx.Rngs(seed) or nnx.Rngs(dropout=seed)",
-        ) from e
-
-
-def _key_source(rngs: Any, *, training: bool) -> Callable[[], jax.Array]:
-    """Draws the key of one call.
-
-    In training it is drawn at once: the guest may first ask for it inside a trace of its own,
-    where a stream cannot advance. In evaluation few guests ask, and the stream stays put.
-    """
-    if rngs is None:
-        return _no_key
-    if isinstance(rngs, jax.Array):
-        return lambda: rngs
-    stream = _stream(rngs)
-    if not training:
-        return stream
-    key = stream()
-    return lambda: key
-
-
-def _no_key() -> jax.Array:
-    raise MissingKeyError(
-        "the wrapped layer draws random numbers, and the shim has no key for it",
-        remedy="Pass rngs=nnx.Rngs(seed) to ToNNX or to the call, or switch to .eval()",
-    )
 
 
 def _check_defaults() -> None:

@@ -1,0 +1,58 @@
+"""BrainState models that hold shims, seen as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import brainstate
+
+from ...core import Path, recording
+from ...graph import Graph
+from ...materialization import Whole, by_path
+from ...program import Program
+from .host import Wrapped
+from .traced import STATES, Traced
+
+__all__ = ["Models"]
+
+
+class Models(Whole):
+    """BrainState models, for ``materialize``, ``save_traced`` and ``load_traced``."""
+
+    module_type = Traced
+
+    def make(self, program: Program, values: Mapping[Path, Any], **options: Any) -> Traced:
+        return Traced(program, values)  # the mode is brainstate.environ's
+
+    def parts(self, model):
+        states = model.traced_states()
+        return model.program, {path: state.value for path, state in states.items()}, False
+
+    def shims(self, model):
+        return _graph(model).shims
+
+    def run(self, model, companion, inputs):
+        copy = brainstate.graph.clone(model)
+        with recording() as calls, brainstate.environ.context(fit=False):
+            copy(*inputs)
+        return by_path(calls, self.shims(copy))
+
+    def replace(self, model, companion, remake):
+        for _, shim in self.shims(model):
+            shim._shim_refresh()
+        graph = _graph(brainstate.graph.clone(model))
+        return graph.remade(
+            lambda shim, **facts: shim._shim_remade(remake, **facts),
+            lambda made: vars(made) if isinstance(made, Traced) else None,
+        )
+
+
+def _graph(model: Any) -> Graph:
+    return Graph(
+        model,
+        is_module=lambda x: isinstance(x, brainstate.graph.Node),
+        is_shim=lambda x: isinstance(x, Wrapped),
+        is_container=lambda x: isinstance(x, brainstate.State),
+        is_plain=lambda x: type(x) in STATES.values(),
+    )

@@ -1,0 +1,100 @@
+"""Equinox models that hold shims, seen as a whole."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+
+from interop.errors import ArgumentError
+
+from ...core import Path, path_of, recording
+from ...materialization import Whole, by_path
+from ...program import Program
+from .host import ToEquinox
+from .traced import Traced
+
+__all__ = ["Models"]
+
+
+class Models(Whole):
+    """Equinox models, for ``materialize``, ``save_traced`` and ``load_traced``."""
+
+    module_type = Traced
+    companion = "state"
+
+    def make(self, program: Program, values: Mapping[Path, Any], **options: Any) -> Traced:
+        return Traced(program, values, **options)
+
+    def close(self, made):
+        return _with_state(made, None) if made.is_stateful() else made
+
+    def parts(self, model):
+        module, state = model if isinstance(model, tuple) else (model, None)
+        return module.program, module.values(state), not module.inference
+
+    def shims(self, model):
+        flat, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_shim)
+        return [(path_of(keys), leaf) for keys, leaf in flat if _is_shim(leaf)]
+
+    def run(self, model, companion, inputs):
+        module = eqx.nn.inference_mode(model)
+        # A copy, because Equinox marks a state that a call has replaced as used up.
+        state = jax.tree.map(lambda x: x, companion)
+        given = {"state": state} if _takes_state(module) else {}
+        with recording() as calls:
+            module(*inputs, **given)
+        return by_path(calls, self.shims(module), lambda shim: id(shim._shim_link))
+
+    def replace(self, model, companion, remake):
+        if companion is None and not _is_shim(model):
+            self._check_stateless(model)
+
+        def new(keys, leaf):
+            if not _is_shim(leaf):
+                return leaf
+            state = companion if leaf.is_stateful() else None
+            return leaf._shim_remade(remake, state, path=path_of(keys))
+
+        made = jax.tree_util.tree_map_with_path(new, model, is_leaf=_is_shim)
+        return made if companion is None else _with_state(made, companion)
+
+    def _check_stateless(self, model):
+        for path, shim in self.shims(model):
+            if shim.is_stateful():
+                raise ArgumentError(
+                    f"the shim at {jax.tree_util.keystr(path)} has state, and it was not given",
+                    remedy="Pass state=, what eqx.nn.make_with_state returned beside the model",
+                )
+
+
+def _is_shim(x: Any) -> bool:
+    return isinstance(x, ToEquinox)
+
+
+def _is_index(x: Any) -> bool:
+    return isinstance(x, eqx.nn.StateIndex)
+
+
+def _takes_state(module: Any) -> bool:
+    if isinstance(module, eqx.nn.StatefulLayer):
+        return module.is_stateful()
+    return "state" in inspect.signature(module).parameters
+
+
+def _with_state(model: Any, state: eqx.nn.State | None) -> tuple[Any, eqx.nn.State]:
+    """A model and its state: of its own indices as in ``state``, of new ones as they start."""
+
+    def started(leaf: Any) -> Any:
+        if not _is_index(leaf):
+            return leaf
+        try:
+            return eqx.nn.StateIndex(leaf.init if state is None else state.get(leaf))
+        except KeyError:
+            return eqx.nn.StateIndex(leaf.init)
+
+    fresh = jax.tree.map(started, model, is_leaf=_is_index)
+    return eqx.nn.make_with_state(lambda: fresh)()

@@ -1,0 +1,58 @@
+"""NNX models that hold shims, seen as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+from ...core import Path, recording
+from ...graph import Graph
+from ...materialization import Whole, by_path
+from ...program import Program
+from .host import ToNNX
+from .traced import TYPES, Traced
+
+__all__ = ["Models"]
+
+
+class Models(Whole):
+    """NNX models, for ``materialize``, ``save_traced`` and ``load_traced``."""
+
+    module_type = Traced
+
+    def make(self, program: Program, values: Mapping[Path, Any], **options: Any) -> Traced:
+        return Traced(program, values, **options)
+
+    def parts(self, model):
+        return model.program, model.values(), not model.deterministic
+
+    def shims(self, model):
+        return _graph(model).shims
+
+    def run(self, model, companion, inputs):
+        copy = nnx.clone(model)
+        copy.eval()
+        with recording() as calls:
+            copy(*inputs)
+        return by_path(calls, self.shims(copy))
+
+    def replace(self, model, companion, remake):
+        for _, shim in self.shims(model):
+            shim.refresh()
+        graph = _graph(nnx.clone(model))
+        return graph.remade(
+            lambda shim, **facts: shim._shim_remade(remake, **facts),
+            lambda made: vars(made) if isinstance(made, Traced) else None,
+        )
+
+
+def _graph(model: Any) -> Graph:
+    return Graph(
+        model,
+        is_module=lambda x: isinstance(x, nnx.Pytree),
+        is_shim=lambda x: isinstance(x, ToNNX),
+        is_container=lambda x: isinstance(x, nnx.Variable),
+        is_plain=lambda x: type(x) in TYPES.values(),
+    )

@@ -1,0 +1,65 @@
+"""Where the random keys of one call come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from interop.errors import ArgumentError, MissingKeyError
+
+__all__ = ["key_source", "no_key", "stream_of"]
+
+
+def stream_of(rngs: Any) -> Any:
+    """The stream that a native dropout layer would draw from.
+
+    Raises:
+        ArgumentError: ``rngs`` is something else.
+        MissingKeyError: it has no such stream.
+    """
+    if isinstance(rngs, nnx.RngStream):
+        return rngs
+    if not isinstance(rngs, nnx.Rngs):
+        raise ArgumentError(
+            f"rngs must be an nnx.Rngs, got {type(rngs).__qualname__}",
+            remedy="Pass rngs=nnx.Rngs(seed)",
+        )
+    try:
+        return rngs["dropout"]
+    except (AttributeError, KeyError) as e:
+        raise MissingKeyError(
+            "rngs has neither a 'dropout' nor a default stream",
+            remedy="Pass rngs=nnx.Rngs(seed) or nnx.Rngs(dropout=seed)",
+        ) from e
+
+
+def key_source(rngs: Any, *, training: bool) -> Callable[[], jax.Array]:
+    """Draws the key of one call.
+
+    In training it is drawn at once: the guest may first ask for it inside a trace of its own,
+    where a stream cannot advance. In evaluation few guests ask, and the stream stays put.
+    """
+    if rngs is None:
+        return no_key
+    if isinstance(rngs, jax.Array):
+        return lambda: rngs
+    stream = stream_of(rngs)
+    if not training:
+        return stream
+    key = stream()
+    return lambda: key
+
+
+def no_key() -> jax.Array:
+    """Raise: there is no key.
+
+    Raises:
+        MissingKeyError: always.
+    """
+    raise MissingKeyError(
+        "the wrapped layer draws random numbers, and the shim has no key for it",
+        remedy="Pass rngs=nnx.Rngs(seed) to ToNNX or to the call, or switch to .eval()",
+    )

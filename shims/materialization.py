@@ -1,0 +1,407 @@
+"""Leave the shim behind: a model with its shims replaced by native modules."""
+
+# jax declares some of its types only in part.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from interop.api import unchecked
+from interop.comparison import compare
+from interop.correspondence import WeightMapping, mapping
+from interop.errors import (
+    ArgumentError,
+    ConversionError,
+    InteropError,
+    UnsupportedStructureError,
+)
+from interop.registry import registry
+
+from .core import Noted, Path, Structure, materialize_structure, path_text, side_of
+from .program import Program
+from .tracing import trace
+
+__all__ = ["Remake", "Replacement", "Whole", "by_path", "materialize", "shim_mapping"]
+
+Call = tuple[tuple[Any, ...], tuple[str, ...]]
+"""Arguments of a call, described, and the names of its keyword arguments."""
+
+METHODS = ("structural", "trace", "auto")
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What became of one shim.
+
+    Attributes:
+        path: where it stood, such as ``model.core``.
+        guest: the class that it wrapped.
+        method: ``"structural"`` or ``"trace"``.
+        reason: why it was traced, for ``method="auto"``; else None.
+    """
+
+    path: str
+    guest: str
+    method: str
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        why = "" if self.reason is None else f" ({self.reason})"
+        return f"{self.path}: {self.guest}, {self.method}{why}"
+
+
+@dataclass
+class Remake:
+    """Makes a native module of each shim; passed to a host's shims.
+
+    Attributes:
+        to: the host's framework.
+        method, train, copy: as in :func:`materialize`.
+        calls: of each shim that was called, by its path, the arguments of the first call.
+        rows: what was done.
+    """
+
+    to: str
+    method: str
+    train: bool
+    copy: bool
+    calls: Mapping[Path, Call]
+    whole: Whole
+    rows: list[Replacement] = field(default_factory=list[Replacement])
+
+    def __call__(
+        self,
+        structure: Structure,
+        values: Mapping[Path, Any],
+        *,
+        path: Path,
+        ties: str | None = None,
+        finish: Callable[[Any], Any] = lambda made: made,
+        structural: Mapping[str, Any] | None = None,
+        traced: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """The native module of a guest.
+
+        Args:
+            structure, values: the guest as it is now.
+            path: where the shim is in the model.
+            ties: what it shares with others and a conversion would not, or None.
+            finish: brings a converted module into the shim's mode.
+            structural, traced: the host's options for both.
+
+        Raises:
+            InteropError: it cannot be made; ``error.path`` tells where.
+        """
+        where = f"model.{path_text(path)}" if path else "model"
+        name = structure.guest_type.__qualname__
+        if self.copy:
+            values = {p: jax.numpy.copy(value) for p, value in values.items()}
+        reason = None
+        if self.method != "trace":
+            try:
+                made = finish(self._converted(structure, values, ties, structural or {}))
+                self.rows.append(Replacement(where, name, "structural"))
+                return made
+            except InteropError as e:
+                if self.method == "structural":
+                    raise _located(e, where, _TRACE) from e.__cause__
+                reason = e.problem
+        modes = (False, True) if self.train else (False,)
+        program = self._traced(structure, values, path, where, modes)
+        self.rows.append(Replacement(where, name, "trace", reason))
+        return self.whole.make(program, values, training=self.train, **(traced or {}))
+
+    def _converted(
+        self,
+        structure: Structure,
+        values: Mapping[Path, Any],
+        ties: str | None,
+        options: Mapping[str, Any],
+    ) -> Any:
+        if ties is not None:
+            raise UnsupportedStructureError(
+                f"it shares {ties} with another part of the model; conversion would untie them"
+            )
+        return materialize_structure(
+            structure, values, self.to, options, copy=False, plain=_without_shims
+        )
+
+    def _traced(
+        self, structure: Structure, values: Any, path: Path, where: str, modes: Any
+    ) -> Program:
+        name = structure.guest_type.__qualname__
+        if path not in self.calls:
+            raise UnsupportedStructureError(
+                f"{name} is not called by the model on sample_input",
+                path=where,
+                remedy="Pass a sample_input that reaches it",
+            )
+        args, kwargs = self.calls[path]
+        if kwargs:
+            raise UnsupportedStructureError(
+                f"{name} is called with keyword arguments ({', '.join(sorted(kwargs))}), which "
+                f"a traced module does not take",
+                path=where,
+                remedy="Pass them by position",
+            )
+        try:
+            return trace(structure, values, args, modes=modes, path=where)
+        except UnsupportedStructureError as e:
+            if self.method == "trace" and self._converts(structure, values):
+                raise _located(e, None, _STRUCTURAL) from e.__cause__
+            raise
+
+    def _converts(self, structure: Structure, values: Mapping[Path, Any]) -> bool:
+        try:
+            self._converted(structure, values, None, {})
+        except InteropError:
+            return False
+        return True
+
+
+_TRACE = 'method="trace" with sample_input= takes any forward logic'
+_STRUCTURAL = 'method="structural" would work'
+
+
+def _located(error: InteropError, where: str | None, remedy: str) -> InteropError:
+    """``error``, which a part of a model raised, as one of the model."""
+    path = error.path
+    if where is not None:
+        inner = (path or "model").removeprefix("model")
+        path = where + inner
+    given = "" if error.remedy is None else f"{error.remedy.rstrip('.')}. "
+    InteropError.__init__(error, error.problem, path=path, remedy=given + remedy)
+    return error
+
+
+def by_path(
+    calls: Iterable[Noted], shims: Iterable[tuple[Path, Any]], same: Callable[[Any], int] = id
+) -> dict[Path, Call]:
+    """The first call of each shim; ``same`` tells which objects are one shim."""
+    found: dict[int, Call] = {}
+    for shim, args, names in calls:
+        found.setdefault(same(shim), (args, names))
+    return {path: found[same(shim)] for path, shim in shims if same(shim) in found}
+
+
+class Whole(ABC):
+    """A host's models, seen as a whole.
+
+    Attributes:
+        module_type: the host's class of traced modules.
+        companion: the argument of :func:`materialize` that goes with a model, or None.
+    """
+
+    module_type: type
+    companion: str | None = None
+
+    @abstractmethod
+    def make(self, program: Program, values: Mapping[Path, Any], **options: Any) -> Any:
+        """The traced module of a program, or the native pair that it is part of."""
+
+    def close(self, made: Any) -> Any:
+        """The native model of a traced module that stands alone."""
+        return made
+
+    @abstractmethod
+    def parts(self, model: Any) -> tuple[Program, dict[Path, Any], bool]:
+        """Of a traced module its program and arrays, and whether it is in training mode."""
+
+    @abstractmethod
+    def shims(self, model: Any) -> list[tuple[Path, Any]]:
+        """The shims in a model, each once, with their paths."""
+
+    @abstractmethod
+    def run(self, model: Any, companion: Any, inputs: tuple[Any, ...]) -> dict[Path, Call]:
+        """Call a copy of the model in evaluation mode, and tell how it calls its shims."""
+
+    @abstractmethod
+    def replace(self, model: Any, companion: Any, remake: Callable[..., Any]) -> Any:
+        """A copy of the model with what ``remake``, a :class:`Remake`, makes of each shim."""
+
+
+def materialize(
+    model: Any,
+    *,
+    method: str = "structural",
+    sample_input: Any = None,
+    train: bool = False,
+    variables: Any = None,
+    state: Any = None,
+    copy: bool = False,
+    verify: Any = None,
+    report: Callable[[str], object] | None = None,
+) -> Any:
+    """Replace every shim in a model by a native module of the model's framework.
+
+    Args:
+        model: a shim, or a model that holds shims anywhere; ``(module, variables)`` for Linen
+            and ``(model, state)`` for Equinox may be given as a pair. It is not changed. Of a
+            Linen module those shims are found that it holds as fields.
+        method: ``"structural"`` converts each guest, as ``interop.convert`` does.
+            ``"trace"`` takes any forward logic: it is exported as a program, in a module of
+            the host whose parameters and buffers keep their paths and kinds. ``"auto"``
+            converts what it can, and traces the rest.
+        sample_input: for tracing, the argument of a call of the model, or a tuple of its
+            arguments: arrays, as the model itself takes them. Traced modules take any batch
+            size where the guests' code does, and these shapes otherwise.
+        train: trace for training as well, and start in that mode; by default traced modules
+            are for evaluation. Converted ones stay in the shim's mode, and have both.
+        variables: the variables of a Linen model.
+        state: the ``eqx.nn.State`` of an Equinox model.
+        copy: give the guests' arrays buffers of their own; otherwise arrays whose layout
+            agrees are the same objects.
+        verify: a batch of inputs, or a tuple of them, as ``interop.compare`` takes them: both
+            models are compared on it, in evaluation mode, before the result is returned.
+        report: called with a line for each shim: where it stood, what it wrapped, and what was
+            done; such as ``print``.
+
+    Returns:
+        A model of the same framework without shims, with the weights, statistics and mode as
+        they are now: ``(module, variables)`` for Linen, ``(model, state)`` for an Equinox
+        model that was given with its state, or of which a traced shim has state. The rest of
+        it is the model's own; its containers are copies where the framework has mutable ones.
+        Layers that are one stay one.
+
+    Raises:
+        ArgumentError: there is no shim in ``model``, ``method`` is unknown, or an argument is
+            missing.
+        UnmappedLayerError, UnsupportedLayerError, UnsupportedStructureError: a guest cannot be
+            converted or traced; ``error.path`` names it, and the remedy another way.
+        ConversionError: the result differs from the model on ``verify``; the message has the
+            first difference and its size.
+        MissingDependencyError: ``flatbuffers`` is missing, for tracing.
+
+    Example:
+        >>> import brainstate, jax.numpy as jnp, shims
+        >>> class Block(brainstate.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.inner = brainstate.nn.Linear(3, 3)
+        ...
+        ...     def update(self, x):
+        ...         return x + self.inner(x)
+        >>> x = jnp.ones((5, 3))
+        >>> shim = shims.ToNNX(Block())
+        >>> model = shims.materialize(shim, method="trace", sample_input=x, verify=x)
+        >>> model.program
+        Block: float32[b, 3] -> float32[b, 3]; for evaluation
+        >>> model.inner["weight"]["bias"].shape
+        (3,)
+    """
+    if method not in METHODS:
+        raise ArgumentError(f"unknown method {method!r}", remedy=f"Known are {METHODS}")
+    if method != "structural" and sample_input is None:
+        raise ArgumentError(
+            f"method={method!r} needs sample_input",
+            remedy="Pass an input as the model takes it, with its batch axis",
+        )
+    module, companion, to, whole = _opened(model, variables, state)
+    if not whole.shims(module):
+        raise ArgumentError(
+            f"{type(module).__qualname__} holds no shims",
+            remedy="Pass a shim or a model that holds some; shims that a compact or setup "
+            "method makes cannot be replaced, pass them as fields",
+        )
+    calls: dict[Path, Call] = {}
+    if method != "structural":
+        inputs = _tuple(sample_input)
+        lone = whole.shims(module)[0][1] is module
+        calls = {(): (inputs, ())} if lone else whole.run(module, companion, inputs)
+    remake = Remake(to, method, train, copy, calls, whole)
+    made = whole.replace(module, companion, remake)
+    if verify is not None:
+        source = module if companion is None else (module, companion)
+        _verify(source, made, _tuple(verify))
+    if report is not None:
+        for row in remake.rows:
+            report(str(row))
+    return made
+
+
+def _tuple(inputs: Any) -> tuple[Any, ...]:
+    return tuple(inputs) if isinstance(inputs, tuple) else (inputs,)
+
+
+def _opened(model: Any, variables: Any, state: Any) -> tuple[Any, Any, str, Whole]:
+    """The module, what belongs to it, its framework, and that one's models."""
+    module: Any = model
+    given = {"variables": variables, "state": state}
+    if isinstance(model, tuple) and len(model) == 2:
+        module, second = model
+    else:
+        second = None
+    framework = None if isinstance(module, type) else registry.framework_of(module)
+    whole: Any = None if framework is None else side_of(framework, "whole")
+    if framework is None or whole is None:
+        raise ArgumentError(f"{type(module).__qualname__} is no model of a known host")
+    for name, value in given.items():
+        if value is not None and name != whole.companion:
+            raise ArgumentError(f"{framework} models take no {name}=", remedy="Leave it out")
+    own = given.get(whole.companion or "")
+    return module, second if own is None else own, framework, whole
+
+
+def _without_shims(native: Any) -> Any:
+    """A guest's native object, its own shims converted."""
+    module: Any = native[0] if isinstance(native, tuple) else native
+    whole: Any = side_of(registry.framework_of(module) or "", "whole")
+    if whole is None or not whole.shims(module):
+        return native
+    return materialize(native)
+
+
+def shim_mapping(model: Any, other: Any, sample_input: Any) -> WeightMapping:
+    """:func:`interop.mapping` from a shim to what became of it.
+
+    Args:
+        model: the shim, or a pair of it and what its host keeps outside.
+        other: its traced module, or a model of the guest's layers.
+        sample_input: as in ``interop.mapping``.
+
+    Raises:
+        InteropError: they do not correspond.
+    """
+    shim, companion, to, whole = _opened(model, None, None)
+    adapter, node = unchecked(model)
+    container = adapter.parameters(node)
+    there: Any = other[0] if isinstance(other, tuple) else other
+    if isinstance(there, whole.module_type):
+        links = WeightMapping.identity(to, adapter.parameters(unchecked(other)[1]))
+    else:
+        structure, values = whole.replace(shim, companion, _guest)
+        links = mapping(
+            _without_shims(structure.build(values)), other, sample_input=sample_input
+        )
+    return links.relocated(to, container)
+
+
+def _guest(structure: Structure, values: Any, **_: Any) -> tuple[Structure, Any]:
+    """Stands for a :class:`Remake` where the guest itself is wanted."""
+    return structure, values
+
+
+def _verify(source: Any, made: Any, inputs: tuple[Any, ...]) -> None:
+    """Compare.
+
+    Raises:
+        ConversionError: they differ.
+    """
+    found = compare(source, made, *inputs)
+    beyond = found.beyond(found.rtol, found.atol)
+    if beyond:
+        first = found.departs.path if found.departs is not None else "model"
+        raise ConversionError(
+            f"the materialized model computes something else (rtol={found.rtol:g}, "
+            f"atol={found.atol:g})",
+            path=first,
+            mismatched=beyond,
+            remedy="Keep the shim, and report this",
+        )

@@ -1,0 +1,116 @@
+"""Traced modules in files: the exported programs and the arrays, and no code."""
+
+# jax declares some of its types only in part.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zipfile
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from interop.errors import ArgumentError, ConversionError
+from interop.registry import registry
+
+from .core import side_of
+from .program import Program, key_data
+
+__all__ = ["load_traced", "save_traced"]
+
+FORMAT = 1
+_HEADER = "header.json"
+
+
+def save_traced(path: str | os.PathLike[str], model: Any) -> None:
+    """Write a traced module, its programs and its arrays, into one file.
+
+    The file holds no code of anybody's: StableHLO programs and plain arrays, with their dtypes.
+    It is written beside ``path`` first, and put in its place when it is complete.
+
+    Args:
+        path: the file.
+        model: what ``materialize(method="trace")`` returned: the module, or ``(module,
+            variables)`` for Linen, ``(module, state)`` for an Equinox module with state.
+
+    Raises:
+        ArgumentError: ``model`` is something else.
+    """
+    module: Any = model[0] if isinstance(model, tuple) else model
+    host = _whole(registry.framework_of(module) or "")
+    if host is None or not isinstance(module, host.module_type):
+        raise ArgumentError(
+            f"{type(module).__qualname__} is no traced module",
+            remedy='Save what materialize(method="trace", sample_input=...) returned',
+        )
+    program, values, training = host.parts(model)
+    header = {"format": FORMAT, "training": training, "program": program.header()}
+    folder = FilePath(path).resolve().parent
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        try:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr(_HEADER, json.dumps(header))
+                for name, data in program.parts().items():
+                    archive.writestr(name, data)
+                for i, value in enumerate(program.values):
+                    array = np.asarray(key_data(values[value.path]))
+                    archive.writestr(f"value.{i}", array.tobytes())
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def load_traced(path: str | os.PathLike[str], into: str) -> Any:
+    """Read a traced module into a framework: the one it was saved from, or any other.
+
+    Only that framework is imported.
+
+    Args:
+        path: a file that :func:`save_traced` wrote.
+        into: the framework, such as ``"nnx"``.
+
+    Returns:
+        The native module, in the mode in which it was saved: ``(module, variables)`` for Linen,
+        ``(module, state)`` for an Equinox module with state.
+
+    Raises:
+        ConversionError: the file is damaged, or no such file.
+        ArgumentError: the framework is unknown.
+        MissingDependencyError, BrokenDependencyError: it cannot be imported, or
+            ``flatbuffers`` is missing.
+    """
+    registry.adapter(into)  # says which package is missing or broken
+    host = _whole(into)
+    if host is None:
+        raise ArgumentError(f"{into} has no traced modules")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            header = json.loads(archive.read(_HEADER))
+            if header["format"] != FORMAT:
+                raise ValueError(f"format {header['format']}")
+            parts = {name: archive.read(name) for name in archive.namelist()}
+        program = Program.assemble(header["program"], parts)
+        values = {v.path: _array(v, parts[f"value.{i}"]) for i, v in enumerate(program.values)}
+    except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as e:
+        raise ConversionError(
+            f"{os.fspath(path)} is no traced module, or damaged ({type(e).__name__}: {e})",
+            remedy="Load a file that shims.save_traced wrote",
+        ) from e
+    return host.close(host.make(program, values, training=header["training"]))
+
+
+def _array(value: Any, data: bytes) -> Any:
+    array = np.frombuffer(data, jnp.dtype(value.dtype)).reshape(value.shape)
+    return value.wrapped(jnp.asarray(array))
+
+
+def _whole(framework: str) -> Any:
+    return side_of(framework, "whole") if framework else None

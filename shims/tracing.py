@@ -1,0 +1,303 @@
+"""Trace a guest's forward logic into programs that need neither its class nor its framework."""
+
+# jax declares some of its types only in part.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export
+
+from interop.errors import InteropError, UnsupportedStructureError
+
+from .core import Call, Kind, Path, Structure, path_text
+from .operation import Function, cotangents, derivative
+from .program import KEYS, Mode, Program, Value, key_data, serialize
+
+__all__ = ["trace"]
+
+ORDERS = 2
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def trace(
+    structure: Structure,
+    values: Mapping[Path, Any],
+    args: tuple[Any, ...],
+    *,
+    modes: Sequence[bool],
+    path: str,
+) -> Program:
+    """Trace a guest.
+
+    Args:
+        structure, values: the guest, and its arrays.
+        args: the arguments of a call, or ``jax.ShapeDtypeStruct``s of them. Where the guest's
+            code allows it, the leading axis of the first, the batch, may have another size.
+        modes: training (True), evaluation (False), or both.
+        path: where the guest is, for errors.
+
+    Raises:
+        UnsupportedStructureError: the guest cannot be traced, or the trace cannot leave this
+            process; the message says why.
+        MissingDependencyError: ``flatbuffers`` is not installed.
+    """
+    kinds = structure.kinds
+    ordered = sorted(values, key=lambda p: kinds[p] is not Kind.PARAMETER)
+    described = tuple(Value.of(p, kinds[p], values[p]) for p in ordered)
+    with structure.tracing():
+        found = {
+            training: _Tracing(structure, described, training, path).mode(args)
+            for training in modes
+        }
+    return Program(structure.guest_type.__qualname__, described, found)
+
+
+class _Tracing:
+    """The trace of a guest in one mode."""
+
+    def __init__(
+        self, structure: Structure, values: Sequence[Value], training: bool, path: str
+    ):
+        self._structure, self._values, self._training = structure, values, training
+        self._path, self._name = path, structure.guest_type.__qualname__
+        self._weights = sum(value.kind is Kind.PARAMETER for value in values)
+        self._writes: tuple[Path, ...] = ()
+        self._draws = False
+
+    def mode(self, args: tuple[Any, ...]) -> Mode:
+        """The programs for such arguments: for any batch size if that can be traced."""
+        fixed = jax.tree.map(_described, args)
+        open_batch = self._with_open_batch(fixed)
+        if open_batch is not None:
+            try:
+                return self._exported(open_batch, PLATFORMS)
+            except Exception as e:
+                # What a guest does with an unknown size may raise anything. If the fault is
+                # another, tracing with the size that was given raises it too.
+                first = e
+        else:
+            first = None
+        try:
+            return self._exported(fixed, PLATFORMS)
+        except InteropError:
+            raise
+        except Exception as e:
+            raise self._refusal(fixed, e) from (first or e)
+
+    def _function(self, *given: Any) -> tuple[Any, list[Any]]:
+        """The guest's call as a pure function: data of the values, of the key, arguments."""
+        *data, key, args = given
+        values = {v.path: v.wrapped(x) for v, x in zip(self._values, data, strict=True)}
+        self._draws = False
+
+        def draw() -> jax.Array:
+            self._draws = True
+            return jax.random.wrap_key_data(key, impl=KEYS)
+
+        call = Call("__call__", args, {}, training=self._training, key=draw)
+        is_step = self._structure.takes_carry(args)
+        run = self._structure.step if is_step else self._structure.run
+        out, changed, after = run(values, call)
+        new = {**values, **changed}  # a step's carry is among its outputs
+        self._check(values, new, after)
+        self._writes = tuple(p for p in values if new[p] is not values[p])
+        return out, [key_data(new[path]) for path in self._writes]
+
+    def _check(
+        self, values: Mapping[Path, Any], new: Mapping[Path, Any], after: Structure
+    ) -> None:
+        if after != self._structure or new.keys() != values.keys():
+            made = sorted(path_text(path) for path in new.keys() - values.keys())
+            raise self._refused(
+                f"its call makes state or changes attributes{_of(made)}, which a trace cannot",
+                "Call it once, or call its init_state, before",
+            )
+        for value in self._values:
+            a, b = values[value.path], new[value.path]
+            if a is b:
+                continue
+            if value.kind is Kind.PARAMETER:
+                raise self._refused(
+                    f"its call changes the parameter {path_text(value.path)}",
+                    "Keep what a call changes in a buffer",
+                )
+            if (a.shape, a.dtype) != (b.shape, b.dtype):
+                raise self._refused(
+                    f"its call makes {b.dtype}{list(b.shape)} of {path_text(value.path)}, "
+                    f"which was {a.dtype}{list(a.shape)}",
+                    "Initialise its state for the batch of sample_input",
+                )
+
+    def _exported(self, args: tuple[Any, ...], platforms: tuple[str, ...]) -> Mode:
+        data = [self._data(value, args) for value in self._values]
+        key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+        flat, tree = jax.tree.flatten(args)
+        traced: Any = jax.jit(self._function)
+        inputs = [*data, key, *flat]
+        plain = export.export(traced, platforms=platforms)(*data, key, args)
+        if leaf := _foreign_node(plain.out_tree):
+            raise self._refused(
+                f"it returns a {leaf}, which needs its package to be read",
+                "Return arrays, in tuples, lists or dicts",
+            )
+
+        def function(*flat: Any) -> tuple[Any, ...]:
+            n = len(data) + 1
+            return tuple(jax.tree.leaves(traced(*flat[:n], jax.tree.unflatten(tree, flat[n:]))))
+
+        levels: list[tuple[export.Exported, ...]] = [
+            (
+                plain,
+                self._mapped(function, inputs, 0, platforms),
+                self._mapped(function, inputs, self._weights, platforms),
+            )
+        ]
+        for _ in range(ORDERS):
+            outs = levels[-1][0].out_avals
+            function = jax.jit(derivative(function, len(inputs)))
+            inputs = [
+                *inputs,
+                *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cotangents(outs)),
+            ]
+            again = export.export(function, platforms=platforms)(*inputs)
+            levels.append((again, self._mapped(function, inputs, 0, platforms)))
+        return Mode(
+            tuple(tuple(map(serialize, level)) for level in levels), self._writes, self._draws
+        )
+
+    def _mapped(
+        self, function: Function, inputs: Sequence[Any], kept: int, platforms: tuple[str, ...]
+    ) -> export.Exported:
+        """``function`` over a leading axis of any size of all but the first ``kept`` inputs."""
+        (n,) = export.symbolic_shape("n", scope=_scope(inputs))
+        leading = [
+            x if i < kept else jax.ShapeDtypeStruct((n, *x.shape), x.dtype)
+            for i, x in enumerate(inputs)
+        ]
+
+        def one_by_one(*given: Any) -> tuple[Any, ...]:
+            weights, rest = given[:kept], given[kept:]
+
+            def one(each: Any) -> tuple[Any, ...]:
+                return function(*weights, *each)
+
+            return jax.lax.map(one, rest)
+
+        axes = [None if i < kept else 0 for i in range(len(inputs))]
+        try:
+            return export.export(
+                jax.jit(jax.vmap(function, in_axes=axes)), platforms=platforms
+            )(*leading)
+        except Exception:
+            # Such as a convolution with a weight for each example, which wants the number of
+            # examples. If the fault is another, this raises it too.
+            return export.export(jax.jit(one_by_one), platforms=platforms)(*leading)
+
+    def _with_open_batch(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """``args`` with the size of their leading axis left open; None if they have none."""
+        shapes = [x.shape for x in jax.tree.leaves(args) if x.shape]
+        if not shapes:
+            return None
+        (b,) = export.symbolic_shape("b")
+        size = shapes[0][0]
+
+        def opened(x: Any) -> Any:
+            if not x.shape or x.shape[0] != size:
+                return x
+            return jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype)
+
+        return jax.tree.map(opened, args)
+
+    def _data(self, value: Value, args: tuple[Any, ...]) -> Any:
+        """What describes a value; hidden state has the batch size of the arguments."""
+        shape: tuple[Any, ...] = value.shape
+        first: Any = next((x.shape[0] for x in jax.tree.leaves(args) if x.shape), 0)
+        if value.kind is Kind.HIDDEN and shape and export.is_symbolic_dim(first):
+            shape = (first, *shape[1:])
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(value.dtype))
+
+    def _refused(self, problem: str, remedy: str) -> UnsupportedStructureError:
+        return UnsupportedStructureError(
+            f"{self._name} cannot be traced: {problem}", path=self._path, remedy=remedy
+        )
+
+    def _refusal(self, args: tuple[Any, ...], error: Exception) -> Exception:
+        """The error for a trace that failed."""
+        key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+        data = [self._data(value, args) for value in self._values]
+        try:
+            jaxpr = jax.make_jaxpr(self._function)(*data, key, args)
+        except Exception:
+            return self._refused(
+                f"it does not run with traced arrays ({type(error).__name__}: {error})",
+                "Use jax.lax for what depends on values, and check sample_input",
+            )
+        foreign = sorted(set(_foreign(jaxpr.jaxpr)))
+        if foreign:
+            return self._refused(
+                f"it uses {', '.join(foreign)}, which cannot leave this process",
+                "Take them out of its forward logic, or keep the shim",
+            )
+        return self._refused(f"{type(error).__name__}: {error}", "Keep the shim")
+
+
+def _described(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+
+
+def _scope(inputs: Sequence[Any]) -> Any:
+    """The scope of the symbols in ``inputs``; one operation has one."""
+    for x in inputs:
+        for dim in x.shape:
+            if export.is_symbolic_dim(dim):
+                return dim.scope
+    return None
+
+
+def _of(names: Sequence[str]) -> str:
+    return f" ({', '.join(names)})" if names else ""
+
+
+_CALLBACKS = ("debug_callback", "debug_print", "io_callback", "pure_callback")
+
+
+def _foreign(jaxpr: Any) -> Iterator[str]:
+    """What a jaxpr does that needs more than JAX, in words."""
+    for equation in jaxpr.eqns:
+        primitive = equation.primitive
+        package = _package(primitive)
+        if primitive.name in _CALLBACKS:
+            yield f"a host callback ({primitive.name})"
+        elif package not in ("jax", "jaxlib"):
+            yield f"the operation {primitive.name} of the package {package}"
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _foreign(inner)
+
+
+def _package(primitive: Any) -> str:
+    """The package that a primitive was made in, by where its implementation is."""
+    implementation: Callable[..., Any] = primitive.impl
+    while hasattr(implementation, "func"):
+        implementation = implementation.func  # type: ignore[attr-defined]
+    return implementation.__module__.partition(".")[0]
+
+
+_PLAIN: tuple[type, ...] = (tuple, list, dict, type(None))
+
+
+def _foreign_node(tree: Any) -> str | None:
+    """The first type in a tree that is no plain container."""
+    data = tree.node_data()
+    if data is not None and data[0] not in _PLAIN:
+        return f"{data[0].__module__}.{data[0].__qualname__}"
+    return next(filter(None, map(_foreign_node, tree.children())), None)

@@ -1,0 +1,660 @@
+"""Leave the shim behind: traced and converted modules, alone and inside whole models."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import brainstate
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from numpy.testing import assert_allclose, assert_array_equal
+
+import interop
+import shims
+from shims.frameworks.equinox.traced import Traced as EquinoxTraced
+from shims.frameworks.nnx.traced import Traced as NnxTraced
+
+from . import live
+from .cases import array
+from .conftest import Framework
+
+ROOT = Path(__file__).parents[1]
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
+X = array(5, 3, seed=31)
+W, B = array(3, 3, seed=32), array(3, seed=33)
+
+
+class Residual(brainstate.nn.Module):
+    """x + tanh(x W + b), with forward logic of its own."""
+
+    def __init__(self, weight=W, bias=B):
+        super().__init__()
+        self.inner = brainstate.nn.Linear(3, 3, w_init=weight, b_init=bias)
+
+    def update(self, x):
+        return x + jnp.tanh(self.inner(x))
+
+
+def residual(x, w=W, b=B):
+    return x + jnp.tanh(x @ w + b)
+
+
+def quiet(x):
+    return (residual(x) ** 3).sum()
+
+
+@pytest.fixture(scope="module")
+def traced():
+    return shims.ToNNX(Residual()).materialize(method="trace", sample_input=X)
+
+
+# -- one shim --
+
+
+def test_a_traced_module_computes_and_keeps_paths_and_kinds(traced):
+    assert_allclose(traced(X), residual(X), **TOLERANCE)
+    flat = dict(nnx.to_flat_state(nnx.state(traced, nnx.Param)))
+    assert sorted(flat) == [("inner", "weight", "bias"), ("inner", "weight", "weight")]
+    assert "Residual: float32[b, 3] -> float32[b, 3]; for evaluation" in repr(traced)
+
+
+def test_a_traced_module_takes_another_batch_size_and_no_other_shape(traced):
+    assert_allclose(traced(X[:2]), residual(X[:2]), **TOLERANCE)
+    with pytest.raises(
+        interop.ArgumentError, match=r"float32\[b, 3\], and got float32\[5, 2\]"
+    ):
+        traced(X[:, :2])
+    with pytest.raises(interop.ArgumentError, match="int32"):
+        traced(X.astype(jnp.int32))
+
+
+def test_a_traced_module_has_first_and_second_derivatives(traced):
+    definition, state = nnx.split(traced)
+
+    def loss(x):
+        return (nnx.merge(definition, state)(x) ** 3).sum()
+
+    assert_allclose(jax.grad(loss)(X), jax.grad(quiet)(X), **TOLERANCE)
+    found = jax.jit(jax.jacrev(jax.jacrev(loss)))(X[:2])
+    assert_allclose(found, jax.hessian(quiet)(X[:2]), rtol=2e-4, atol=2e-5)
+    with pytest.raises(interop.UnsupportedStructureError, match="differentiates twice"):
+        jax.grad(lambda x: jax.grad(lambda y: jax.grad(loss)(y).sum())(x).sum())(X[:1])
+
+
+def test_a_traced_module_maps_over_inputs_and_weights(traced):
+    definition, state = nnx.split(traced)
+
+    def call(state, x):
+        return nnx.merge(definition, state)(x)
+
+    xs = jnp.stack([X, X + 1, X - 1])
+    many = jax.tree.map(lambda a: jnp.stack([a, 2 * a, 3 * a]), state)
+    expected = jnp.stack(
+        [residual(x, k * W, k * B) for k, x in zip((1, 2, 3), xs, strict=True)]
+    )
+    assert_allclose(jax.vmap(call)(many, xs), expected, **TOLERANCE)
+    nested = jax.vmap(lambda s: jax.vmap(lambda x: call(s, x))(xs))(many)
+    assert_allclose(nested[1], residual(xs, 2 * W, 2 * B), **TOLERANCE)
+    over_x = jax.vmap(lambda x: jax.vmap(lambda s: call(s, x))(many))(xs)
+    assert_allclose(over_x[1, 2], residual(xs[1], 3 * W, 3 * B), **TOLERANCE)
+    slopes = jax.vmap(jax.grad(lambda x: (call(state, x[None]) ** 3).sum()))(X)
+    assert_allclose(slopes, jax.grad(quiet)(X), **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["nnx", "linen", "equinox", "brainstate"])
+def test_batch_norm_trains_in_a_traced_module_of_every_host(name):
+    """The block of ``live``: batch normalisation, and forward logic of its own."""
+    guest = Framework("nnx" if name == "brainstate" else "brainstate")
+    module, keywords = guest.arguments(guest.block())
+    if name == "equinox":
+        made, state = eqx.nn.make_with_state(
+            lambda: shims.ToEquinox(module, batched=True, **keywords).materialize(
+                method="trace", sample_input=live.X, train=True
+            )
+        )()
+        out, state = made(live.X, state)
+        stats = jax.tree.leaves(state)
+    else:
+        shim = shims.wrap(module, into=name, **keywords)
+        made = shim.materialize(method="trace", sample_input=live.X, train=True)
+        if name == "nnx":
+            out, stats = made(live.X), jax.tree.leaves(nnx.state(made, nnx.BatchStat))
+        elif name == "linen":
+            model, variables = made
+            out, changed = model.apply(variables, live.X, mutable=["batch_stats"])
+            stats = jax.tree.leaves(changed)
+        else:
+            with brainstate.environ.context(fit=True):
+                out = made(live.X)
+            stats = [s.value for s in made.states(brainstate.BatchState).values()]
+    expected, after = live.truth(live.PARAMS, live.STATS, live.X, True)
+    assert_allclose(out, expected, **TOLERANCE)
+    found = sorted(np.asarray(stats).ravel().tolist())
+    wanted = sorted(np.concatenate([after["mean"], after["var"]]).tolist())
+    assert_allclose(found, wanted, **TOLERANCE)
+
+
+def test_a_module_that_was_traced_for_evaluation_refuses_to_train(traced):
+    with pytest.raises(interop.ArgumentError, match="train=True"):
+        traced(X, deterministic=False)
+
+
+class Dropping(brainstate.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop = brainstate.nn.Dropout(0.7)
+
+    def update(self, x):
+        return 2 * self.drop(x)
+
+
+def test_dropout_draws_fresh_masks_from_the_hosts_keys():
+    shim = shims.ToNNX(Dropping(), rngs=nnx.Rngs(0))
+    ones = jnp.ones((40, 30))
+    made = shim.materialize(method="trace", sample_input=ones, train=True)
+    first, second = made(ones), made(ones)
+    assert (np.asarray(first) != np.asarray(second)).any()
+    assert_allclose(np.unique(first), [0.0, 2 / 0.7], rtol=1e-6)
+    assert_allclose((np.asarray(first) > 0).mean(), 0.7, atol=0.05)
+    made.eval()
+    assert_array_equal(made(ones), 2 * ones)
+    made.train()
+    with pytest.raises(interop.MissingKeyError):
+        shims.ToNNX(Dropping()).materialize(method="trace", sample_input=ones, train=True)(ones)
+
+
+class Recurrent(brainstate.nn.Module):
+    """The sum over time of an Elman cell's hidden state, which goes on from call to call."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = brainstate.ParamState(W)
+        self.h = brainstate.HiddenState(jnp.zeros((5, 3)))
+
+    def update(self, xs):
+        def step(h, x):
+            h = jnp.tanh(x + h @ self.weight.value)
+            return h, h
+
+        self.h.value, hs = jax.lax.scan(step, self.h.value, jnp.swapaxes(xs, 0, 1))
+        return hs.sum(0)
+
+
+def test_hidden_state_goes_on_and_takes_another_batch_size():
+    xs = array(5, 4, 3, seed=34)
+    made = shims.ToNNX(Recurrent()).materialize(method="trace", sample_input=xs)
+    h, expected = jnp.zeros((5, 3)), []
+    for _ in range(2):
+        total = 0
+        for t in range(4):
+            h = jnp.tanh(xs[:, t] + h @ W)
+            total += h
+        expected.append(total)
+    assert_allclose(made(xs), expected[0], **TOLERANCE)
+    assert_allclose(made(xs), expected[1], **TOLERANCE)
+    assert type(made.h).__name__ == "HiddenState"
+    with pytest.raises(interop.ArgumentError, match="batches of 5 and of 2"):
+        made(xs[:2])
+    made.h.set_value(jnp.zeros((2, 3)))
+    assert_allclose(made(xs[:2]), expected[0][:2], **TOLERANCE)
+
+
+class Cell(brainstate.nn.Module):
+    """An LSTM over time, that starts anew in each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = brainstate.nn.LSTMCell(3, 4)
+
+    def update(self, xs):
+        self.cell.init_state(xs.shape[0])
+        return jnp.stack([self.cell(xs[:, t]) for t in range(xs.shape[1])], 1)
+
+
+def test_an_lstm_over_time_that_starts_anew_in_each_call():
+    guest, xs = Cell(), array(5, 4, 3, seed=35)
+    expected = guest(xs)
+    made = shims.ToNNX(guest).materialize(method="trace", sample_input=xs)
+    assert_allclose(made(xs), expected, **TOLERANCE)
+    assert_allclose(made(xs), expected, **TOLERANCE)
+
+
+def test_a_recurrent_cell_is_traced_with_its_carry():
+    cell = shims.ToNNX(brainstate.nn.LSTMCell(3, 4))
+    carry = {"c": array(5, 4, seed=38), "h": array(5, 4, seed=39)}
+    made = cell.materialize(method="trace", sample_input=(carry, X))
+    (after, out), (expected, wanted) = made(carry, X), cell(carry, X)
+    assert_allclose(out, wanted, **TOLERANCE)
+    assert_allclose(after["c"], expected["c"], **TOLERANCE)
+
+
+def test_a_convolution_maps_over_weights_for_each_example():
+    class Conv(brainstate.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = brainstate.ParamState(array(3, 2, 4, seed=36))
+
+        def update(self, x):
+            return jax.lax.conv_general_dilated(
+                x, self.weight.value, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+            )
+
+    x, guest = array(3, 6, 2, seed=37), Conv()
+    made = shims.ToNNX(guest).materialize(method="trace", sample_input=x)
+    assert_allclose(made(x), guest(x), **TOLERANCE)
+    definition, state = nnx.split(made)
+    many = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), state)
+    outs = jax.vmap(lambda s: nnx.merge(definition, s)(x))(many)
+    assert_allclose(outs, jnp.stack([guest(x), 2 * guest(x)]), **TOLERANCE)
+
+
+@jax.custom_vjp
+def spike(v):
+    return (v > 0).astype(v.dtype)
+
+
+spike.defvjp(lambda v: (spike(v), v), lambda v, g: (g / (1 + jnp.abs(v)) ** 2,))
+
+
+def test_the_surrogate_gradient_of_a_spike_survives():
+    class Spiking(brainstate.nn.Module):
+        def update(self, x):
+            return spike(x)
+
+    made = shims.ToNNX(Spiking()).materialize(method="trace", sample_input=X)
+    assert_array_equal(made(X), (np.asarray(X) > 0).astype(np.float32))
+    expected = 1 / (1 + np.abs(X)) ** 2
+    assert_allclose(jax.grad(lambda x: made(x).sum())(X), expected, rtol=1e-6)
+    each = jax.vmap(jax.grad(lambda x: made(x[None]).sum()))(X)
+    assert_allclose(each, expected, rtol=1e-6)
+
+
+def test_copy_gives_buffers_of_its_own():
+    guest = Residual()
+    own = guest.inner.weight.value["bias"].unsafe_buffer_pointer()
+    for copy in (False, True):
+        made = shims.ToNNX(guest).materialize(method="trace", sample_input=X, copy=copy)
+        found = made.inner["weight"]["bias"].get_value().unsafe_buffer_pointer()
+        assert (found == own) is not copy
+
+
+# -- refusals --
+
+
+def refused(module, match, sample=X, error=interop.UnsupportedStructureError):
+    with pytest.raises(error, match=match) as found:
+        shims.ToNNX(module).materialize(method="trace", sample_input=sample)
+    assert found.value.path == "model"
+
+
+def guest_with(function, **states):
+    class Made(brainstate.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, value in states.items():
+                setattr(self, name, value)
+
+        update = function
+
+    return Made()
+
+
+def test_what_cannot_leave_the_process_is_refused_by_name():
+    def calls_back(self, x):
+        return jax.pure_callback(np.asarray, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    refused(guest_with(calls_back), "a host callback")
+
+    foreign = jax.extend.core.Primitive("toy_operation")
+    foreign.def_abstract_eval(lambda x: x)
+
+    def implementation(x):
+        return x
+
+    implementation.__module__ = "toypackage.kernels"
+    foreign.def_impl(implementation)
+    refused(
+        guest_with(lambda self, x: foreign.bind(x)), "toy_operation of the package toypackage"
+    )
+
+
+def test_what_cannot_be_traced_is_refused_with_the_reason():
+    def branches(self, x):
+        return x if float(x.sum()) > 0 else -x
+
+    refused(guest_with(branches), "ConcretizationTypeError")
+
+    def moves(self, x):
+        self.w.value = self.w.value + 1
+        return x
+
+    refused(guest_with(moves, w=brainstate.ParamState(B)), "changes the parameter w")
+
+    def makes(self, x):
+        self.made = brainstate.ShortTermState(x)
+        return x
+
+    refused(guest_with(makes), "makes state")
+
+
+def test_arguments_are_checked():
+    shim = shims.ToNNX(Residual())
+    with pytest.raises(interop.ArgumentError, match="unknown method"):
+        shim.materialize(method="magic")
+    with pytest.raises(interop.ArgumentError, match="needs sample_input"):
+        shim.materialize(method="trace")
+    with pytest.raises(interop.ArgumentError, match="holds no shims"):
+        shims.materialize(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+    with pytest.raises(interop.UnsupportedStructureError, match='method="trace"'):
+        shim.materialize()
+
+
+def test_a_missing_flatbuffers_is_named(monkeypatch):
+    for name in [n for n in sys.modules if n.startswith("jax._src.export.serialization")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(jax._src.export, "serialization", raising=False)
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    with pytest.raises(interop.MissingDependencyError, match="flatbuffers") as found:
+        shims.ToNNX(Residual()).materialize(method="trace", sample_input=X)
+    assert found.value.package == "flatbuffers"
+
+
+# -- whole models --
+
+
+class Host(nnx.Module):
+    def __init__(self, *cores):
+        self.head = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+        self.cores = nnx.List(cores)
+
+    def __call__(self, x):
+        for core in self.cores:
+            x = core(x)
+        return self.head(x)
+
+
+def test_an_nnx_model_is_materialized_part_by_part():
+    plain = brainstate.nn.Sequential(brainstate.nn.Linear(3, 3))
+    model = Host(shims.ToNNX(Residual()), shims.ToNNX(plain))
+    before, lines = model(X), []
+    made = shims.materialize(
+        model, method="auto", sample_input=X, verify=X, report=lines.append
+    )
+    assert_allclose(made(X), before, **TOLERANCE)
+    assert [type(core) for core in made.cores] == [NnxTraced, nnx.Sequential]
+    assert lines[0].startswith("model.cores[0]: Residual, trace (cannot convert Residual")
+    assert lines[1] == "model.cores[1]: Sequential, structural"
+    assert made.head.kernel.get_value() is model.head.kernel.get_value()
+    assert_array_equal(model(X), before)
+    with pytest.raises(interop.UnsupportedStructureError) as found:
+        shims.materialize(model)
+    assert found.value.path == "model.cores[0]"
+
+
+def test_ties_of_guests_stay_ties():
+    guest, linear = Residual(), brainstate.nn.Linear(3, 3)
+    shim = shims.ToNNX(linear)
+    model = Host(shims.ToNNX(guest), shims.ToNNX(guest), shim, shim)
+    made = shims.materialize(model, method="auto", sample_input=X)
+    assert made.cores[0] is made.cores[1]
+    assert made.cores[2] is made.cores[3]
+    assert_allclose(made(X), model(X), **TOLERANCE)
+    partly = Host(shims.ToNNX(guest), shims.ToNNX(guest.inner))
+    with pytest.raises(interop.UnsupportedStructureError, match="shares"):
+        shims.materialize(partly, method="structural")
+    made = shims.materialize(partly, method="trace", sample_input=X)
+    shared = made.cores[1].weight["weight"]
+    assert made.cores[0].inner["weight"]["weight"] is shared
+    assert len(jax.tree.leaves(nnx.state(made, nnx.Param))) == 4
+    assert_allclose(made(X), partly(X), **TOLERANCE)
+
+
+def test_a_linen_model_is_materialized_with_its_variables():
+    class Model(nn.Module):
+        core: nn.Module
+        layers: tuple[nn.Module, ...]
+
+        @nn.compact
+        def __call__(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return nn.Dense(2)(self.core(x))
+
+    plain = brainstate.nn.Sequential(brainstate.nn.Linear(3, 3))
+    model = Model(shims.ToLinen(Residual()), (shims.ToLinen(plain), nn.Dense(3)))
+    variables = model.init(jax.random.key(0), X)
+    changed = jax.tree.map(lambda a: a + 0.1, variables)
+    made, new = shims.materialize((model, changed), method="auto", sample_input=X, verify=X)
+    assert_allclose(made.apply(new, X), model.apply(changed, X), **TOLERANCE)
+    assert new["params"]["Dense_0"]["kernel"] is changed["params"]["Dense_0"]["kernel"]
+    assert not isinstance(made.core, shims.ToLinen)
+    assert not isinstance(made.layers[0], shims.ToLinen)
+    with pytest.raises(interop.ArgumentError, match="variables"):
+        shims.materialize(model, method="structural")
+    with pytest.raises(interop.ArgumentError, match="came with it"):
+        made.core.init(jax.random.key(0), X)
+
+
+def test_an_equinox_model_is_materialized_with_its_state():
+    class Counting(brainstate.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = brainstate.nn.Linear(3, 3, w_init=W, b_init=B)
+            self.count = brainstate.LongTermState(jnp.zeros(()))
+
+        def update(self, x):
+            self.count.value = self.count.value + 1
+            return self.inner(x) + self.count.value
+
+    class Model(eqx.Module):
+        core: shims.ToEquinox
+        plain: shims.ToEquinox
+
+        def __call__(self, x, state):
+            x, state = self.core(x, state)
+            return self.plain(x), state
+
+    model, state = eqx.nn.make_with_state(
+        lambda: Model(shims.ToEquinox(Counting()), shims.ToEquinox(brainstate.nn.Linear(3, 2)))
+    )()
+    _, state = model(X[0], state)
+    made, new = shims.materialize((model, state), method="auto", sample_input=X[0])
+    assert isinstance(made.core, EquinoxTraced)
+    assert isinstance(made.plain, eqx.nn.Linear)
+    out, new = made(X[0], new)
+    expected, _ = model(X[0], state)
+    assert_allclose(out, expected, **TOLERANCE)
+    assert_allclose(made.core.values(new)["count",], 2.0)
+    with pytest.raises(interop.ArgumentError, match="state"):
+        shims.materialize(model)
+
+
+def test_a_brainstate_model_is_materialized():
+    class Own(nnx.Module):
+        def __init__(self):
+            self.inner = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return x + self.inner(x)
+
+    own = Own()
+    model = brainstate.nn.Sequential(
+        shims.FromNNX(own), brainstate.nn.Linear(3, 3), shims.FromNNX(own.inner)
+    )
+    made = shims.materialize(model, method="trace", sample_input=X)
+    assert_allclose(made(X), model(X), **TOLERANCE)
+    first, _, last = made.layers
+    assert first.inner["kernel"] is last.kernel
+    assert len(made.states(brainstate.ParamState)) == 3  # of Linear one, of two arrays
+    assert not any(isinstance(node, shims.FromNNX) for node in made.nodes().values())
+
+
+def test_a_shim_inside_a_guest_is_materialized_too():
+    inner = shims.FromNNX(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+    shim = shims.ToNNX(brainstate.nn.Sequential(inner, brainstate.nn.ReLU()))
+    made = shim.materialize()
+    assert_allclose(made(X), shim(X), **TOLERANCE)
+    assert type(made.layers[0]) is nnx.Linear
+
+
+def test_verify_tells_what_differs(monkeypatch):
+    from shims import materialization
+
+    shim = shims.ToNNX(Residual())
+    honest = materialization.trace
+    monkeypatch.setattr(
+        materialization,
+        "trace",
+        lambda structure, values, *args, **options: honest(
+            shims.core.guest_of(Doubled()).structure(), values, *args, **options
+        ),
+    )
+    with pytest.raises(
+        interop.ConversionError, match=r"^model: .*outputs: .* absolute"
+    ) as found:
+        shim.materialize(method="trace", sample_input=X, verify=X)
+    assert found.value.path == "model"
+
+
+class Doubled(Residual):
+    def update(self, x):
+        return 2 * super().update(x)
+
+
+# -- saving --
+
+
+TRAIN_ELSEWHERE = """
+    import sys
+    class Blocked:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in {blocked!r}:
+                raise ImportError(name + " is blocked")
+    sys.meta_path.insert(0, Blocked())
+    import jax, jax.numpy as jnp, numpy as np, shims
+    x = jnp.asarray(np.load({x!r}))
+    {body}
+    np.save({out!r}, np.asarray(losses))
+"""
+BODIES = {
+    "nnx": """
+    from flax import nnx
+    model = shims.load_traced({file!r}, into="nnx")
+    losses = []
+    for _ in range(4):
+        loss, grads = nnx.value_and_grad(lambda m: (m(x) ** 2).mean())(model)
+        losses.append(loss)
+        new = jax.tree.map(lambda p, g: p - 0.1 * g, nnx.state(model, nnx.Param), grads)
+        nnx.update(model, new)
+    """,
+    "linen": """
+    model, variables = shims.load_traced({file!r}, into="linen")
+    losses = []
+    params = variables["params"]
+    for _ in range(4):
+        loss, grads = jax.value_and_grad(
+            lambda p: (model.apply({{"params": p}}, x) ** 2).mean())(params)
+        losses.append(loss)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    """,
+    "equinox": """
+    import equinox as eqx
+    model = shims.load_traced({file!r}, into="equinox")
+    losses = []
+    for _ in range(4):
+        loss, grads = eqx.filter_value_and_grad(lambda m: (m(x) ** 2).mean())(model)
+        losses.append(loss)
+        model = eqx.apply_updates(model, jax.tree.map(lambda g: -0.1 * g, grads))
+    """,
+}
+BODIES["brainstate"] = """
+    import brainstate
+    model = shims.load_traced({file!r}, into="brainstate")
+    states = model.states(brainstate.ParamState)
+    losses = []
+    step = brainstate.transform.grad(lambda: (model(x) ** 2).mean(), states, return_value=True)
+    for _ in range(4):
+        grads, loss = step()
+        losses.append(loss)
+        for path, state in states.items():
+            state.value = state.value - 0.1 * grads[path]
+"""
+
+
+@pytest.mark.parametrize("into", sorted(BODIES))
+def test_a_saved_module_trains_where_the_guests_framework_is_missing(into, traced, tmp_path):
+    shims.save_traced(tmp_path / "model", traced)
+    np.save(tmp_path / "x.npy", X)
+    files = {"file": str(tmp_path / "model"), "x": str(tmp_path / "x.npy")}
+    frameworks = {"nnx": {"flax"}, "linen": {"flax"}}.get(into, {into})
+    blocked = sorted({"brainstate", "brainunit", "flax", "equinox"} - frameworks)
+    if into == "brainstate":
+        blocked.remove("brainunit")
+    out = str(tmp_path / "losses.npy")
+    body = textwrap.dedent(BODIES[into].format(**files))
+    code = textwrap.dedent(TRAIN_ELSEWHERE).format(blocked=blocked, body=body, out=out, **files)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+    w, b, expected = W, B, []
+    for _ in range(4):
+        loss, (gw, gb) = jax.value_and_grad(
+            lambda w, b: (residual(X, w, b) ** 2).mean(), argnums=(0, 1)
+        )(w, b)
+        w, b = w - 0.1 * gw, b - 0.1 * gb
+        expected.append(loss)
+    assert_allclose(np.load(out), expected, rtol=1e-5)
+
+
+def test_damaged_files_and_other_models_are_refused(traced, tmp_path):
+    file = tmp_path / "model"
+    shims.save_traced(file, traced)
+    data = file.read_bytes()
+    for broken in (data[: len(data) // 2], b"", b"nothing of ours"):
+        file.write_bytes(broken)
+        with pytest.raises(interop.ConversionError, match="damaged"):
+            shims.load_traced(file, into="nnx")
+    with pytest.raises(interop.ArgumentError, match="no traced module"):
+        shims.save_traced(file, nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+# -- in the middle of training --
+
+
+@pytest.mark.parametrize("method", ["structural", "trace"])
+def test_training_goes_on_with_the_optimiser_state(method):
+    def guest():
+        layer = brainstate.nn.Linear(3, 3, w_init=W, b_init=B)
+        return brainstate.nn.Sequential(layer, brainstate.nn.Tanh())
+
+    adam = optax.adam(0.05)
+
+    def train(model, state, steps):
+        losses = []
+        for _ in range(steps):
+            loss, grads = nnx.value_and_grad(lambda m: ((m(X) - 1) ** 2).mean())(model)
+            params = nnx.state(model, nnx.Param)
+            updates, state = adam.update(grads, state, params)
+            nnx.update(model, optax.apply_updates(params, updates))
+            losses.append(float(loss))
+        return losses, state
+
+    whole = shims.ToNNX(guest())
+    expected, _ = train(whole, adam.init(nnx.state(whole, nnx.Param)), 6)
+    shim = shims.ToNNX(guest())
+    first, state = train(shim, adam.init(nnx.state(shim, nnx.Param)), 3)
+    made = shim.materialize(method=method, sample_input=X, train=True)
+    moved = interop.mapping(shim, made).apply(state)
+    second, _ = train(made, moved, 3)
+    assert_allclose(first + second, expected, rtol=1e-5)
