@@ -13,7 +13,7 @@ endif
 
 RUN = $(VENV)/bin/python -m
 
-.PHONY: help demo test test-onnx lint types format table clean
+.PHONY: help demo bench test test-onnx lint types format table clean
 .NOTPARALLEL:
 
 help: ## List the targets
@@ -21,6 +21,9 @@ help: ## List the targets
 
 demo: $(VENV)/installed-test ## Train a BrainState layer inside a Flax model
 	$(VENV)/bin/python examples/embed_in_flax.py
+
+bench: $(VENV)/installed-test ## Measure speed beside the alternatives; writes tests/benchmarks/RESULTS.md
+	$(VENV)/bin/python tests/benchmarks/bench.py --write
 
 test: $(VENV)/installed-test ## Run the tests; more pytest options in ARGS
 	$(RUN) pytest -n 2 --dist worksteal $(ARGS)

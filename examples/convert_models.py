@@ -5,6 +5,7 @@ Run it: python examples/convert_models.py
 
 # %% A BrainState model
 import brainstate
+import brainunit
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,8 @@ print()
 
 broken = brainstate.nn.Sequential(
     brainstate.nn.Linear(4, 8),
-    brainstate.nn.Dropout(0.9, broadcast_dims=(1,)),
-    brainstate.nn.GRUCell(8, 8),
+    brainstate.nn.RReLU(),  # draws noise whenever it is called
+    brainstate.nn.Linear(8, 2, w_init=jnp.ones((8, 2)) * brainunit.mV, b_init=None),
 )
 report = interop.explain(broken, to="equinox")
 print(f"problems found at once: {len(report.problems)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -357,6 +358,7 @@ def _live(path: str) -> str:
 _HARMLESS_DUNDERS = {"__call__", "__getattr__", "__getattribute__", "__setattr__"}
 
 
+@functools.lru_cache(1024)
 def _overridden(cls: type, base: type) -> list[str]:
     """Methods and properties of ``base`` that ``cls`` replaces, by name."""
     fields = getattr(base, "__dataclass_fields__", ())  # their values are read, not their code
@@ -372,13 +374,16 @@ def _overridden(cls: type, base: type) -> list[str]:
 
 def _shadowed(module: object) -> list[str]:
     """Methods of the class that an attribute of the instance hides."""
-    cls = type(module)
-    fields = getattr(cls, "__dataclass_fields__", ())  # a field may have a function as default
-    return [
-        name
-        for name in getattr(module, "__dict__", {})
-        if name not in fields and inspect.isroutine(getattr(cls, name, None))
-    ]
+    routines = _routines(type(module))
+    return [name for name in getattr(module, "__dict__", {}) if name in routines]
+
+
+@functools.lru_cache(1024)
+def _routines(cls: type) -> frozenset[str]:
+    """The names of the methods of ``cls``; a field with a function as default is none."""
+    fields = getattr(cls, "__dataclass_fields__", ())
+    names = set(dir(cls)).difference(fields)
+    return frozenset(name for name in names if inspect.isroutine(getattr(cls, name, None)))
 
 
 class Registry:

@@ -167,6 +167,7 @@ def _is_module(x: Any) -> bool:
     return isinstance(x, eqx.Module)
 
 
+@functools.lru_cache(1024)
 def _fields(cls: type) -> set[str]:
     return {field.name for field in dataclasses.fields(cls)}
 

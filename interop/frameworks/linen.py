@@ -230,6 +230,7 @@ def _in_mode(layer: Any, train: bool, memo: dict[int, Any]) -> Any:
     return memo[id(layer)]
 
 
+@functools.lru_cache(1024)
 def _fields(cls: type) -> set[str]:
     return {field.name for field in dataclasses.fields(cls)}
 
