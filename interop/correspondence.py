@@ -76,7 +76,8 @@ class WeightMapping:
                 states. A container is what the framework's optimisers take: a nested dict or
                 ``nnx.State`` of an NNX model, the ``params`` dict of a Linen model,
                 ``{path: state.value}`` of ``model.states(ParamState)`` in BrainState, the
-                filtered module in Equinox. Its leaves are arrays of the parameters' shapes;
+                filtered module in Equinox. Boxes such as those of ``nnx.Optimizer`` are seen
+                through. Its leaves are arrays of the parameters' shapes;
                 or a ``PartitionSpec``, ``NamedSharding`` or ``ShapeDtypeStruct``, whose axes
                 move along; or one value for the whole array (a number, a label, nothing),
                 which stays as it is. Everything outside containers stays as it is.
@@ -330,7 +331,9 @@ def mapping(
 
     Returns:
         A :class:`WeightMapping` of the trainable parameters from ``a`` to ``b``. Running
-        statistics belong to no optimiser, and are not in it.
+        statistics belong to no optimiser, and are not in it: ``convert`` carries a model's
+        own, and ``interop.load_weights(b, weights, source=a)`` others, such as averages of a
+        whole model.
 
     Raises:
         ArgumentError: not exactly one of ``b`` and ``to`` is given, or one is no model.

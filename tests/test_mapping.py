@@ -451,10 +451,54 @@ def test_a_mapping_moves_the_state_of_an_nnx_optimizer(into):
     optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
     nnx.update(optimizer, jax.tree.map(lambda a: a + 1, nnx.state(optimizer)))
     optimizer.update(model, nnx.grad(lambda m: (m(jnp.ones((2, 3))) ** 2).sum())(model))
-    moved = interop.mapping(model, to=into).apply(optimizer.opt_state)[0].mu
+    mapping = interop.mapping(model, to=into)
     kernel = np.asarray(optimizer.opt_state[0].mu["kernel"][...])
     assert np.abs(kernel).min() > 0
-    if into == "linen":
-        np.testing.assert_array_equal(moved["kernel"], kernel)
-    else:
-        np.testing.assert_array_equal(moved.weight, kernel.T)
+    for state in (optimizer.opt_state, nnx.state(optimizer)["opt_state"]):
+        moved = mapping.apply(state)[0]
+        mu = moved.mu if isinstance(moved, tuple) else moved["mu"]
+        if into == "linen":
+            np.testing.assert_array_equal(mu["kernel"], kernel)
+        else:
+            np.testing.assert_array_equal(mu.weight, kernel.T)
+
+
+@pytest.mark.parametrize("name", ["brainstate", "linen", "equinox"])
+def test_an_nnx_optimizer_goes_on_where_another_framework_stopped(name):
+    model = stack(Framework(name))
+    params = parameters(name, model)
+    first, params, state = train(name, model, params, OPTIMIZER.init(params), 3)
+    mapping = interop.mapping(model, to="nnx")
+    expected, _, _ = train(name, model, params, state, 3)
+
+    other = stack(Framework("nnx"))
+    nnx.update(other, mapping.apply(params))
+    optimizer = nnx.Optimizer(other, OPTIMIZER, wrt=nnx.Param)
+    boxes = jax.tree.structure(optimizer.opt_state)
+    moved = jax.tree.leaves(mapping.apply(state))
+    optimizer.opt_state = nnx.data(jax.tree.unflatten(boxes, moved))
+    found = []
+    for _ in range(3):
+        value, grads = nnx.value_and_grad(lambda m: ((m(X) - Y) ** 2).mean())(other)
+        optimizer.update(other, grads)
+        found.append(float(value))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_states_averages_and_masks_move_between_any_two(source, target):
+    """The truth is the other model's own parameters, and what is computed from them."""
+    model, other = stack(source), stack(target)
+    params, native = parameters(source.name, model), parameters(target.name, other)
+
+    def parts(params):
+        signs = jax.tree.map(lambda w: w > 0, params)
+        vectors = jax.tree.map(lambda w: w.ndim == 1, params)
+        state = optax.chain(optax.trace(0.9), optax.ema(0.99)).init(params)
+        state = (state[0]._replace(trace=params), state[1]._replace(ema=params))
+        return {"state": state, "averages": [params], "signs": signs, "frozen": vectors}
+
+    moved, expected = interop.mapping(model, other).apply(parts(params)), parts(native)
+    assert jax.tree.structure(moved) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, moved, expected)
+    assert {type(leaf) for leaf in jax.tree.leaves(moved["frozen"])} == {bool}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(moved["signs"])} == {"bool"}
