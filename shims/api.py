@@ -7,7 +7,7 @@ from typing import Any
 from interop.errors import ArgumentError, UnsupportedStructureError
 from interop.registry import registry
 
-from .core import guest_of, side_of
+from .core import check_guest, side_of
 from .report import LinkReport
 
 __all__ = ["explain", "wrap"]
@@ -51,6 +51,7 @@ def wrap(
     batch_axes: int | None = None,
     axis_name: str | None = None,
     carry: Any = None,
+    copy: bool = False,
 ) -> Any:
     """Make ``module`` a live module of another framework.
 
@@ -64,13 +65,16 @@ def wrap(
         carry: what one example starts from, for an Equinox module that is a recurrent cell of
             your own: it is called ``module(x, carry)`` and returns ``(carry, output)``.
             Its input has one feature axis, or ``module.num_feature_axes``.
+        copy: give the host copies of the arrays, so that donating them keeps the module's;
+            not where both sides change in place, and the module has the new values at once.
 
     Returns:
         The host's shim class around ``module``, sharing its arrays; ``module`` itself if it
         is one of the host's already.
 
     Raises:
-        ArgumentError: ``module`` is a class or no module, or the framework is unknown.
+        ArgumentError: ``module`` is a class or no module, the framework is unknown, or an
+            argument does not belong to the pair.
         UnsupportedStructureError: the pair has no live shim.
         MissingDependencyError, BrokenDependencyError: the host cannot be imported.
 
@@ -89,12 +93,13 @@ def wrap(
         "axis_name": axis_name,
         "carry": carry,
     }
-    guest_of(module, **options)  # refuses what cannot be wrapped at all
+    _, given = check_guest(module, options)  # refuses what cannot be wrapped at all
     host = side_of(into, "host")
     if host is None:
         raise UnsupportedStructureError(
             f"{into} has no live shim for modules of other frameworks",
             remedy=f"Convert it with interop.convert(..., to={into!r}), or choose another host",
         )
-    given = {name: value for name, value in options.items() if value is not None}
+    if copy:
+        given["copy"] = True
     return host(module, **given)

@@ -43,7 +43,12 @@ __all__ = [
     "Views",
     "at",
     "attribute_path",
+    "check_alive",
+    "check_copy",
+    "check_guest",
     "check_partitionings",
+    "check_places",
+    "first_values",
     "guest_of",
     "is_cell",
     "is_traced",
@@ -206,6 +211,71 @@ def check_partitionings(structure: Structure, values: Mapping[Path, Any]) -> Non
             mismatched=mismatched,
             remedy="Take one member, or leave the names out of the wrapped module",
         )
+
+
+def check_alive(values: Mapping[Path, Any]) -> None:
+    """Refuse values whose buffers are gone.
+
+    Raises:
+        ConversionError: arrays were donated, by the host's side or the guest's.
+    """
+    gone = [
+        path_text(path)
+        for path, value in values.items()
+        if isinstance(value, jax.Array) and not is_traced(value) and value.is_deleted()
+    ]
+    if gone:
+        raise ConversionError(
+            "arrays were donated to a compiled function, by whoever shared them",
+            missing=gone,
+            remedy="Wrap with copy=True, so that each side has buffers of its own; or write "
+            "the new values back first, with write_back where the shim has it",
+        )
+
+
+def first_values(guest: Guest, *, copy: bool) -> dict[Path, Any]:
+    """The values that a shim starts from: the guest's arrays, or copies of them.
+
+    Raises:
+        ConversionError: arrays were donated.
+    """
+    values = guest.values()
+    check_alive(values)
+    return _copied(values) if copy else values
+
+
+def check_copy(guest: Guest, *, copy: bool) -> None:
+    """Refuse ``copy`` in a host that shows a guest's own arrays.
+
+    Raises:
+        ArgumentError: the link would be none.
+    """
+    if copy and isinstance(guest, LiveGuest):
+        raise ArgumentError(
+            "copy=True would cut the link to a module that changes in place",
+            remedy="Leave it out: the module keeps working when the shim's values are donated",
+        )
+
+
+def _copied(values: Mapping[Path, Any]) -> dict[Path, Any]:
+    return {p: value.copy() if hasattr(value, "copy") else value for p, value in values.items()}
+
+
+def check_places(structure: Structure) -> None:
+    """Refuse a guest two of whose arrays have one path as text, as hosts write it.
+
+    Raises:
+        ArgumentError: keys of a dict differ in their type alone.
+    """
+    known: dict[tuple[str, ...], Path] = {}
+    for path in structure.kinds:
+        other = known.setdefault(tuple(map(str, path)), path)
+        if other != path:
+            raise ArgumentError(
+                f"{structure.guest_type.__qualname__} has arrays at {path_text(other)} and "
+                f"{path_text(path)}, which is one place in the host",
+                remedy="Use other keys than numbers and the same numbers as text",
+            )
 
 
 def attribute_path(path: Path) -> tuple[Any, ...]:
@@ -419,6 +489,17 @@ class LiveGuest(Guest):
 def guest_of(module: Any, **options: Any) -> Guest:
     """The guest side of ``module``'s framework.
 
+    Args, Raises: as ``check_guest`` has them.
+    """
+    make, given = check_guest(module, options)
+    return make(module, **given)
+
+
+def check_guest(
+    module: Any, options: Mapping[str, Any]
+) -> tuple[Callable[..., Guest], dict[str, Any]]:
+    """What makes a guest of ``module``, and the options that were given.
+
     Args:
         module: a module instance.
         options: what that framework needs beside it (weights, state, batch axes); entries
@@ -452,7 +533,7 @@ def guest_of(module: Any, **options: Any) -> Guest:
             f"{framework} modules do not take {', '.join(unknown)}",
             remedy="Leave the argument out",
         )
-    return make(module, **given)
+    return make, given
 
 
 def is_cell(module: Any, carry: Any = None) -> bool:
@@ -477,8 +558,9 @@ def materialize_structure(
     With ``copy`` the result has buffers of its own; otherwise arrays whose layout agrees are
     the same objects. ``plain`` replaces the shims in a native object.
     """
+    check_alive(values)
     if copy:
-        values = {path: jax.numpy.copy(value) for path, value in values.items()}
+        values = _copied(values)
     native = plain(structure.build(values))
     arguments = structure.convert_arguments(native)
     return convert_with(structure.module(native), to, options=options, **arguments)

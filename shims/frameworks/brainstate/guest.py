@@ -309,6 +309,10 @@ def _fill(module: brainstate.nn.Module, values: Mapping[Path, Any], carry: Any) 
 # -- what compares --
 
 
+def _is_readable(array: Any) -> bool:
+    return not is_traced(array) and not (isinstance(array, jax.Array) and array.is_deleted())
+
+
 class _ArrayKey:
     """An array among a module's plain attributes: equal if it holds the same."""
 
@@ -316,9 +320,11 @@ class _ArrayKey:
         self.array = array.copy() if isinstance(array, np.ndarray) else array
 
     def __eq__(self, other):
-        if not isinstance(other, _ArrayKey) or is_traced(self.array) or is_traced(other.array):
-            return isinstance(other, _ArrayKey) and self.array is other.array
+        if not isinstance(other, _ArrayKey):
+            return False
         a, b = self.array, other.array
+        if not (_is_readable(a) and _is_readable(b)):
+            return a is b
         same_kind = a.shape == b.shape and a.dtype == b.dtype
         return a is b or (same_kind and bool(np.array_equal(np.asarray(a), np.asarray(b))))
 

@@ -34,6 +34,8 @@ from ...core import (
     Views,
     at,
     attribute_path,
+    check_copy,
+    first_values,
     guest_of,
     is_cell,
     is_traced,
@@ -192,7 +194,8 @@ _SHARED = """
     Raises:
         ArgumentError: ``module`` is a class, or of another framework; a name of the guest
             collides with one of the shim's; weights or state are missing.
-        ConversionError: (writes) a value of another shape or dtype.
+        ConversionError: arrays of the guest were donated; (writes) a value of another shape
+            or dtype.
     """
 
 
@@ -226,6 +229,7 @@ class Wrapped(brainstate.nn.Module):
         batch_axes: int | None = None,
         axis_name: str | None = None,
         carry: Any = None,
+        copy: bool = False,
     ):
         super().__init__()
         guest = guest_of(
@@ -241,11 +245,12 @@ class Wrapped(brainstate.nn.Module):
         check_names(
             structure, host=type(self), keywords=(), methods=_METHODS, paths=structure.kinds
         )
+        check_copy(guest, copy=copy)
         if isinstance(guest, LiveGuest):
             _guests[self] = guest
             self._shim_show(guest)
         else:
-            values = guest.values()
+            values = first_values(guest, copy=copy)
             self._shim_place(
                 structure, {p: _BASES[kind](values[p]) for p, kind in structure.kinds.items()}
             )
@@ -512,6 +517,8 @@ class FromNNX(Wrapped):
 
     Args:
         module: an ``nnx.Module`` instance.
+        copy: refused, as it would cut the link; the module has the new values at once when
+            the States' are donated.
 
     Example:
         >>> import shims, jax.numpy as jnp
@@ -525,8 +532,8 @@ class FromNNX(Wrapped):
         + _SHARED
     )
 
-    def __init__(self, module: Any):
-        super().__init__(_checked("nnx", module))
+    def __init__(self, module: Any, copy: bool = False):
+        super().__init__(_checked("nnx", module), copy=copy)
 
 
 class FromLinen(Wrapped):
@@ -536,6 +543,7 @@ class FromLinen(Wrapped):
     Args:
         module: a ``flax.linen.Module`` instance.
         params: its variables, ``{"params": ..., "batch_stats": ...}``.
+        copy: start from copies of them; otherwise donating the States' values deletes them.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, shims
@@ -547,8 +555,8 @@ class FromLinen(Wrapped):
         + _SHARED
     )
 
-    def __init__(self, module: Any, params: Any):
-        super().__init__(_checked("linen", module), params=params)
+    def __init__(self, module: Any, params: Any = None, copy: bool = False):
+        super().__init__(_checked("linen", module), params=params, copy=copy)
 
 
 class FromEquinox(Wrapped):
@@ -564,6 +572,8 @@ class FromEquinox(Wrapped):
         carry: what one example starts from, for a recurrent cell of your own: it is called
             ``module(x, carry)`` and returns ``(carry, output)``.
             Its input has one feature axis, or ``module.num_feature_axes``.
+        copy: start from copies of the arrays; otherwise donating the States' values deletes
+            those of ``module``.
 
     Example:
         >>> import equinox as eqx, jax, jax.numpy as jnp, shims
@@ -581,6 +591,7 @@ class FromEquinox(Wrapped):
         batch_axes: int = 1,
         axis_name: str | None = None,
         carry: Any = None,
+        copy: bool = False,
     ):
         super().__init__(
             _checked("equinox", module),
@@ -588,4 +599,5 @@ class FromEquinox(Wrapped):
             batch_axes=batch_axes,
             axis_name=axis_name,
             carry=carry,
+            copy=copy,
         )

@@ -28,6 +28,9 @@ from ...core import (
     Path,
     Structure,
     at,
+    check_alive,
+    check_places,
+    first_values,
     guest_of,
     nest,
     noted,
@@ -91,6 +94,9 @@ class ToEquinox(eqx.nn.StatefulLayer):
             layers do.
         inference: evaluation mode; ``eqx.nn.inference_mode`` switches it.
         params: the variables of a Linen guest.
+        copy: start from copies of the guest's arrays. Otherwise donating the shim, as with
+            ``eqx.filter_jit(donate="all")``, deletes the guest's arrays too, until
+            ``write_back`` gives it new ones.
 
     Raises:
         ArgumentError: ``module`` is a class, or not a module; a name of the guest collides
@@ -98,6 +104,7 @@ class ToEquinox(eqx.nn.StatefulLayer):
             batch, and ``batched`` is False; (calls) ``carry`` or ``state`` is missing or not
             wanted, or statistics would be taken over no batch.
         MissingKeyError: (calls) the guest draws random numbers, and there is no ``key``.
+        ConversionError: arrays of the guest, or (calls) of the shim, were donated.
 
     Example:
         >>> import brainstate, equinox as eqx, jax, jax.numpy as jnp, shims
@@ -122,10 +129,12 @@ class ToEquinox(eqx.nn.StatefulLayer):
         inference: bool = False,
         *,
         params: Any = None,
+        copy: bool = False,
     ):
         guest: Guest = guest_of(module, params=params)
-        structure, values = guest.structure(), guest.values()
+        structure, values = guest.structure(), first_values(guest, copy=copy)
         check_names(structure, host=object, keywords=_KEYWORDS, methods=_METHODS, paths=())
+        check_places(structure)
         for path, kind in structure.kinds.items():
             streams = jax.numpy.issubdtype(
                 jax.numpy.result_type(values[path]), jax.dtypes.prng_key
@@ -171,7 +180,7 @@ class ToEquinox(eqx.nn.StatefulLayer):
     def _shim_module(self) -> Any:
         """The guest's module as it is now, to look attributes up in."""
         if self.buffers is None or self._shim_link.guest is not None:
-            return self._shim_structure.module(self.unwrap())
+            return self._shim_structure.module(self._shim_native(None))
         # Of a guest whose arrays stand beside it the module alone is looked at.
         values = {p: at(self.params, _place(p)) for p in self._shim_structure.kinds}
         return self._shim_structure.module(self._shim_structure.build(values))
@@ -249,7 +258,14 @@ class ToEquinox(eqx.nn.StatefulLayer):
 
         Returns:
             The native object: the module, or ``(module, variables)`` for Linen.
+
+        Raises:
+            ConversionError: arrays were donated.
         """
+        check_alive(self._shim_current(state))
+        return self._shim_native(state)
+
+    def _shim_native(self, state: Any) -> Any:
         values = self._shim_current(state)
         guest = self._shim_link.guest
         if guest is not None:
@@ -335,6 +351,7 @@ class ToEquinox(eqx.nn.StatefulLayer):
         values = {path: at(self.params, _place(path)) for path in trainable}
         if self.buffers is not None:
             values |= zip(self._shim_others, state.get(self.buffers), strict=True)
+        check_alive(values)
         return values
 
     @property

@@ -6,8 +6,8 @@ guest with the variables it is given, and ``write_back`` commits them to the gue
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import inspect
 import types
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -26,6 +26,9 @@ from ...core import (
     LiveGuest,
     Path,
     Structure,
+    check_alive,
+    check_places,
+    first_values,
     guest_of,
     is_cell,
     nest,
@@ -39,6 +42,7 @@ from ...forwarding import (
     check_names,
     is_method,
     signature_with,
+    without_self,
 )
 from ...materialization import materialize, shim_mapping
 from ...report import LinkReport
@@ -47,25 +51,21 @@ from .traced import place as place_of
 
 __all__ = ["ToLinen", "ToLinenCell"]
 
-_OPTIONS = ("params", "state", "batch_axes", "axis_name", "carry")
 _RESULTS = ("intermediates", "perturbations")
 _KEYWORDS = ("deterministic",)
 _METHODS = ("materialize", "unwrap", "write_back", "init", "apply")
 
 
-def _signature_of_class() -> inspect.Signature:
-    optional = ("deterministic", *_OPTIONS, "parent", "name")
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(name, kind, default=None) for name in optional]
-    return inspect.Signature([inspect.Parameter("module", kind), *parameters])
+# What Linen itself has for a parent that is not given; the object is private.
+_UNSPECIFIED: Any = {f.name: f.default for f in dataclasses.fields(nn.Dense)}["parent"]
 
 
 class _Held:
     """A guest as the field of a module. Shims of one guest are equal, of two they differ:
     a function compiled for one, such as ``init``, may hold its weights."""
 
-    def __init__(self, guest: Guest):
-        self.guest = guest
+    def __init__(self, guest: Guest, *, copy: bool):
+        self.guest, self.copy = guest, copy
         self.structure = guest.structure()
         native = guest.native
         self._natives = native if isinstance(native, tuple) else (native,)
@@ -73,6 +73,7 @@ class _Held:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Held) and (
             self.structure == other.structure
+            and self.copy is other.copy
             and all(a is b for a, b in zip(self._natives, other._natives, strict=True))
         )
 
@@ -92,13 +93,16 @@ class ToLinen(nn.Module):
     its compilation. ``apply`` uses what it is given and checks it first. After training,
     ``write_back`` commits the values.
 
+    Donating the variables that ``init`` returned deletes the arrays of the guest too, until
+    ``write_back`` gives it new ones. With ``copy=True`` ``init`` returns copies.
+
     Other public methods of the guest run as the call does: ``shim.encode(x)`` in a Linen
     parent, ``shim.apply(variables, x, method="encode")`` outside; attributes read through.
 
     Under ``nn.vmap`` and ``nn.scan`` with split parameters all members start out identical,
     as there is nothing random in handing out weights.
 
-    Attributes:
+    Args:
         module: the guest, a module instance.
         deterministic: the mode, as ``nn.Dropout`` has it: here or in the call.
         params: the variables of a Linen guest.
@@ -108,6 +112,8 @@ class ToLinen(nn.Module):
         carry: what one example starts from, for an Equinox guest that is a recurrent cell of
             your own: it is called ``guest(x, carry)`` and returns ``(carry, output)``.
             Its input has one feature axis, or ``guest.num_feature_axes``.
+        copy: let ``init`` return copies of the guest's arrays.
+        parent, name: as any Linen module has them.
 
     A guest that is a recurrent cell makes a :class:`ToLinenCell`, which ``nn.RNN`` drives.
 
@@ -115,7 +121,7 @@ class ToLinen(nn.Module):
         ArgumentError: ``module`` is a class, or not a module; a name of the guest collides
             with one of the shim's; (calls) the guest needs a mode and there is none.
         ConversionError: (``apply``) variables are missing or unexpected, or of another shape
-            or dtype; all are reported together.
+            or dtype; all are reported together. (``init``) The guest's arrays were donated.
         MissingKeyError: (``apply``) the guest draws random numbers, and ``rngs`` has no
             ``"dropout"``.
 
@@ -130,29 +136,48 @@ class ToLinen(nn.Module):
 
     module: Any
     deterministic: bool | None = None
-    params: Any = None
-    state: Any = None
-    batch_axes: int | None = None
-    axis_name: str | None = None
-    carry: Any = None
+
+    def __init__(
+        self,
+        module: Any,
+        deterministic: bool | None = None,
+        params: Any = None,
+        state: Any = None,
+        batch_axes: int | None = None,
+        axis_name: str | None = None,
+        carry: Any = None,
+        copy: bool = False,
+        parent: Any = _UNSPECIFIED,
+        name: str | None = None,
+    ):
+        if not isinstance(module, _Held):  # as a clone has it
+            guest = guest_of(
+                module,
+                params=params,
+                state=state,
+                batch_axes=batch_axes,
+                axis_name=axis_name,
+                carry=carry,
+            )
+            structure = guest.structure()
+            check_names(structure, host=ToLinen, keywords=_KEYWORDS, methods=_METHODS, paths=())
+            check_places(structure)
+            module = _Held(guest, copy=copy)
+        self.module, self.deterministic = module, deterministic
+        self.parent, self.name = parent, name
+        self.__post_init__()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        if "__init__" not in vars(cls):  # Linen would make one that takes the fields alone
+            cls.__init__ = ToLinen.__init__
+        super().__init_subclass__(**kwargs)
 
     def __new__(cls, module: Any = None, *args: Any, carry: Any = None, **kwargs: Any) -> Any:
         made: Any = ToLinenCell if cls is ToLinen and is_cell(module, carry) else cls
         return super().__new__(made)
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.module, _Held):
-            guest = guest_of(self.module, **{name: getattr(self, name) for name in _OPTIONS})
-            check_names(
-                guest.structure(), host=ToLinen, keywords=_KEYWORDS, methods=_METHODS, paths=()
-            )
-            object.__setattr__(self, "module", _Held(guest))
-            for name in _OPTIONS:
-                object.__setattr__(self, name, None)
-        super().__post_init__()
-
     __signature__ = OfInstance(
-        lambda shim: signature_with(shim._shim_structure, _KEYWORDS), _signature_of_class()
+        lambda shim: signature_with(shim._shim_structure, _KEYWORDS), without_self(__init__)
     )
 
     @nn.compact
@@ -297,11 +322,14 @@ class ToLinen(nn.Module):
         own = {p: v for p, v in self._shim_guest.values().items() if p not in carried}
         if self.is_initializing():
             names = structure.partitionings
-            shown = {path: boxed(value, names.get(path)) for path, value in own.items()}
+            first = first_values(self._shim_guest, copy=self.module.copy)
+            shown = {path: boxed(first[path], names.get(path)) for path in own}
             for collection, tree in _tree(structure, shown).items():
                 for name, value in tree.items():
                     self._shim_variable(collection, name, value)
-        return _values(structure, nn.meta.map_axis_meta(_constrained, self.variables), own)
+        values = _values(structure, nn.meta.map_axis_meta(_constrained, self.variables), own)
+        check_alive(values)
+        return values
 
     def _shim_variable(self, collection: str, name: str, value: Any) -> Any:
         if collection == "params":
@@ -339,7 +367,8 @@ class ToLinenCell(ToLinen, nn.RNNCellBase):
     """
 
     __signature__ = OfInstance(
-        lambda shim: cell_signature(("carry", "inputs"), _KEYWORDS), _signature_of_class()
+        lambda shim: cell_signature(("carry", "inputs"), _KEYWORDS),
+        without_self(ToLinen.__init__),
     )
 
     @property

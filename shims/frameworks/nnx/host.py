@@ -26,6 +26,8 @@ from ...core import (
     Structure,
     at,
     attribute_path,
+    check_copy,
+    first_values,
     guest_of,
     is_cell,
     is_traced,
@@ -145,6 +147,9 @@ _DOC = """A live ``nnx.Module`` around a module of another framework.
         carry: what one example starts from, for an Equinox guest that is a recurrent cell of
             your own: it is called ``guest(x, carry)`` and returns ``(carry, output)``.
             Its input has one feature axis, or ``guest.num_feature_axes``.
+        copy: for a guest that cannot change in place, start from copies of its arrays;
+            otherwise donating the shim's values deletes the guest's. A guest that can has
+            the new values at once.
 
     A guest that is a recurrent cell makes a :class:`ToNNXCell`, which ``nnx.RNN`` drives.
 
@@ -182,6 +187,7 @@ class ToNNX(nnx.Module):
         batch_axes: int | None = None,
         axis_name: str | None = None,
         carry: Any = None,
+        copy: bool = False,
     ):
         guest = guest_of(
             module,
@@ -199,12 +205,13 @@ class ToNNX(nnx.Module):
         )
         self.deterministic = False
         self.rngs = nnx.data(None if rngs is None else stream_of(rngs).fork())
+        check_copy(guest, copy=copy)
         if isinstance(guest, LiveGuest):
             type(self)._shim_anchor.link(self, _Anchor(structure, guest))
             self._shim_show(guest.cells())
         else:
             self._shim_anchor = _Anchor(structure)
-            values, names = guest.values(), structure.partitionings
+            values, names = first_values(guest, copy=copy), structure.partitionings
             self._shim_place(
                 {p: owned(kind, values[p], names.get(p)) for p, kind in structure.kinds.items()}
             )
