@@ -13,7 +13,7 @@ import inspect
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
@@ -54,6 +54,7 @@ __all__ = [
     "is_traced",
     "leaves",
     "materialize_structure",
+    "named_paths",
     "nest",
     "noted",
     "path_of",
@@ -192,6 +193,16 @@ class Probe:
 def is_traced(value: Any) -> bool:
     """Whether a tree holds a value of a transformation in progress."""
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
+
+
+def named_paths(
+    modules: Iterable[tuple[Any, Any]], kinds: Mapping[Path, Kind]
+) -> frozenset[Path]:
+    """Paths of the values of those ``modules``, given with their paths, that name an axis."""
+    named = [
+        tuple(path) for path, part in modules if getattr(part, "axis_name", None) is not None
+    ]
+    return frozenset(p for p in kinds if any(p[: len(n)] == n for n in named))
 
 
 def check_partitionings(structure: Structure, values: Mapping[Path, Any]) -> None:
@@ -356,8 +367,10 @@ class Structure(ABC):
         base_type: the base class of the framework's modules.
         fills: names of arguments of the call that the guest side fills from the mode and the
             key, so that a host's keyword of that name means the same.
-        reduces_over_names: whether a layer takes statistics over a named axis, such as that
-            of ``jax.vmap``.
+        named: paths of the values of layers that take statistics over a named axis, such as
+            that of ``jax.vmap``.
+        unkept: paths of layers that take statistics over the batch, name no axis, and keep no
+            running ones.
         partitionings: what the guest notes of how to split its arrays, by path; those without
             a note are left out.
         feature_axes: trailing axes of a recurrent cell's input that are not batch axes; None
@@ -370,7 +383,8 @@ class Structure(ABC):
     kinds: Mapping[Path, Kind]
     base_type: type
     fills: frozenset[str] = frozenset()
-    reduces_over_names: bool = False
+    named: Collection[Path] = ()
+    unkept: Collection[Path] = ()
     partitionings: Mapping[Path, Partitioning] = {}
     feature_axes: int | None = None
     carried: Collection[Path] = ()
@@ -558,9 +572,8 @@ def materialize_structure(
     With ``copy`` the result has buffers of its own; otherwise arrays whose layout agrees are
     the same objects. ``plain`` replaces the shims in a native object.
     """
-    check_alive(values)
     if copy:
-        values = _copied(values)
+        values = {path: jax.numpy.copy(value) for path, value in values.items()}
     native = plain(structure.build(values))
     arguments = structure.convert_arguments(native)
     return convert_with(structure.module(native), to, options=options, **arguments)

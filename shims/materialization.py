@@ -24,7 +24,15 @@ from interop.errors import (
 )
 from interop.registry import registry
 
-from .core import Noted, Path, Structure, materialize_structure, path_text, side_of
+from .core import (
+    Noted,
+    Path,
+    Structure,
+    check_alive,
+    materialize_structure,
+    path_text,
+    side_of,
+)
 from .program import Program
 from .tracing import trace
 
@@ -101,6 +109,7 @@ class Remake:
         """
         where = f"model.{path_text(path)}" if path else "model"
         name = structure.guest_type.__qualname__
+        check_alive(values)
         if self.copy:
             values = {p: jax.numpy.copy(value) for p, value in values.items()}
         reason = None

@@ -180,3 +180,26 @@ def test_names_that_collide_and_classes_are_refused():
         shims.ToEquinox(TakesKey())
     with pytest.raises(interop.ArgumentError, match="class, not an instance"):
         shims.ToEquinox(brainstate.nn.Linear)
+
+
+def test_statistics_of_a_batch_that_are_not_kept_are_refused():
+    norm = brainstate.nn.BatchNorm0d((3,), track_running_stats=False, affine=False)
+    guest = brainstate.nn.Sequential(brainstate.nn.Tanh(), norm)
+    with pytest.raises(interop.ArgumentError, match=r"layers\[1\].*batched=True"):
+        shims.ToEquinox(guest)
+    with brainstate.environ.context(fit=True):
+        assert_allclose(shims.ToEquinox(guest, batched=True)(X), guest(X), rtol=1e-6)
+
+
+def test_a_named_axis_of_one_layer_excuses_no_other():
+    class Two(nnx.Module):
+        def __init__(self):
+            self.named = nnx.BatchNorm(3, axis_name="batch", rngs=nnx.Rngs(0))
+            self.plain = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.plain(self.named(x))
+
+    shim, state = stateful(Two())
+    with pytest.raises(interop.ArgumentError, match=r"statistics at plain\."):
+        jax.vmap(lambda x: shim(x, state)[0], axis_name="batch")(X)

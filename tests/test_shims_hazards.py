@@ -1,5 +1,7 @@
 """What once was silently wrong in a shim: right now, or refused by name."""
 
+import collections
+
 import brainstate
 import brainunit as u
 import equinox as eqx
@@ -356,3 +358,33 @@ def test_wrap_gives_the_class_that_is_named_after_the_guest():
     assert (
         type(shims.wrap(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), into="brainstate")) is shims.FromNNX
     )
+
+
+class Keyed(bnn.Module):
+    def __init__(self, *keys):
+        super().__init__()
+        pairs = ((key, jnp.full(4, 2.0 + i)) for i, key in enumerate(keys))
+        self.w = brainstate.ParamState(collections.OrderedDict(pairs))
+
+    def update(self, x):
+        total = x
+        for value in self.w.value.values():
+            total = total * value
+        return total
+
+
+@pytest.mark.parametrize("into", ["linen", "equinox"])
+def test_keys_that_are_numbers_and_text_are_kept_apart_or_refused(into):
+    with pytest.raises(interop.ArgumentError, match=r"w\[1\] and w\.1, which is one place"):
+        shims.wrap(Keyed(1, "1"), into=into)
+    guest = Keyed(10, "9")
+    shim = shims.wrap(guest, into=into)
+    if into == "equinox":
+        half = jax.tree.map(
+            lambda a: a * jnp.arange(4.0) if eqx.is_inexact_array(a) else a, shim
+        )
+        assert_allclose(half(X[0]), X[0] * 6 * jnp.arange(4.0) ** 2, rtol=1e-6)
+        half.write_back()
+        assert_array_equal(guest.w.value["9"], 3 * np.arange(4.0))
+    else:
+        assert_allclose(shim.apply(shim.init(KEY, X), X), X * 6, rtol=1e-6)

@@ -35,6 +35,7 @@ from ...core import (
     Structure,
     is_traced,
     leaves,
+    named_paths,
     path_text,
 )
 
@@ -137,6 +138,14 @@ def _invoke(module: brainstate.nn.Module, call: Call) -> Any:
         ) from e
 
 
+_BATCH_NORMS = tuple(getattr(brainstate.nn, f"BatchNorm{n}d") for n in range(4))
+
+
+def _keeps_no_statistics(node: Any) -> bool:
+    is_norm = isinstance(node, _BATCH_NORMS)
+    return is_norm and node.axis_name is None and not node.track_running_stats
+
+
 class BrainStateStructure(Structure):
     """The graph definition of a module, and the tree of each state's value."""
 
@@ -166,9 +175,8 @@ class BrainStateStructure(Structure):
             size: Any = module.in_size
             self.feature_axes = 1 if size is None else len(size)
         nodes: Any = module.nodes()
-        self.reduces_over_names = any(
-            getattr(node, "axis_name", None) is not None for node in nodes.values()
-        )
+        self.named = named_paths(nodes.items(), self.kinds)
+        self.unkept = [path for path, node in nodes.items() if _keeps_no_statistics(node)]
         trees = tuple(
             (path, type(s), jax.tree.structure(s.value)) for path, s in states.items()
         )

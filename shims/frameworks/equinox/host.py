@@ -101,7 +101,8 @@ class ToEquinox(eqx.nn.StatefulLayer):
     Raises:
         ArgumentError: ``module`` is a class, or not a module; a name of the guest collides
             with one of the shim's; the guest has a random stream or other state that is per
-            batch, and ``batched`` is False; (calls) ``carry`` or ``state`` is missing or not
+            batch, or normalises by the batch's statistics in every mode, and ``batched`` is
+            False; (calls) ``carry`` or ``state`` is missing or not
             wanted, or statistics would be taken over no batch.
         MissingKeyError: (calls) the guest draws random numbers, and there is no ``key``.
         ConversionError: arrays of the guest, or (calls) of the shim, were donated.
@@ -146,6 +147,8 @@ class ToEquinox(eqx.nn.StatefulLayer):
                     f"{'a random stream' if streams else 'hidden state'}, for a whole batch",
                     remedy="Pass batched=True, and call it with batches",
                 )
+        for path in () if batched else structure.unkept:
+            raise _batch_wanted(structure, path)
         trainable = _paths(structure, trainable=True)
         self.params = nest({_place(path): values[path] for path in trainable})
         self.inference = inference
@@ -400,17 +403,21 @@ class ToEquinox(eqx.nn.StatefulLayer):
     def _shim_check_statistics(
         self, values: Mapping[Path, Any], new: Mapping[Path, Any]
     ) -> None:
-        if self.batched or self._shim_structure.reduces_over_names:
+        if self.batched:
             return
-        kinds = self._shim_structure.kinds
+        structure = self._shim_structure
         for path, value in values.items():
-            if kinds[path] is Kind.STATISTIC and new.get(path, value) is not value:
-                raise ArgumentError(
-                    f"{self._shim_structure.guest_type.__qualname__} takes batch statistics, "
-                    f"and the call sees one example",
-                    remedy="Pass batched=True and call it with batches, or give the layer an "
-                    "axis_name",
-                )
+            is_own = structure.kinds[path] is Kind.STATISTIC and path not in structure.named
+            if is_own and new.get(path, value) is not value:
+                raise _batch_wanted(structure, path)
+
+
+def _batch_wanted(structure: Structure, path: Path) -> ArgumentError:
+    return ArgumentError(
+        f"{structure.guest_type.__qualname__} takes batch statistics at "
+        f"{path_text(path) or 'its root'}, and the call sees one example",
+        remedy="Pass batched=True and call it with batches, or give the layer an axis_name",
+    )
 
 
 def _key_source(key: Any) -> Callable[[], jax.Array]:

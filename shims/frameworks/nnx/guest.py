@@ -28,6 +28,7 @@ from ...core import (
     Structure,
     check_partitionings,
     leaves,
+    named_paths,
     path_text,
 )
 from .views import cell_of
@@ -145,9 +146,7 @@ class NnxStructure(Structure):
             for path, variable in flat
             for leaf_path, leaf in leaves(path, variable.get_raw_value())
         }
-        self.reduces_over_names = any(
-            getattr(part, "axis_name", None) is not None for _, part in nnx.iter_modules(module)
-        )
+        self.named = named_paths(nnx.iter_modules(module), self.kinds)
         found = {path: partitioning_of(variable) for path, variable in flat}
         self.partitionings = {path: names for path, names in found.items() if names}
         if isinstance(module, nnx.RNNCellBase):
