@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ class Difference:
     """How far two arrays are apart.
 
     Attributes:
-        absolute: the largest difference of two elements.
+        absolute: the largest difference of two elements; infinite where the shapes differ.
         relative: the same, as a share of the largest element of the first array.
     """
 
@@ -163,6 +163,8 @@ def compare(a: Any, b: Any, *inputs: Any, train: bool = False) -> Comparison:
     """
     if not inputs:
         raise ArgumentError("compare needs at least one batch of inputs")
+    if not isinstance(cast(Any, train), bool):
+        raise ArgumentError(f"train must be True or False, got {train!r}")
     batch = tuple(map(_array, inputs))
     first, second = _Runner(a, train), _Runner(b, train)
     places = _places(first, second, batch[0].shape[1:])
@@ -334,7 +336,7 @@ def _layers(spec: specs.Spec | None, path: str) -> Iterator[tuple[str, specs.Spe
 def _by_layer(
     first: _Runner, second: _Runner, places: tuple[Place, ...], x: Any
 ) -> Iterator[LayerDifference]:
-    """Both models' layers on what the first model gives them, until the shapes differ."""
+    """Both models' layers on what the first model gives them, up to where shapes differ."""
     if len(first.layers) != len(second.layers):
         return
     to_first = second.adapter.channels_first
@@ -345,6 +347,7 @@ def _by_layer(
         try:
             z = _aligned(places[i + 1].here(z, to_first=to_first), y)
         except ConversionError:
+            yield LayerDifference(path, other_path, Difference(np.inf, np.inf))
             return
         yield LayerDifference(path, other_path, _worst(y, z))
         x = y

@@ -79,6 +79,19 @@ def test_the_first_layer_that_departs_is_named():
     interop.assert_equivalent(a, b, X, rtol=1.0, atol=1.0)
 
 
+@pytest.mark.parametrize("into", ["nnx", "equinox"])
+def test_a_layer_of_another_shape_departs(into):
+    """Also where the next layer makes the same shape of it."""
+    a = Framework("linen").sequential(*map(Framework("linen").linear, (WEIGHT, WEIGHT_2)))
+    other = Framework(into)
+    b = other.sequential(other.linear(array(3, 5)), other.linear(array(5, 2)))
+    comparison = interop.compare(a, b, X)
+    assert comparison.departs.path == "model[0]"
+    assert comparison.departs.outputs.absolute == np.inf
+    assert "the first layer that departs is model[0]" in str(comparison)
+    assert isinstance(comparison.unmapped, interop.ConversionError)
+
+
 def test_a_small_stack_is_compared_layer_by_layer(source, target):
     model = source.sequential(source.linear(WEIGHT, BIAS), source.activation(jnp.tanh))
     converted = target.convert_from(source, model)

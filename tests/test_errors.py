@@ -104,6 +104,10 @@ BAD_ARGUMENTS = {
         lambda: interop.to_nnx(LINEAR, rngs=KEY),
         (interop.ArgumentError, TypeError, None, ["nnx.Rngs", "rngs=nnx.Rngs(seed)"]),
     ),
+    "train: text": (
+        lambda: interop.to_linen(LINEAR, train="abc"),
+        (interop.ArgumentError, TypeError, None, ["train must be True or False", "'abc'"]),
+    ),
     "sample_input: text": (
         lambda: interop.convert(LINEAR, to="nnx", sample_input="abc"),
         (interop.ArgumentError, ValueError, None, ["sample_input", "'abc'"]),

@@ -94,6 +94,12 @@ class Linen(Adapter):
         return _node(module, trained, **({"batch_stats": buffers} if buffers else {}))
 
     def close(self, built, options):
+        train = options.get("train", False)
+        if not isinstance(train, bool):
+            raise ArgumentError(
+                f"train must be True or False, got {train!r}",
+                remedy="Pass train=True for the training twin",
+            )
         if not isinstance(built, Node):
             built = Node(nn.Sequential((built,)), {})
         return built.module, built.variables
