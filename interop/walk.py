@@ -263,17 +263,23 @@ class Building:
             remedy=remedy,
         )
 
-    def require_shape(self) -> specs.Shape:
-        """Shape of one example at this layer's input.
+    def require_shape(self, axes: int = 0) -> specs.Shape:
+        """Shape of one example at this layer's input, which the layer takes ``axes`` axes of.
 
         Raises:
             MissingShapeError: it is not known.
         """
-        if self.shape is None:
-            raise MissingShapeError(
-                self.found.__qualname__, path=self.path, target=self.adapter.name
-            )
-        return self.shape
+        if self.shape is not None and len(self.shape) >= axes:
+            return self.shape
+        raise MissingShapeError(
+            self.found.__qualname__,
+            path=self.path,
+            target=self.adapter.name,
+            reason=f"{self.found.__qualname__} needs the shape of an example's last {axes} axes, "
+            f"of which {self.shape} is known"
+            if self.shape
+            else None,
+        )
 
     def _check_sample(self, spec: specs.Spec) -> None:
         if self.sample is None or spec.in_features is None or not self.shape:

@@ -284,6 +284,24 @@ UNSUPPORTED = {
         ),
         (interop.ConversionError, ValueError, "model[1]", ["shape (4,)", "sample_input="]),
     ),
+    "a layer over more axes than are known": (
+        lambda: to_brainstate(over_two_axes(), params=variables(layers_0=ARRAYS)),
+        (
+            interop.MissingShapeError,
+            ValueError,
+            "model[1]",
+            ["LayerNorm", "last 2 axes", "(4,)", "sample_input="],
+        ),
+    ),
+    "a layer over more axes than the sample has": (
+        lambda: interop.convert(
+            over_two_axes(),
+            to="nnx",
+            params=variables(layers_0=ARRAYS),
+            sample_input=(3,),
+        ),
+        (interop.MissingShapeError, ValueError, "model[1]", ["last 2 axes", "(4,)"]),
+    ),
     "an option, named with its path and the layer": (
         lambda: interop.to_equinox(in_a_stack(with_unit())),
         (
@@ -294,6 +312,13 @@ UNSUPPORTED = {
         ),
     ),
 }
+
+
+def over_two_axes():
+    """A normalisation that has no arrays, and fixes the dtype of its output."""
+    axes = {"reduction_axes": (-2, -1), "feature_axes": (-2, -1)}
+    norm = nn.LayerNorm(use_scale=False, use_bias=False, dtype=jnp.float32, **axes)
+    return nn.Sequential([nn.Dense(4), norm])
 
 
 def with_unit():

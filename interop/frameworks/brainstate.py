@@ -313,7 +313,10 @@ def build_layer_norm(spec, ctx):
     if spec.feature_axes != tuple(range(-len(spec.feature_axes), 0)):
         ctx.refuse("feature_axes", spec.feature_axes, "only trailing axes convert")
     _check_output_dtype(spec, ctx)
-    features = spec.feature_shape or ctx.require_shape()[-len(spec.feature_axes) :]
+    features = (
+        spec.feature_shape
+        or ctx.require_shape(-min(spec.feature_axes))[-len(spec.feature_axes) :]
+    )
     affine = _affine_options(spec)
     if isinstance(spec, specs.RMSNorm):
         affine = {"use_scale": affine["use_scale"], "scale_init": spec.scale}

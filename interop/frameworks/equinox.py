@@ -341,7 +341,7 @@ def build_layer_norm(spec, ctx):
             f"Equinox normalises and scales the same trailing axes (feature_axes="
             f"{spec.feature_axes})",
         )
-    shape = spec.feature_shape or ctx.require_shape()[-len(trailing) :]
+    shape = spec.feature_shape or ctx.require_shape(-min(spec.feature_axes))[-len(trailing) :]
     if ctx.shape is not None and len(ctx.shape) != len(shape):
         ctx.refuse("in_size", ctx.shape, f"Equinox normalises whole examples of shape {shape}")
     return _make(

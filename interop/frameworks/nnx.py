@@ -430,7 +430,7 @@ _NORM = ("axis_name", "axis_index_groups", "compute_dtype", "output_dtype")
 def build_layer_norm(spec, ctx):
     shape = spec.feature_shape
     if shape is None:
-        example = ctx.require_shape()
+        example = ctx.require_shape(-min(spec.feature_axes))
         shape = tuple(example[axis] for axis in spec.feature_axes)
     features = functools.reduce(lambda a, b: a * b, shape)
     return (nnx.RMSNorm if isinstance(spec, specs.RMSNorm) else nnx.LayerNorm)(
