@@ -275,7 +275,7 @@ class Building:
             self.found.__qualname__,
             path=self.path,
             target=self.adapter.name,
-            reason=f"{self.found.__qualname__} needs the shape of an example's last {axes} axes, "
+            reason=f"{self.found.__qualname__} needs the last {axes} axes of an example, "
             f"of which {self.shape} is known"
             if self.shape
             else None,
