@@ -187,6 +187,7 @@ class Building:
         self._origins = dict(origins)
         self._flow = Flow(shape, adapter.channels_first, self._origins)
         self._built: dict[int, Any] = {}
+        self._levels = 0
 
     def build(self, spec: specs.Spec) -> Any:
         """The native layer for ``spec``; the same one again where ``spec`` is used twice.
@@ -205,10 +206,12 @@ class Building:
         if id(spec) not in self._built:
             outer = self.path, self.found
             self.path, self.found = self._origins.get(id(spec), (self.path, type(spec)))
+            self._levels += 1
             try:
                 self._built[id(spec)] = self._build(spec)
             finally:
                 self.path, self.found = outer
+                self._levels -= 1
             if isinstance(spec, specs.Sequential | specs.Deferred):
                 return self._built[id(spec)]  # it has told by itself what was passed
         self.passed(spec)
@@ -235,6 +238,11 @@ class Building:
     def passed(self, spec: specs.Spec) -> None:
         """Take it that ``spec`` was applied: ``shape`` is that of its output from now on."""
         self._flow.passed(spec)
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether the layer being built is the whole model, and no part of a stack."""
+        return self._levels == 1
 
     @property
     def shape(self) -> specs.Shape | None:

@@ -114,7 +114,7 @@ def test_a_conversion_draws_nothing_changes_nothing_and_shares_what_it_can(name,
         and (made.shape, made.dtype) == (leaf.shape, leaf.dtype)
         and np.unique(leaf).size > 1  # equal by more than chance
         and (made == leaf).all()
-        and made is not leaf
+        and not any(made is own for own in given)  # some may be equal to one another
     ]
     assert copied == [] or "LSTM" in cls.__name__  # a spec has its gates in one array
 

@@ -21,8 +21,12 @@ from .conftest import NAMES, Framework
 # Sizes and options for the constructor of each composite, and the shape of an input.
 MADE = {
     "Dropout": ((0.3,), {"broadcast_dims": (1,)}, (5, 4)),
+    "Einsum": (("...i,ijk->...kj", (3, 4, 2)), {"dtype": jnp.float32}, (5, 3)),
     "LSTMCell": ((3, 4), {"activation": jax.nn.relu}, (5, 3)),
     "Linear": ((3, 4), {"mask": np.arange(12).reshape(3, 4) % 2}, (5, 3)),
+    "LinearGeneral": (((2, 3), 4), {"axes": (-3, -1)}, (6, 2, 5, 3)),
+    "MultiHeadAttention": ((4, 8), {"num_kv_heads": 2, "normalize_qk": True}, (2, 5, 8)),
+    "RotaryEmbedding": ((6,), {"theta": 100.0, "keeps_dtype": True}, (2, 5, 6)),
 }
 
 

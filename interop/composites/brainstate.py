@@ -63,8 +63,8 @@ class Composite(brainstate.nn.Module):
         is_state = lambda x: isinstance(x, brainstate.State)  # noqa: E731
         return self.skeleton.merge(jax.tree.map(lambda s: s.value, states, is_leaf=is_state))
 
-    def _run(self) -> specs.Run:
-        has_modes = self.spec_type.random or self.spec_type.buffers
+    def _run(self, spec: specs.Spec) -> specs.Run:
+        has_modes = spec.random or spec.buffers
         train = bool(has_modes) and brainstate.environ.get("fit", desc="whether layers train")
         return specs.Run(train, brainstate.random.split_key)
 
@@ -74,7 +74,8 @@ class Composite(brainstate.nn.Module):
         Raises:
             KeyError: the layer's training differs from its evaluation, and ``fit`` is not set.
         """
-        run, spec = self._run(), self.spec
+        spec = self.spec
+        run = self._run(spec)
         output = spec.apply(run, *inputs, **options)
         _assign(vars(self), core.updated(spec, run))
         return output
@@ -103,7 +104,8 @@ class Cell(Composite, brainstate.nn.RNNCell):
     def update(self, x: Any) -> Any:
         """One step: the output."""
         states = [getattr(self, name) for name in self.spec_type.carry]
-        state = self.spec.step(self._run(), x, tuple(s.value for s in states))
+        spec = self.spec
+        state = spec.step(self._run(spec), x, tuple(s.value for s in states))
         for old, new in zip(states, state, strict=True):
             old.value = new
         return state[0]
@@ -127,5 +129,17 @@ def _layer(spec_type: type[specs.Spec]) -> Any:
 Dropout = _layer(specs.Dropout)
 LSTMCell = _layer(specs.LSTMCell)
 Linear = _layer(specs.Linear)
+Einsum = _layer(specs.Einsum)
+LinearGeneral = _layer(specs.LinearGeneral)
+MultiHeadAttention = _layer(specs.MultiHeadAttention)
+RotaryEmbedding = _layer(specs.RotaryEmbedding)
 
-COMPOSITES = (Dropout, LSTMCell, Linear)
+COMPOSITES = (
+    Dropout,
+    LSTMCell,
+    Linear,
+    Einsum,
+    LinearGeneral,
+    MultiHeadAttention,
+    RotaryEmbedding,
+)

@@ -198,8 +198,14 @@ def channels_first(spec: Spec, formula: Callable[..., Any]) -> Callable[..., Any
     def leave(y: Any) -> Any:
         return jnp.moveaxis(y[0], -1, 0) if moves and y.ndim > 2 else y[0]
 
+    def option(value: Any) -> Any:
+        if callable(value):
+            return jax.vmap(value)
+        return enter(value) if isinstance(value, jax.Array | np.ndarray) else value
+
     def call(*inputs: Any, **options: Any) -> Any:
-        return jax.tree.map(leave, formula(*jax.tree.map(enter, inputs), **options))
+        given = {name: option(value) for name, value in options.items()}
+        return jax.tree.map(leave, formula(*jax.tree.map(enter, inputs), **given))
 
     return call
 

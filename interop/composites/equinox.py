@@ -124,5 +124,17 @@ def _layer(spec_type: type[specs.Spec]) -> Any:
 Dropout = _layer(specs.Dropout)
 LSTMCell = _layer(specs.LSTMCell)
 Linear = _layer(specs.Linear)
+Einsum = _layer(specs.Einsum)
+LinearGeneral = _layer(specs.LinearGeneral)
+MultiHeadAttention = _layer(specs.MultiHeadAttention)
+RotaryEmbedding = _layer(specs.RotaryEmbedding)
 
-COMPOSITES = (Dropout, LSTMCell, Linear)
+COMPOSITES = (
+    Dropout,
+    LSTMCell,
+    Linear,
+    Einsum,
+    LinearGeneral,
+    MultiHeadAttention,
+    RotaryEmbedding,
+)

@@ -66,19 +66,19 @@ class Composite(nn.Module):
             arrays = core.combine(arrays, {name: held.value})
         return skeleton.merge(arrays)
 
-    def _run(self, deterministic: bool | None) -> specs.Run:
-        spec_type = self.spec_type
+    def _run(self, spec: specs.Spec, deterministic: bool | None) -> specs.Run:
         if deterministic is None:
             deterministic = self.deterministic
         if deterministic is None:
-            has_modes = spec_type.random or spec_type.buffers
+            has_modes = spec.random or spec.buffers
             deterministic = not has_modes or nn.merge_param("deterministic", None, None)
         return specs.Run(not deterministic, lambda: self.make_rng("dropout"))
 
     @nn.compact
     def __call__(self, *inputs: Any, deterministic: bool | None = None, **options: Any) -> Any:
         """The layer's output for a batch."""
-        run, spec = self._run(deterministic), self.spec()
+        spec = self.spec()
+        run = self._run(spec, deterministic)
         output = spec.apply(run, *inputs, **options)
         if not self.is_initializing():
             for name, value in core.updated(spec, run).items():
@@ -94,9 +94,9 @@ class Cell(Composite, nn.RNNCellBase):
     @nn.compact
     def __call__(self, carry: Any, inputs: Any) -> Any:
         """One step: ``(new carry, output)``."""
-        state = self.spec().step(
-            self._run(True), inputs, core.unpacked(carry, output_last=True)
-        )
+        spec = self.spec()
+        run = self._run(spec, True)
+        state = spec.step(run, inputs, core.unpacked(carry, output_last=True))
         return core.packed(state, output_last=True), state[0]
 
     @nn.nowrap
@@ -123,5 +123,17 @@ def _layer(spec_type: type[specs.Spec]) -> Any:
 Dropout = _layer(specs.Dropout)
 LSTMCell = _layer(specs.LSTMCell)
 Linear = _layer(specs.Linear)
+Einsum = _layer(specs.Einsum)
+LinearGeneral = _layer(specs.LinearGeneral)
+MultiHeadAttention = _layer(specs.MultiHeadAttention)
+RotaryEmbedding = _layer(specs.RotaryEmbedding)
 
-COMPOSITES = (Dropout, LSTMCell, Linear)
+COMPOSITES = (
+    Dropout,
+    LSTMCell,
+    Linear,
+    Einsum,
+    LinearGeneral,
+    MultiHeadAttention,
+    RotaryEmbedding,
+)

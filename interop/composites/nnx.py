@@ -44,7 +44,7 @@ class Composite(nnx.Module):
         for name, box in core.combine(trained, buffers).items():
             setattr(self, name, nnx.data(box))
         self.deterministic = deterministic
-        if self.spec_type.random:
+        if spec.random:
             self.rngs = rngs.dropout.fork() if isinstance(rngs, nnx.Rngs) else rngs
 
     @property
@@ -55,14 +55,17 @@ class Composite(nnx.Module):
         values = jax.tree.map(lambda box: box.get_value(), arrays, is_leaf=is_box)
         return self.skeleton.merge(values)
 
-    def _run(self, rngs: Any) -> specs.Run:
+    def _run(self, rngs: Any, deterministic: bool | None = None) -> specs.Run:
         rngs = getattr(self, "rngs", None) if rngs is None else rngs
         key = rngs.dropout if isinstance(rngs, nnx.Rngs) else rngs
-        return specs.Run(not self.deterministic, key)
+        evaluates = self.deterministic if deterministic is None else deterministic
+        return specs.Run(not evaluates, key)
 
-    def __call__(self, *inputs: Any, rngs: Any = None, **options: Any) -> Any:
+    def __call__(
+        self, *inputs: Any, rngs: Any = None, deterministic: bool | None = None, **options: Any
+    ) -> Any:
         """The layer's output for a batch."""
-        run, spec = self._run(rngs), self.spec
+        run, spec = self._run(rngs, deterministic), self.spec
         output = spec.apply(run, *inputs, **options)
         _assign(vars(self), core.updated(spec, run))
         return output
@@ -112,5 +115,17 @@ def _layer(spec_type: type[specs.Spec]) -> Any:
 Dropout = _layer(specs.Dropout)
 LSTMCell = _layer(specs.LSTMCell)
 Linear = _layer(specs.Linear)
+Einsum = _layer(specs.Einsum)
+LinearGeneral = _layer(specs.LinearGeneral)
+MultiHeadAttention = _layer(specs.MultiHeadAttention)
+RotaryEmbedding = _layer(specs.RotaryEmbedding)
 
-COMPOSITES = (Dropout, LSTMCell, Linear)
+COMPOSITES = (
+    Dropout,
+    LSTMCell,
+    Linear,
+    Einsum,
+    LinearGeneral,
+    MultiHeadAttention,
+    RotaryEmbedding,
+)

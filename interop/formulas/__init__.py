@@ -1,5 +1,7 @@
 """Pure functions for layers that some framework lacks: arrays in, arrays out."""
 
+from .attention import attention, head_norm, rotate
+from .contractions import einsum, einsum_bias_shape, linear_general
 from .functions import (
     ACTIVATIONS,
     Batched,
@@ -21,6 +23,12 @@ from .functions import (
 from .layers import batch_norm, dropout, linear, lstm_step, moments, promote
 
 __all__ = [
+    "attention",
+    "einsum",
+    "einsum_bias_shape",
+    "head_norm",
+    "linear_general",
+    "rotate",
     "batch_norm",
     "dropout",
     "linear",

@@ -172,6 +172,14 @@ def build_linear(spec, ctx):
     return nn.Linear(in_size, out_size, w_init=weight, b_init=bias, w_mask=spec.mask)
 
 
+@adapter.builds(specs.LinearGeneral)
+def build_linear_general(spec, ctx):
+    plain = spec.as_linear()
+    if plain is None:
+        ctx.refuse("out_features", spec.out_shape, "only one axis of features is native")
+    return build_linear(plain, ctx)
+
+
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import flax.linen as nn
 import jax
@@ -24,11 +24,19 @@ from flax.linen import dtypes
 from .. import formulas, specs
 from ..composites.core import combine, split
 from ..composites.linen import COMPOSITES
-from ..errors import ArgumentError, ConversionError, UnsupportedStructureError
+from ..errors import (
+    ArgumentError,
+    ConversionError,
+    UnsupportedLayerError,
+    UnsupportedStructureError,
+)
 from ..partitioning import Partitioning
 from ..registry import Adapter
 from .nnx import (
+    ATTENTION,
+    attention_options,
     build_pool,
+    check_attention,
     conv_fields,
     conv_options,
     lstm_functions,
@@ -253,6 +261,14 @@ _VARIABLES: dict[type, Any] = {
         ("params", "kernel"): (*_kernel_size(m), "in", m.features),
         ("params", "bias"): (m.features,) if m.use_bias else None,
     },
+    nn.DenseGeneral: lambda m: _general_variables(m),
+    nn.Einsum: lambda m: {
+        ("params", "kernel"): tuple(m.shape),
+        ("params", "bias"): _einsum_bias(m) if m.use_bias else None,
+    },
+    nn.MultiHeadDotProductAttention: lambda m: _attention_variables(m),
+    nn.MultiHeadAttention: lambda m: _attention_variables(m),
+    nn.SelfAttention: lambda m: _attention_variables(m),
     nn.LSTMCell: lambda m: _lstm_variables(m),
     nn.OptimizedLSTMCell: lambda m: _lstm_variables(m),
     nn.Embed: lambda m: {("params", "embedding"): (m.num_embeddings, m.features)},
@@ -279,6 +295,56 @@ def _composite_variables(m: Any) -> dict[Key, Any]:
     empty = m.skeleton.empty()
     parts = {"params": m.skeleton.trained(empty), "batch_stats": m.skeleton.buffers(empty)}
     return {key: leaf.shape for key, leaf in _flatten(parts, ())}
+
+
+def _general_variables(m: nn.DenseGeneral) -> dict[Key, Any]:
+    batch = tuple(f"batch axis {axis}" for axis in _axes(m.batch_dims))
+    inputs, outputs = tuple(f"axis {axis}" for axis in _axes(m.axis)), _axes(m.features)
+    return {
+        ("params", "kernel"): (*batch, *inputs, *outputs),
+        ("params", "bias"): (*batch, *outputs) if m.use_bias else None,
+    }
+
+
+def _einsum_bias(m: nn.Einsum) -> tuple[int, ...]:
+    return formulas.einsum_bias_shape(_equation(m), tuple(m.shape))
+
+
+def _equation(m: nn.Einsum) -> str:
+    if m.einsum_str is None:
+        _refuse(m, "einsum_str", "the equation is then an argument of each call")
+    return m.einsum_str
+
+
+def _refuse(m: nn.Module, option: str, reason: str) -> NoReturn:
+    raise UnsupportedLayerError(
+        type(m),
+        f"{option}={getattr(m, option)!r}: {reason}",
+        path="model",
+        option=option,
+        value=getattr(m, option),
+    )
+
+
+def _attention_variables(m: nn.MultiHeadDotProductAttention) -> dict[Key, Any]:
+    if m.decode:
+        _refuse(m, "decode", "other frameworks have no place for a cache of keys")
+    heads = m.num_heads
+    depth = "depth" if m.qkv_features is None else m.qkv_features // heads
+    found: dict[Key, Any] = {
+        ("params", "out", "kernel"): (heads, depth, m.out_features or "out"),
+        ("params", "out", "bias"): (m.out_features or "out",),
+    }
+    for part in ("query", "key", "value"):
+        found["params", part, "kernel"] = (f"in of {part}", heads, depth)
+        found["params", part, "bias"] = (heads, depth)
+        found["params", f"{part}_ln", "scale"] = (depth,)
+    return {
+        key: shape
+        for key, shape in found.items()
+        if (m.use_bias or key[-1] != "bias")
+        and (key[-1] != "scale" or (m.normalize_qk and key[1] != "value_ln"))
+    }
 
 
 def _lstm_variables(m: nn.LSTMCell | nn.OptimizedLSTMCell) -> dict[Key, Any]:
@@ -475,6 +541,134 @@ def build_dense(spec, ctx):
         precision=spec.precision,
     )
     return _node(module, {"kernel": spec.weight, "bias": spec.bias})
+
+
+@adapter.reads(
+    nn.DenseGeneral,
+    specs.LinearGeneral,
+    fixed={
+        "promote_dtype": dtypes.promote_dtype,
+        "dot_general": None,
+        "dot_general_cls": None,
+    },
+)
+def read_dense_general(node, ctx):
+    m = node.module
+    return specs.LinearGeneral(
+        weight=node.array("kernel"),
+        bias=node.array("bias"),
+        axes=_axes(m.axis),
+        batch_axes=len(_axes(m.batch_dims)),
+        dtype=specs.dtype(m.dtype),
+        precision=m.precision,
+    )
+
+
+@adapter.builds(specs.LinearGeneral, carries=("axes", "batch_axes", "dtype", "precision"))
+def build_dense_general(spec, ctx):
+    module = nn.DenseGeneral(
+        _unpack(spec.out_shape),
+        axis=_unpack(spec.axes),
+        batch_dims=tuple(range(spec.batch_axes)),
+        use_bias=spec.bias is not None,
+        dtype=spec.dtype,
+        param_dtype=spec.weight.dtype,
+        precision=spec.precision,
+    )
+    return _node(module, {"kernel": spec.weight, "bias": spec.bias})
+
+
+@adapter.reads(nn.Einsum, specs.Einsum, fixed={"promote_dtype": dtypes.promote_dtype})
+def read_einsum(node, ctx):
+    m = node.module
+    return specs.Einsum(
+        equation=_equation(m),
+        weight=node.array("kernel"),
+        bias=node.array("bias"),
+        dtype=specs.dtype(m.dtype),
+        precision=m.precision,
+        preferred_element_type=specs.dtype(m.preferred_element_type),
+    )
+
+
+@adapter.builds(specs.Einsum, carries=("dtype", "precision", "preferred_element_type"))
+def build_einsum(spec, ctx):
+    module = nn.Einsum(
+        spec.weight.shape,
+        spec.equation,
+        use_bias=spec.bias is not None,
+        dtype=spec.dtype,
+        param_dtype=spec.weight.dtype,
+        precision=spec.precision,
+        preferred_element_type=spec.preferred_element_type,
+    )
+    return _node(module, {"kernel": spec.weight, "bias": spec.bias})
+
+
+_ATTENTION_FIXED = {
+    "attention_fn": nn.dot_product_attention,
+    "qkv_dot_general": None,
+    "out_dot_general": None,
+    "qkv_dot_general_cls": None,
+    "out_dot_general_cls": None,
+    "qk_attn_weights_einsum_cls": None,
+    "attn_weights_value_einsum_cls": None,
+}
+
+
+@adapter.reads(
+    nn.MultiHeadDotProductAttention, specs.MultiHeadAttention, fixed=_ATTENTION_FIXED
+)
+@adapter.reads(nn.MultiHeadAttention, specs.MultiHeadAttention, fixed=_ATTENTION_FIXED)
+@adapter.reads(nn.SelfAttention, specs.MultiHeadAttention, fixed=_ATTENTION_FIXED)
+def read_attention(node, ctx):
+    m = node.module
+    shared = {"dtype": specs.dtype(m.dtype), "precision": m.precision}
+    parts = {
+        name: specs.LinearGeneral(
+            weight=node.array(name)["kernel"],
+            bias=node.array(name).get("bias"),
+            axes=(-2, -1) if name == "out" else (-1,),
+            **shared,
+        )
+        for name in ("query", "key", "value", "out")
+    }
+    scales = {
+        f"{name}_scale": node.array(f"{name}_ln")["scale"] if m.normalize_qk else None
+        for name in ("query", "key")
+    }
+    return specs.MultiHeadAttention(
+        **parts,
+        **scales,
+        **shared,
+        rate=m.dropout_rate,
+        broadcast_dropout=m.broadcast_dropout,
+        core="widened" if m.force_fp32_for_softmax else "plain",
+    )
+
+
+@adapter.builds(specs.MultiHeadAttention, carries=ATTENTION)
+def build_attention(spec, ctx):
+    core = "widened" if spec.core == "widened" else "plain"
+    check_attention(spec, ctx, core)
+    if spec.key.weight.shape[1] != spec.heads:
+        ctx.refuse("num_kv_heads", spec.key.weight.shape[1], "Linen has as many as of queries")
+    module = nn.MultiHeadDotProductAttention(
+        spec.heads,
+        qkv_features=spec.heads * spec.depth,
+        out_features=spec.out.weight.shape[-1],
+        deterministic=not ctx.options.get("train", False),
+        force_fp32_for_softmax=core == "widened",
+        **attention_options(spec),
+    )
+    params: dict[str, Any] = {
+        name: _node(module, {"kernel": part.weight, "bias": part.bias}).variables["params"]
+        for name, part in zip(("query", "key", "value", "out"), spec.parts, strict=True)
+    }
+    if spec.query_scale is not None:
+        params["query_ln"] = {"scale": spec.query_scale}
+        params["key_ln"] = {"scale": spec.key_scale}
+    return _node(module, params)
 
 
 @adapter.reads(

@@ -230,6 +230,224 @@ def build_linear(spec, ctx):
     )
 
 
+_GENERAL = {
+    "dot_general": None,
+    "dot_general_cls": None,
+    "promote_dtype": dtypes.promote_dtype,
+}
+
+
+@adapter.reads(nnx.LinearGeneral, specs.LinearGeneral, state=("kernel", "bias"), fixed=_GENERAL)
+def read_linear_general(m, ctx):
+    return specs.LinearGeneral(
+        weight=_array(m, ctx, "kernel"),
+        bias=_array(m, ctx, "bias"),
+        axes=m.axis,
+        batch_axes=len(m.batch_axis),
+        dtype=specs.dtype(m.dtype),
+        precision=m.precision,
+        preferred_element_type=specs.dtype(m.preferred_element_type),
+    )
+
+
+_CONTRACTION = ("dtype", "precision", "preferred_element_type")
+_ZEROS: Any = jax.nn.initializers.zeros  # every array is replaced
+
+
+@adapter.builds(specs.LinearGeneral, carries=("axes", "batch_axes", *_CONTRACTION))
+def build_linear_general(spec, ctx):
+    layer = nnx.LinearGeneral(
+        spec.in_shape,
+        spec.out_shape,
+        axis=spec.axes,
+        batch_axis=dict(enumerate(spec.batch_shape)),
+        use_bias=spec.bias is not None,
+        dtype=spec.dtype,
+        param_dtype=spec.weight.dtype,
+        kernel_init=_ZEROS,
+        bias_init=_ZEROS,
+        precision=spec.precision,
+        preferred_element_type=spec.preferred_element_type,
+        rngs=_NO_RNGS,
+    )
+    _set_general(layer, spec)
+    return layer
+
+
+def _set_general(layer, spec) -> None:
+    layer.kernel.set_value(spec.weight)
+    if spec.bias is not None:
+        layer.bias.set_value(spec.bias)
+
+
+@adapter.reads(
+    nnx.Einsum,
+    specs.Einsum,
+    state=("kernel", "bias"),
+    fixed={"promote_dtype": dtypes.promote_dtype, "einsum_op": jnp.einsum},
+)
+def read_einsum(m, ctx):
+    return specs.Einsum(
+        equation=m.einsum_str,
+        weight=_array(m, ctx, "kernel"),
+        bias=_array(m, ctx, "bias"),
+        dtype=specs.dtype(m.dtype),
+        precision=m.precision,
+        preferred_element_type=specs.dtype(m.preferred_element_type),
+    )
+
+
+@adapter.builds(specs.Einsum, carries=_CONTRACTION)
+def build_einsum(spec, ctx):
+    return nnx.Einsum(
+        spec.equation,
+        spec.weight.shape,
+        None if spec.bias is None else spec.bias.shape,
+        dtype=spec.dtype,
+        param_dtype=spec.weight.dtype,
+        precision=spec.precision,
+        kernel_init=_given(spec.weight),
+        bias_init=_given(spec.bias),
+        preferred_element_type=spec.preferred_element_type,
+        rngs=_NO_RNGS,
+    )
+
+
+@adapter.reads(
+    nnx.MultiHeadAttention,
+    specs.MultiHeadAttention,
+    state=(
+        *("query", "key", "value", "out", "query_ln", "key_ln", "rngs"),
+        *("cached_key", "cached_value", "cache_index"),
+    ),
+    fixed={
+        "attention_fn": nnx.dot_product_attention,
+        "qkv_promote_dtype": dtypes.promote_dtype,
+        "out_promote_dtype": dtypes.promote_dtype,
+        "ln_promote_dtype": dtypes.promote_dtype,
+        "qkv_dot_general": None,
+        "out_dot_general": None,
+        "qkv_dot_general_cls": None,
+        "out_dot_general_cls": None,
+    },
+)
+def read_attention(m, ctx):
+    if m.decode:
+        ctx.refuse("decode", True, "other frameworks have no place for a cache of keys")
+    scales = (m.query_ln, m.key_ln) if m.normalize_qk else (None, None)
+    return specs.MultiHeadAttention(
+        **{name: _read_part(m, ctx, name) for name in ("query", "key", "value", "out")},
+        query_scale=_head_scale(scales[0], m, ctx),
+        key_scale=_head_scale(scales[1], m, ctx),
+        rate=m.dropout_rate,
+        broadcast_dropout=m.broadcast_dropout,
+        # without dropout NNX calls jax.nn.dot_product_attention
+        core="plain" if m.dropout_rate > 0.0 else "fused",
+        dtype=specs.dtype(m.dtype),
+        precision=m.precision,
+    )
+
+
+def _read_part(m, ctx, name: str) -> specs.LinearGeneral:
+    part = ctx.read(getattr(m, name), f"{ctx.path}.{name}")
+    if not isinstance(part, specs.LinearGeneral):
+        ctx.refuse(name, type(getattr(m, name)).__qualname__, "only a LinearGeneral converts")
+    return part
+
+
+def _head_scale(norm, m, ctx):
+    """The scale of the normalisation that the layer makes by itself."""
+    if norm is None:
+        return None
+    spec = ctx.read(norm, f"{ctx.path}.{'query' if norm is m.query_ln else 'key'}_ln")
+    found = (spec.epsilon, spec.reduction_axes, spec.use_fast_variance, spec.output_dtype)
+    if spec.bias is not None or found != (1e-6, (-1,), True, specs.dtype(m.dtype)):
+        ctx.refuse("normalize_qk", norm, "only the normalisation that it makes itself converts")
+    return spec.scale
+
+
+def check_attention(spec, ctx, core: str) -> None:
+    """Refuse what neither NNX nor Linen has."""
+    if not spec.agrees_with(core):
+        ctx.refuse("core", spec.core, f"Flax computes in the dtypes of {core!r}")
+    if not spec.is_uniform:
+        ctx.refuse("dtype, precision, axes", "of the parts", "Flax has the same for all")
+    if len({part.bias is None for part in spec.parts}) > 1:
+        ctx.refuse("use_bias", "of the parts", "Flax has all biases or none")
+    if (spec.query_scale is None) != (spec.key_scale is None):
+        ctx.refuse(
+            "normalize_qk", "of one", "Flax normalises both queries and keys, or neither"
+        )
+    if spec.value.weight.shape[-1] != spec.depth:
+        ctx.refuse("value_depth", spec.value.weight.shape[-1], "Flax has that of the queries")
+
+
+def attention_options(spec) -> dict[str, Any]:
+    """The options that both constructors take."""
+    return {
+        "dtype": spec.dtype,
+        "param_dtype": spec.query.weight.dtype,
+        "broadcast_dropout": spec.broadcast_dropout,
+        "dropout_rate": spec.rate,
+        "precision": spec.precision,
+        "use_bias": spec.query.bias is not None,
+        "decode": False,
+        "normalize_qk": spec.query_scale is not None,
+    }
+
+
+ATTENTION = ("query_scale", "key_scale", "rate", "broadcast_dropout", "core")
+ATTENTION += ("dtype", "precision")
+
+
+@adapter.builds(specs.MultiHeadAttention, carries=ATTENTION)
+def build_attention(spec, ctx):
+    check_attention(spec, ctx, "plain" if spec.rate > 0.0 else "fused")
+    key_features, kv_heads, _ = spec.key.weight.shape
+    if spec.value.weight.shape[0] != key_features:
+        ctx.refuse("value_features", spec.value.weight.shape[0], "NNX has that of the keys")
+    layer = nnx.MultiHeadAttention(
+        spec.heads,
+        spec.in_features,
+        spec.heads * spec.depth,
+        spec.out.weight.shape[-1],
+        kv_heads,
+        key_features,
+        deterministic=True,
+        kernel_init=_ZEROS,
+        bias_init=_ZEROS,
+        **attention_options(spec),
+        rngs=_NO_RNGS,
+        keep_rngs=False,
+    )
+    for part, own in zip(
+        spec.parts, (layer.query, layer.key, layer.value, layer.out), strict=True
+    ):
+        _set_general(own, part)
+    norm: Any
+    for norm, scale in (layer.query_ln, spec.query_scale), (layer.key_ln, spec.key_scale):
+        if norm is not None:
+            norm.scale.set_value(scale)
+    rngs = ctx.options.get("rngs")
+    if spec.rate > 0.0 and rngs is not None:
+        layer.rngs = rngs.dropout.fork() if isinstance(rngs, nnx.Rngs) else rngs
+    return layer
+
+
+_ROPE: Any = getattr(nnx, "RoPE", None)  # since flax 0.12.9
+if _ROPE is not None:
+
+    @adapter.reads(_ROPE, specs.RotaryEmbedding, state=("cached_sin", "cached_cos"))
+    def read_rope(m, ctx):
+        length, half = (None, None) if m.cached_sin is None else m.cached_sin.shape
+        return specs.RotaryEmbedding(depth=half and 2 * half, theta=m.theta, max_length=length)
+
+    @adapter.builds(specs.RotaryEmbedding, carries=("depth", "theta", "max_length"))
+    def build_rope(spec, ctx):
+        size = None if spec.max_length is None else spec.depth
+        return _ROPE(spec.theta, size, spec.max_length)
+
+
 @adapter.reads(
     nnx.Conv,
     specs.Conv,

@@ -7,6 +7,7 @@ option in its ``carries``, and the walk then refuses the layer by the option's n
 Shapes name the batch axes ``*batch``; ``x`` is the input of the layer.
 """
 
+from .attention import MultiHeadAttention, RotaryEmbedding
 from .base import (
     Array,
     Deferred,
@@ -21,6 +22,7 @@ from .base import (
     moved_axis,
     promoted_dtype,
 )
+from .contractions import Einsum, LinearGeneral
 from .functions import Activation, Dropout, Flatten, Function
 from .linear import Embedding, Linear
 from .norms import BatchNorm, GroupNorm, LayerNorm, Norm, RMSNorm
@@ -35,6 +37,7 @@ __all__ = [
     "Conv",
     "Deferred",
     "Dropout",
+    "Einsum",
     "Embedding",
     "Flatten",
     "Function",
@@ -42,9 +45,12 @@ __all__ = [
     "LSTMCell",
     "LayerNorm",
     "Linear",
+    "LinearGeneral",
+    "MultiHeadAttention",
     "Norm",
     "Pool",
     "RMSNorm",
+    "RotaryEmbedding",
     "Run",
     "Sequential",
     "Shape",

@@ -120,6 +120,11 @@ class Spec:
         return False
 
     @property
+    def mixes_examples(self) -> bool:
+        """Whether an example's output depends on the rest of its batch, or its place there."""
+        return False
+
+    @property
     def is_elementwise(self) -> bool:
         """Whether it does the same to each element, wherever that stands."""
         return False

@@ -43,6 +43,7 @@ class Option:
         x: shape of the input, if it is another than the constructor's.
         attribute: outputs on one device cannot show it: compare the attributes instead.
         training: whether the source can train with it.
+        found: the class in the error, where that is of a part of the layer.
     """
 
     value: Any
@@ -51,6 +52,7 @@ class Option:
     x: tuple[int, ...] | None = None
     attribute: bool = False
     training: bool = True
+    found: str | None = None
 
 
 ALL = "all"

@@ -165,6 +165,8 @@ def _call(module, state, x, key):
     def one(x, state, key):
         if isinstance(module, eqx.nn.Sequential | eqx.nn.BatchNorm) and state is not None:
             return module(x, state, key=key)
+        if isinstance(module, eqx.nn.MultiheadAttention):
+            return module(x, x, x, key=key), state
         return module(x, key=key), state
 
     over_keys = None if key is None else 0
@@ -307,6 +309,36 @@ CONSTRUCTORS = {
             "use_bias": Option(False),
             "dtype": Option(jnp.bfloat16),
             "key": "only the initial value depends on it",
+        },
+    ),
+    eqx.nn.MultiheadAttention: Constructor(
+        (2, 5, 6),
+        {"num_heads": 2, "query_size": 6, "key": _KEY},
+        {
+            "num_heads": Option(3),
+            "query_size": SHAPE,
+            "key_size": SHAPE,
+            "value_size": SHAPE,
+            "output_size": Option(5),
+            "qk_size": Option(4),
+            "vo_size": Option(4),
+            "use_query_bias": Option(True),
+            "use_key_bias": Option(True),
+            "use_value_bias": Option(True),
+            "use_output_bias": Option(True),
+            "dropout_p": "tests/test_attention.py",
+            "inference": MODE,
+            "dtype": Option(jnp.bfloat16),
+            "key": INITIAL,
+        },
+    ),
+    eqx.nn.RotaryPositionalEmbedding: Constructor(
+        (2, 5, 8),
+        {"embedding_size": 8},
+        {
+            "embedding_size": SHAPE,
+            "theta": "Equinox ignores it after a first layer: tests/test_attention.py",
+            "dtype": Option(jnp.bfloat16),
         },
     ),
     eqx.nn.LayerNorm: Constructor(

@@ -173,7 +173,7 @@ def _clone(module, train, memo):
         return nn.Sequential([_in_mode(layer, train, memo) for layer in module.layers])
     if isinstance(module, nn.BatchNorm):
         return module.clone(use_running_average=not train)
-    if isinstance(module, nn.Dropout):
+    if isinstance(module, nn.Dropout | nn.MultiHeadDotProductAttention):
         return module.clone(deterministic=not train)
     return module
 
@@ -306,6 +306,55 @@ _LSTM = _MODULE | {
     "carry_init": Option(nn.initializers.ones, refused=ALL),
 }
 
+_CONTRACTION = _MODULE | {
+    "use_bias": Option(False),
+    "dtype": Option(jnp.bfloat16),
+    "param_dtype": Option(jnp.bfloat16),
+    "precision": Option("highest", attribute=True),
+    "kernel_init": INITIAL,
+    "bias_init": INITIAL,
+    "promote_dtype": Option(_promote, refused=ALL),
+}
+
+
+def _attend(*args, **keywords):
+    return nn.dot_product_attention(*args, **keywords)
+
+
+_ELSEWHERE = "tests/test_attention.py"
+_ATTENTION = _MODULE | {
+    "num_heads": Option(3),
+    "dtype": Option(jnp.bfloat16),
+    "param_dtype": Option(jnp.bfloat16),
+    "qkv_features": Option(12),
+    "out_features": Option(5),
+    "broadcast_dropout": _ELSEWHERE,
+    "dropout_rate": _ELSEWHERE,
+    "deterministic": MODE,
+    "precision": Option("highest", attribute=True),
+    "kernel_init": INITIAL,
+    "out_kernel_init": INITIAL,
+    "bias_init": INITIAL,
+    "out_bias_init": INITIAL,
+    "use_bias": Option(False),
+    "attention_fn": Option(_attend, refused=ALL),
+    "decode": Option(True, refused=ALL),
+    "normalize_qk": Option(True),
+    "force_fp32_for_softmax": Option({"force_fp32_for_softmax": True, "dtype": jnp.bfloat16}),
+    "qkv_dot_general": Option(_dot_general, refused=ALL),
+    "out_dot_general": Option(_dot_general, refused=ALL),
+    "qkv_dot_general_cls": Option(lambda: _dot_general, refused=ALL),
+    "out_dot_general_cls": Option(lambda: _dot_general, refused=ALL),
+    "qk_attn_weights_einsum_cls": Option(
+        {
+            "qk_attn_weights_einsum_cls": lambda: jnp.einsum,
+            "attn_weights_value_einsum_cls": lambda: jnp.einsum,
+        },
+        refused=ALL,
+    ),
+    "attn_weights_value_einsum_cls": "it comes with qk_attn_weights_einsum_cls",
+}
+
 CONSTRUCTORS = {
     nn.Sequential: "its layers are tested in stacks",
     nn.Dense: Constructor(
@@ -325,6 +374,31 @@ CONSTRUCTORS = {
             "dot_general_cls": Option(lambda: _dot_general, refused=ALL),
         },
     ),
+    nn.DenseGeneral: Constructor(
+        (6, 3),
+        {"features": (4, 2)},
+        _CONTRACTION
+        | {
+            "features": Option(4),
+            "axis": Option((1, -1), x=(6, 5, 2, 3)),
+            "batch_dims": Option((0,), refused=("equinox",), named="the batch axis"),
+            "dot_general": Option(_dot_general, refused=ALL),
+            "dot_general_cls": Option(lambda: _dot_general, refused=ALL),
+        },
+    ),
+    nn.Einsum: Constructor(
+        (6, 3),
+        {"shape": (3, 4, 2), "einsum_str": "bi,ijk->bkj"},
+        _CONTRACTION
+        | {
+            "shape": SHAPE,
+            "einsum_str": Option("...i, ijk -> ...jk"),
+            "preferred_element_type": Option(jnp.float32),
+        },
+    ),
+    nn.MultiHeadDotProductAttention: Constructor((2, 5, 6), {"num_heads": 2}, _ATTENTION),
+    nn.MultiHeadAttention: f"the same under another name: {_ELSEWHERE}",
+    nn.SelfAttention: f"the same, which warns at each call: {_ELSEWHERE}",
     nn.Conv: Constructor(
         (2, 6, 5, 4),
         {"features": 6, "kernel_size": (3, 2)},

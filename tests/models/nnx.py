@@ -288,8 +288,9 @@ _RNGS = nnx.Rngs(0)
 _KEYS = "the random streams, which the result gets by to_nnx(rngs=)"
 
 
-def _note(option, array):
-    return Option({option: {"note": "mine"}}, refused=ALL, named=f"{array} metadata")
+def _note(option, array, found=None, **others):
+    metadata = {option: {"note": "mine"}, **others}
+    return Option(metadata, refused=ALL, named=f"{array} metadata", found=found)
 
 
 _NORM = {
@@ -347,6 +348,68 @@ _LSTM = {
     "bias_metadata": _note("bias_metadata", "bias"),
 }
 
+_CONTRACTION = {
+    "use_bias": Option(False),
+    "dtype": Option(jnp.bfloat16),
+    "param_dtype": Option(jnp.bfloat16),
+    "precision": Option("highest", attribute=True),
+    "kernel_init": INITIAL,
+    "bias_init": INITIAL,
+    "promote_dtype": Option(_promote, refused=ALL),
+    "preferred_element_type": Option(jnp.float32),
+    "rngs": INITIAL,
+    "kernel_metadata": _note("kernel_metadata", "kernel"),
+    "bias_metadata": _note("bias_metadata", "bias"),
+}
+
+
+def _attend(*args, **keywords):
+    return nnx.dot_product_attention(*args, **keywords)
+
+
+_ELSEWHERE = "tests/test_attention.py"
+_ATTENTION = {
+    "num_heads": Option(3),
+    "in_features": SHAPE,
+    "qkv_features": Option(12),
+    "out_features": Option(5),
+    "num_kv_heads": Option(1),
+    "in_kv_features": SHAPE,
+    "dtype": Option(jnp.bfloat16),
+    "param_dtype": Option(jnp.bfloat16),
+    "broadcast_dropout": _ELSEWHERE,
+    "dropout_rate": _ELSEWHERE,
+    "deterministic": MODE,
+    "precision": Option("highest", attribute=True),
+    "kernel_init": INITIAL,
+    "out_kernel_init": INITIAL,
+    "bias_init": INITIAL,
+    "out_bias_init": INITIAL,
+    "use_bias": Option(False),
+    "attention_fn": Option(_attend, refused=ALL),
+    "decode": Option(True, refused=ALL),
+    "normalize_qk": Option(True),
+    "qkv_promote_dtype": Option(_promote, refused=ALL),
+    "out_promote_dtype": Option(_promote, refused=ALL),
+    "ln_promote_dtype": Option(_promote, refused=ALL),
+    "qkv_dot_general": Option(_dot_general, refused=ALL),
+    "out_dot_general": Option(_dot_general, refused=ALL),
+    "qkv_dot_general_cls": Option(lambda: _dot_general, refused=ALL),
+    "out_dot_general_cls": Option(lambda: _dot_general, refused=ALL),
+    "rngs": INITIAL,
+    "keep_rngs": "whether it holds the streams, which the result gets by to_nnx(rngs=)",
+    "kernel_metadata": _note("kernel_metadata", "kernel", "LinearGeneral"),
+    "out_kernel_metadata": _note("out_kernel_metadata", "kernel", "LinearGeneral"),
+    "bias_metadata": _note("bias_metadata", "bias", "LinearGeneral"),
+    "out_bias_metadata": _note("out_bias_metadata", "bias", "LinearGeneral"),
+    "query_ln_scale_metadata": _note(
+        "query_ln_scale_metadata", "scale", "LayerNorm", normalize_qk=True
+    ),
+    "key_ln_scale_metadata": _note(
+        "key_ln_scale_metadata", "scale", "LayerNorm", normalize_qk=True
+    ),
+}
+
 CONSTRUCTORS = {
     nnx.Sequential: "its layers are tested in stacks",
     nnx.Linear: Constructor(
@@ -368,6 +431,42 @@ CONSTRUCTORS = {
             "kernel_metadata": _note("kernel_metadata", "kernel"),
             "bias_metadata": _note("bias_metadata", "bias"),
         },
+    ),
+    nnx.LinearGeneral: Constructor(
+        (6, 3),
+        {"in_features": 3, "out_features": (4, 2), "rngs": _RNGS},
+        _CONTRACTION
+        | {
+            "in_features": SHAPE,
+            "out_features": Option(4),
+            "axis": Option({"in_features": (5, 3), "axis": (1, -1)}, x=(6, 5, 2, 3)),
+            "batch_axis": Option(
+                {"batch_axis": {0: 6}}, refused=("equinox",), named="the batch axis"
+            ),
+            "dot_general": Option(_dot_general, refused=ALL),
+            "dot_general_cls": Option(lambda: _dot_general, refused=ALL),
+        },
+    ),
+    nnx.Einsum: Constructor(
+        (6, 3),
+        {
+            "einsum_str": "bi,ijk->bkj",
+            "kernel_shape": (3, 4, 2),
+            "bias_shape": (2, 4),
+            "rngs": _RNGS,
+        },
+        {name: mark for name, mark in _CONTRACTION.items() if name != "use_bias"}
+        | {
+            "einsum_str": Option({"einsum_str": "...i, ijk -> ...jk", "bias_shape": (4, 2)}),
+            "kernel_shape": SHAPE,
+            "bias_shape": Option(None),
+            "einsum_op": Option(lambda *a, **k: jnp.einsum(*a, **k), refused=ALL),
+        },
+    ),
+    nnx.MultiHeadAttention: Constructor(
+        (2, 5, 6),
+        {"num_heads": 2, "in_features": 6, "decode": False, "rngs": _RNGS},
+        _ATTENTION,
     ),
     nnx.Conv: Constructor(
         (2, 6, 5, 4),
@@ -460,6 +559,17 @@ CONSTRUCTORS = {
         },
     ),
 }
+
+if hasattr(nnx, "RoPE"):  # since flax 0.12.9
+    CONSTRUCTORS[nnx.RoPE] = Constructor(
+        (2, 5, 6),
+        {},
+        {
+            "theta": Option(100.0),
+            "embedding_size": "it warns when called: tests/test_attention.py",
+            "max_seq_len": "it comes with embedding_size",
+        },
+    )
 
 
 # -- live --
