@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import operator
 from typing import Any
 
 import equinox as eqx
@@ -256,6 +257,45 @@ def build_linear(spec, ctx):
         out_features=n_out,
         use_bias=spec.bias is not None,
     )
+
+
+@adapter.reads(eqx.nn.MLP, specs.Sequential)
+def read_mlp(node, ctx):
+    m = node.module
+    for option in ("in_size", "out_size"):
+        if getattr(m, option) == "scalar":
+            ctx.refuse(option, "scalar", "other frameworks have no axis-less input or output")
+    layers = list(m.layers)
+    if m.scan and m.depth > 0:  # the layers within are one, with an axis more
+        layers[1:2] = [
+            jax.tree.map(operator.itemgetter(i), m.layers[1]) for i in range(m.depth - 1)
+        ]
+    first, *rest = [
+        ctx.read(Node(layer, node.state), f"{ctx.path}.layers[{i}]")
+        for i, layer in enumerate(layers)
+    ]
+    parts = [first]
+    for layer in rest:
+        parts += [_read_neuron(node, ctx, "activation"), layer]
+    default = inspect.signature(eqx.nn.MLP).parameters["final_activation"].default
+    if m.depth > 0 and m.final_activation is not default:  # else it is not applied
+        parts.append(_read_neuron(node, ctx, "final_activation"))
+    return specs.Sequential(layers=tuple(parts))
+
+
+def _read_neuron(node, ctx, name: str) -> specs.Spec:
+    """A function that is applied to each neuron by itself."""
+    fn = getattr(node.module, name)
+    if any(map(eqx.is_array, jax.tree.leaves(fn))):
+        ctx.refuse(name, fn, "only one without weights converts")
+    path = f"{ctx.path}.{name}"
+    layer = fn if isinstance(fn, eqx.Module) else eqx.nn.Lambda(fn)
+    spec = ctx.read(Node(layer, node.state), path)
+    if isinstance(spec, specs.Function) and spec.per_example:
+        return ctx.read(Node(eqx.nn.Lambda(jax.vmap(spec.fn)), node.state), path)
+    if not spec.is_elementwise:
+        ctx.refuse(name, fn, "it is applied to one number at a time")
+    return spec
 
 
 @adapter.builds(specs.LinearGeneral)

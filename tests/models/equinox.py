@@ -311,6 +311,23 @@ CONSTRUCTORS = {
             "key": "only the initial value depends on it",
         },
     ),
+    eqx.nn.MLP: Constructor(
+        (6, 3),
+        {"in_size": 3, "out_size": 2, "width_size": 4, "depth": 3, "key": _KEY},
+        {
+            "in_size": Option("scalar", refused=ALL),
+            "out_size": Option("scalar", refused=ALL),
+            "width_size": SHAPE,
+            "depth": Option({"depth": 0, "final_activation": jnp.sin}),
+            "activation": Option(jnp.tanh),
+            "final_activation": Option(jnp.sin),
+            "use_bias": Option(False),
+            "use_final_bias": Option(False),
+            "dtype": Option(jnp.bfloat16),
+            "scan": Option(True),
+            "key": INITIAL,
+        },
+    ),
     eqx.nn.MultiheadAttention: Constructor(
         (2, 5, 6),
         {"num_heads": 2, "query_size": 6, "key": _KEY},
