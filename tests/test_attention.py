@@ -1,5 +1,6 @@
 """Attention of any framework is attention of every other, and rotated positions too."""
 
+import functools
 import itertools
 
 import brainstate
@@ -451,3 +452,20 @@ def test_rotation_of_nnx_converts_and_returns(goal, options):
     assert type(back) is nnx.RoPE
     assert (back.cached_sin is None) == (not options)
     close(back(x), model(x))
+
+
+@pytest.mark.skipif(not hasattr(nnx, "RoPE"), reason="nnx.RoPE is new in flax 0.12.9")
+@pytest.mark.parametrize("goal", [name for name in NAMES if name != "nnx"])
+def test_attention_with_rotated_heads_converts_and_returns(goal):
+    weights, biases = parts(heads=4, kv_heads=2)
+
+    rope = nnx.RoPE(theta=100.0)
+    attend = functools.partial(nnx.dot_product_attention_with_rope, rope=rope)
+    model = nnx_layer(weights, biases, attention_fn=attend)
+    converted = convert("nnx", goal, model)
+    found = call(goal, converted, Q, K, V)
+    close(found, model(Q, K, V))
+    assert np.abs(found - nnx_layer(weights, biases)(Q, K, V)).max() > 0.1
+    back = convert(goal, "nnx", converted)
+    assert type(back) is nnx.MultiHeadAttention
+    close(back(Q, K, V), model(Q, K, V))

@@ -321,7 +321,6 @@ def build_einsum(spec, ctx):
         *("cached_key", "cached_value", "cache_index"),
     ),
     fixed={
-        "attention_fn": nnx.dot_product_attention,
         "qkv_promote_dtype": dtypes.promote_dtype,
         "out_promote_dtype": dtypes.promote_dtype,
         "ln_promote_dtype": dtypes.promote_dtype,
@@ -339,6 +338,7 @@ def read_attention(m, ctx):
         **{name: _read_part(m, ctx, name) for name in ("query", "key", "value", "out")},
         query_scale=_head_scale(scales[0], m, ctx),
         key_scale=_head_scale(scales[1], m, ctx),
+        rope=_read_rope_of(m.attention_fn, ctx),
         rate=m.dropout_rate,
         broadcast_dropout=m.broadcast_dropout,
         # without dropout NNX calls jax.nn.dot_product_attention
@@ -364,6 +364,21 @@ def _head_scale(norm, m, ctx):
     if spec.bias is not None or found != (1e-6, (-1,), True, specs.dtype(m.dtype)):
         ctx.refuse("normalize_qk", norm, "only the normalisation that it makes itself converts")
     return spec.scale
+
+
+def _read_rope_of(fn, ctx):
+    if fn is nnx.dot_product_attention:
+        return None
+    with_rope = getattr(nnx, "dot_product_attention_with_rope", None)  # since flax 0.12.9
+    is_partial = isinstance(fn, functools.partial) and not fn.args
+    if is_partial and fn.func is with_rope and fn.keywords.keys() == {"rope"}:
+        return ctx.read(fn.keywords["rope"], f"{ctx.path}.attention_fn.rope")
+    return ctx.refuse(
+        "attention_fn",
+        fn,
+        "only nnx.dot_product_attention converts, and dot_product_attention_with_rope in a "
+        "functools.partial with its rope",
+    )
 
 
 def check_attention(spec, ctx, core: str) -> None:
@@ -400,7 +415,7 @@ ATTENTION = ("query_scale", "key_scale", "rate", "broadcast_dropout", "core")
 ATTENTION += ("dtype", "precision")
 
 
-@adapter.builds(specs.MultiHeadAttention, carries=ATTENTION)
+@adapter.builds(specs.MultiHeadAttention, carries=(*ATTENTION, "rope"))
 def build_attention(spec, ctx):
     check_attention(spec, ctx, "plain" if spec.rate > 0.0 else "fused")
     key_features, kv_heads, _ = spec.key.weight.shape
@@ -416,6 +431,7 @@ def build_attention(spec, ctx):
         deterministic=True,
         kernel_init=_ZEROS,
         bias_init=_ZEROS,
+        attention_fn=_attention_fn(spec.rope, ctx),
         **attention_options(spec),
         rngs=_NO_RNGS,
         keep_rngs=False,
@@ -434,18 +450,30 @@ def build_attention(spec, ctx):
     return layer
 
 
+def _attention_fn(rope, ctx):
+    if rope is None:
+        return nnx.dot_product_attention
+    if _ROPE is None or (rope.table_dtype, rope.keeps_dtype) != (None, False):
+        ctx.refuse("rope", rope, "nnx.RoPE rounds nothing, and is new in flax 0.12.9")
+    with_rope: Any = vars(nnx)["dot_product_attention_with_rope"]
+    return functools.partial(with_rope, rope=build_rope(rope, ctx))
+
+
 _ROPE: Any = getattr(nnx, "RoPE", None)  # since flax 0.12.9
+
+
+def build_rope(spec, ctx):
+    size = None if spec.max_length is None else spec.depth
+    return _ROPE(spec.theta, size, spec.max_length)
+
+
 if _ROPE is not None:
+    adapter.builds(specs.RotaryEmbedding, carries=("depth", "theta", "max_length"))(build_rope)
 
     @adapter.reads(_ROPE, specs.RotaryEmbedding, state=("cached_sin", "cached_cos"))
     def read_rope(m, ctx):
         length, half = (None, None) if m.cached_sin is None else m.cached_sin.shape
         return specs.RotaryEmbedding(depth=half and 2 * half, theta=m.theta, max_length=length)
-
-    @adapter.builds(specs.RotaryEmbedding, carries=("depth", "theta", "max_length"))
-    def build_rope(spec, ctx):
-        size = None if spec.max_length is None else spec.depth
-        return _ROPE(spec.theta, size, spec.max_length)
 
 
 @adapter.reads(

@@ -21,6 +21,46 @@ __all__ = ["MultiHeadAttention", "RotaryEmbedding"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class RotaryEmbedding(Spec):
+    """Each pair of elements is turned by its position: :func:`interop.formulas.rotate`.
+
+    Shapes:
+        x          (*batch, length, depth), with an even depth
+        input_positions
+                   (length,) or (*batch, length); by default ``0, 1, ...``
+
+    ``depth`` is None where any will do. ``table_dtype`` is what sines and cosines are rounded
+    to, and ``keeps_dtype`` whether the result has the dtype of ``x``, and not the common one.
+    ``max_length`` is for how many positions some frameworks keep a table; None for none.
+    """
+
+    depth: int | None = None
+    theta: float = 10000.0
+    table_dtype: DType | None = None
+    keeps_dtype: bool = False
+    max_length: int | None = None
+
+    keeps_shape = True
+
+    def apply(self, run: Run, x: Array, input_positions: Array | None = None) -> Array:
+        return formulas.rotate(
+            x,
+            input_positions,
+            theta=self.theta,
+            table_dtype=self.table_dtype,
+            keeps_dtype=self.keeps_dtype,
+        )
+
+    @classmethod
+    def shaped(cls, depth: int | None = None, **options: Any) -> Self:
+        return cls(depth=depth, **options)
+
+    @property
+    def in_features(self) -> int | None:
+        return self.depth
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class MultiHeadAttention(Spec):
     """``out(attention(query(inputs_q), key(inputs_k), value(inputs_v), mask))``.
 
@@ -41,7 +81,9 @@ class MultiHeadAttention(Spec):
     that sees no key gets the mean of all values. ``dtype`` is what the operands are cast to;
     None means their common dtype. In training, each of the weights of the values is dropped
     with probability ``rate``; ``broadcast_dropout`` shares the decisions between examples and
-    heads. A call takes ``is_causal`` as well, which hides the keys after each query; and
+    heads. ``rope`` turns the heads of queries and keys by their positions.
+
+    A call takes ``is_causal`` as well, which hides the keys after each query; and
     ``process_heads``, which maps the heads of query, key and value to those that are used.
     """
 
@@ -51,6 +93,7 @@ class MultiHeadAttention(Spec):
     out: LinearGeneral
     query_scale: Array | None = None
     key_scale: Array | None = None
+    rope: RotaryEmbedding | None = None
     rate: float = 0.0
     broadcast_dropout: bool = False
     core: str = "plain"
@@ -58,7 +101,7 @@ class MultiHeadAttention(Spec):
     precision: Any = None
 
     trained = ("query_scale", "key_scale")
-    children = ("query", "key", "value", "out")
+    children = ("query", "key", "value", "out", "rope")
 
     def apply(
         self,
@@ -83,6 +126,8 @@ class MultiHeadAttention(Spec):
         value = self.value.apply(run, inputs_v)
         if process_heads is not None:
             query, key, value = process_heads(query, key, value)
+        if self.rope is not None:
+            query, key = (_turned(self.rope, run, heads) for heads in (query, key))
         if self.core != "float32":
             query, key, value = formulas.promote(query, key, value, dtype=self.dtype)
         if is_causal:
@@ -219,41 +264,6 @@ class MultiHeadAttention(Spec):
         return parts + wanted
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class RotaryEmbedding(Spec):
-    """Each pair of elements is turned by its position: :func:`interop.formulas.rotate`.
-
-    Shapes:
-        x          (*batch, length, depth), with an even depth
-        input_positions
-                   (length,) or (*batch, length); by default ``0, 1, ...``
-
-    ``depth`` is None where any will do. ``table_dtype`` is what sines and cosines are rounded
-    to, and ``keeps_dtype`` whether the result has the dtype of ``x``, and not the common one.
-    ``max_length`` is for how many positions some frameworks keep a table; None for none.
-    """
-
-    depth: int | None = None
-    theta: float = 10000.0
-    table_dtype: DType | None = None
-    keeps_dtype: bool = False
-    max_length: int | None = None
-
-    keeps_shape = True
-
-    def apply(self, run: Run, x: Array, input_positions: Array | None = None) -> Array:
-        return formulas.rotate(
-            x,
-            input_positions,
-            theta=self.theta,
-            table_dtype=self.table_dtype,
-            keeps_dtype=self.keeps_dtype,
-        )
-
-    @classmethod
-    def shaped(cls, depth: int | None = None, **options: Any) -> Self:
-        return cls(depth=depth, **options)
-
-    @property
-    def in_features(self) -> int | None:
-        return self.depth
+def _turned(rope: RotaryEmbedding, run: Run, heads: Array) -> Array:
+    """Heads ``(*batch, length, heads, depth)``, each turned by itself."""
+    return rope.apply(run, heads.swapaxes(-2, -3)).swapaxes(-2, -3)
