@@ -380,9 +380,9 @@ def _shadowed(module: object) -> list[str]:
 
 @functools.lru_cache(1024)
 def _routines(cls: type) -> frozenset[str]:
-    """The names of the methods of ``cls``; a field with a function as default is none."""
-    fields = getattr(cls, "__dataclass_fields__", ())
-    names = set(dir(cls)).difference(fields)
+    """The names of the methods; a declared attribute with a function as default is none."""
+    fields = {name for base in cls.__mro__ for name in inspect.get_annotations(base)}
+    names = set(dir(cls)) - fields
     return frozenset(name for name in names if inspect.isroutine(getattr(cls, name, None)))
 
 

@@ -68,7 +68,7 @@ class Reading:
     def read_by(self, rule: ReadRule, node: Any) -> specs.Spec:
         """The spec that ``rule`` makes of the layer being read."""
         self._check_fixed(self.adapter.module(node), rule)
-        spec = self._remember(rule.read(node, self), self.path, self._found)
+        spec = self._remember(rule.read(node, self).canonical(), self.path, self._found)
         if mismatched := spec.mismatches():
             raise ConversionError(
                 f"the arrays of {self._found.__qualname__} do not fit",
@@ -188,6 +188,7 @@ class Building:
         self._flow = Flow(shape, adapter.channels_first, self._origins)
         self._built: dict[int, Any] = {}
         self._levels = 0
+        self._held: set[int] = set()
 
     def build(self, spec: specs.Spec) -> Any:
         """The native layer for ``spec``; the same one again where ``spec`` is used twice.
@@ -196,13 +197,9 @@ class Building:
             UnsupportedStructureError: the framework would make two layers of one.
         """
         if id(spec) in self._built and spec.holds_state and not self.adapter.has_identity:
-            first, found = self._origins[id(spec)]
-            raise UnsupportedStructureError(
-                f"{found.__qualname__} at {first} is used a second time; {self.adapter.name} "
-                f"would hold two copies, which training pulls apart",
-                path=self.path,
-                remedy="Give each place its own layer, or wrap the model live with shims.wrap",
-            )
+            raise self._second_use(spec)
+        if id(spec) in self._held:
+            raise self._second_use(spec)
         if id(spec) not in self._built:
             outer = self.path, self.found
             self.path, self.found = self._origins.get(id(spec), (self.path, type(spec)))
@@ -229,7 +226,26 @@ class Building:
             composite = self.adapter.composites.get(type(spec))
             if composite is None or not spec.is_composable:
                 raise
+            for child in _children(spec):
+                self._hold(child)
             return self.adapter.build_composite(composite, spec, self)
+
+    def _hold(self, spec: specs.Spec) -> None:
+        """Take it that a composite holds the arrays of ``spec``, and shares them with none."""
+        if spec.holds_state and (id(spec) in self._held or id(spec) in self._built):
+            raise self._second_use(spec)
+        self._held.add(id(spec))
+        for child in _children(spec):
+            self._hold(child)
+
+    def _second_use(self, spec: specs.Spec) -> UnsupportedStructureError:
+        first, found = self._origins.get(id(spec), (self.path, type(spec)))
+        return UnsupportedStructureError(
+            f"{found.__qualname__} at {first} is used a second time; {self.adapter.name} would "
+            f"hold two copies, which training pulls apart",
+            path=self.path,
+            remedy="Give each place its own layer, or wrap the model live with shims.wrap",
+        )
 
     def adopt(self, reading: Reading) -> None:
         """Take over where the specs of a further ``reading`` came from."""
@@ -316,6 +332,14 @@ class Building:
                     f"{self.adapter.name} has no counterpart",
                     "Leave the option at its default, or wrap the layer live with shims.wrap",
                 )
+
+
+def _children(spec: specs.Spec) -> list[specs.Spec]:
+    found: list[specs.Spec] = []
+    for name in spec.children:
+        value = getattr(spec, name)
+        found += [value] if isinstance(value, specs.Spec) else list(value or ())
+    return found
 
 
 def _plain(value: Any, default: Any) -> bool:

@@ -70,7 +70,7 @@ def test_an_option_is_carried_over_or_refused_by_name(name, goal, cls, option):
         )
     else:
         runs = in_modes if mark.training else in_evaluation
-        runs = in_steps if "LSTM" in cls.__name__ else runs
+        runs = in_steps if "Cell" in cls.__name__ else runs
         runs = along_a_named_axis if option == "axis_name" else runs
         fws = [Layout(target, source), source] if is_images else [target, source]
         for found, wanted in zip(
@@ -113,8 +113,11 @@ def in_evaluation(fw, model, x):
 
 
 def in_steps(fw, model, x):
-    xs = array(3, *x)
-    yield from fw.steps(model, xs, array(x[0], 4), array(x[0], 4, seed=1))
+    """The state that a cell starts with, and some steps from another one."""
+    state = fw.start(model, x)
+    yield from state
+    state = [array(*part.shape, seed=i) for i, part in enumerate(state)]
+    yield from fw.steps(model, array(3, *x), *state)
 
 
 def in_modes(fw, model, x):

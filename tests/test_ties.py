@@ -91,7 +91,7 @@ def test_a_brainstate_state_shared_by_two_layers_is_refused():
 def test_linen_refuses_a_layer_used_in_two_stacks():
     layer = brainstate.nn.Linear(3, 3)
     inner = brainstate.nn.Sequential(layer, brainstate.nn.ReLU())
-    with pytest.raises(interop.UnsupportedStructureError, match="two different stacks") as e:
+    with pytest.raises(interop.UnsupportedStructureError, match="two different modules") as e:
         interop.to_linen(brainstate.nn.Sequential(layer, inner))
     assert e.value.path == "model"
     dense = flax.linen.Dense(2)

@@ -55,6 +55,94 @@ def lstm(xs, h, c, weight_x, weight_h, bias):
     return np.stack(outputs), c
 
 
+def simple(xs, h, weight_x, weight_h, bias, residual=False):
+    """The hidden states over time of h = tanh(x W + h U + b), or of it with h added inside."""
+    outputs = []
+    for x in np.float64(xs):
+        y = x @ np.float64(weight_x) + h @ np.float64(weight_h) + bias
+        h = np.tanh(y + h if residual else y)
+        outputs.append(h)
+    return (np.stack(outputs),)
+
+
+def gru(xs, h, weight_x, weight_h, bias, bias_n):
+    """As cuDNN computes it: the reset gate, and then the hidden product; gates r, z, n."""
+    outputs = []
+    wr, wz, wn = np.split(np.float64(weight_h), 3, axis=-1)
+    for x in np.float64(xs):
+        r, z, n = np.split(x @ np.float64(weight_x) + bias, 3, axis=-1)
+        r, z = _sigmoid(r + h @ wr), _sigmoid(z + h @ wz)
+        n = np.tanh(n + r * (h @ wn + bias_n))
+        h = (1 - z) * n + z * h
+        outputs.append(h)
+    return (np.stack(outputs),)
+
+
+def gru_reset_first(xs, h, weight_x, weight_h, bias):
+    """As Chung et al. write it: the product of the reset state; gates r, z, n."""
+    outputs = []
+    wr, wz, wn = np.split(np.float64(weight_h), 3, axis=-1)
+    for x in np.float64(xs):
+        r, z, n = np.split(x @ np.float64(weight_x) + bias, 3, axis=-1)
+        r, z = _sigmoid(r + h @ wr), _sigmoid(z + h @ wz)
+        n = np.tanh(n + (r * h) @ wn)
+        h = (1 - z) * h + z * n
+        outputs.append(h)
+    return (np.stack(outputs),)
+
+
+def mgu(xs, h, weight_x, weight_h, bias, bias_n=0.0, reset=True):
+    """As Flax computes it; gates f, n."""
+    outputs = []
+    wf, wn = np.split(np.float64(weight_h), 2, axis=-1)
+    for x in np.float64(xs):
+        f, n = np.split(x @ np.float64(weight_x) + bias, 2, axis=-1)
+        f = _sigmoid(f + h @ wf)
+        n = np.tanh(n + (f if reset else 1) * (h @ wn + bias_n))
+        h = (1 - f) * n + f * h
+        outputs.append(h)
+    return (np.stack(outputs),)
+
+
+def mgu_reset_first(xs, h, weight_x, weight_h, bias):
+    """As Zhou et al. write it; gates f, n."""
+    outputs = []
+    wf, wn = np.split(np.float64(weight_h), 2, axis=-1)
+    for x in np.float64(xs):
+        f, n = np.split(x @ np.float64(weight_x) + bias, 2, axis=-1)
+        f = _sigmoid(f + h @ wf)
+        n = np.tanh(n + (f * h) @ wn)
+        h = (1 - f) * h + f * n
+        outputs.append(h)
+    return (np.stack(outputs),)
+
+
+def urlstm(xs, h, c, weight_x, weight_h, bias):
+    """Gates f, r, u, o; the bias has opposite signs in the first two."""
+    outputs = []
+    for x in np.float64(xs):
+        y = x @ np.float64(weight_x) + h @ np.float64(weight_h)
+        f, r, u, o = np.split(y, 4, axis=-1)
+        f, r = _sigmoid(f + bias), _sigmoid(r - bias)
+        g = 2 * r * f + (1 - 2 * r) * f**2
+        c = g * c + (1 - g) * np.tanh(u)
+        h = _sigmoid(o) * np.tanh(c)
+        outputs.append(h)
+    return np.stack(outputs), c
+
+
+def conv_lstm(xs, h, c, weight_x, weight_h, bias_x, bias_h, pads):
+    """Gates i, g, f, o, and 1 added to f."""
+    outputs = []
+    for x in np.float64(xs):
+        y = conv(x, weight_x, bias_x, pads=pads) + conv(h, weight_h, bias_h, pads=pads)
+        i, g, f, o = np.split(y, 4, axis=-1)
+        c = _sigmoid(f + 1) * c + _sigmoid(i) * np.tanh(g)
+        h = _sigmoid(o) * np.tanh(c)
+        outputs.append(h)
+    return np.stack(outputs), c
+
+
 def rms_norm(x, scale, epsilon):
     x = np.float64(x)
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * scale

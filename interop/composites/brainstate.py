@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -32,6 +33,29 @@ class Lambda(brainstate.nn.ElementWiseBlock):
     def update(self, x: jax.Array) -> Any:
         """Return ``fn(x)``."""
         return self.fn(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class StateInit:
+    """A state initialiser for BrainState's cells from one that takes a key.
+
+    Attributes:
+        fn: ``(key, shape, dtype) -> array``.
+        dtype: what it is given.
+
+    Example:
+        >>> import jax
+        >>> from interop.composites.brainstate import StateInit
+        >>> StateInit(jax.nn.initializers.ones, "float32")((2,)).tolist()
+        [1.0, 1.0]
+    """
+
+    fn: Callable[..., Any]
+    dtype: Any
+
+    def __call__(self, shape: Any, **_: Any) -> Any:
+        """The state, with a key of ``brainstate.random``."""
+        return self.fn(brainstate.random.split_key(), tuple(shape), self.dtype)
 
 
 class Composite(brainstate.nn.Module):
@@ -86,20 +110,34 @@ class Cell(Composite, brainstate.nn.RNNCell):
 
     spec_type: ClassVar[type[specs.Cell]]  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def init_state(self, batch_size: int | None = None, **_: Any) -> None:
-        """Make the hidden states: zeros, for so many examples, or for one without an axis."""
-        for name, value in zip(self.spec_type.carry, self._initial(batch_size), strict=True):
+    def init_state(
+        self, batch_size: int | None = None, *, input_shape: Any = None, **_: Any
+    ) -> None:
+        """Make the hidden states, for so many examples, or for one without an axis.
+
+        Args:
+            batch_size: the number of examples, or None.
+            input_shape: the shape of one input without its batch axis, where the states'
+                depend on it.
+        """
+        state = self._initial(batch_size, input_shape)
+        for name, value in zip(self.spec_type.carry, state, strict=True):
             setattr(self, name, brainstate.HiddenState(value))
 
-    def reset_state(self, batch_size: int | None = None, **_: Any) -> None:
-        """Set the hidden states to zeros, for so many examples."""
-        for name, value in zip(self.spec_type.carry, self._initial(batch_size), strict=True):
+    def reset_state(
+        self, batch_size: int | None = None, *, input_shape: Any = None, **_: Any
+    ) -> None:
+        """Set the hidden states to what ``init_state`` makes."""
+        state = self._initial(batch_size, input_shape)
+        for name, value in zip(self.spec_type.carry, state, strict=True):
             getattr(self, name).value = value
 
-    def _initial(self, batch_size: int | None) -> tuple[Any, ...]:
+    def _initial(self, batch_size: int | None, input_shape: Any) -> tuple[Any, ...]:
         spec = self.spec
+        features = spec.in_shape if input_shape is None else input_shape
         batch = () if batch_size is None else (batch_size,)
-        return spec.initial_carry((*batch, *spec.in_shape))
+        key = None if spec.carry_init is None else brainstate.random.split_key()
+        return spec.initial_carry((*batch, *features), key)
 
     def update(self, x: Any) -> Any:
         """One step: the output."""
@@ -126,20 +164,34 @@ def _layer(spec_type: type[specs.Spec]) -> Any:
     return core.subclass(base, spec_type, __name__, __signature__=signature)
 
 
+Bidirectional = _layer(specs.Bidirectional)
+ConvLSTMCell = _layer(specs.ConvLSTMCell)
 Dropout = _layer(specs.Dropout)
+Einsum = _layer(specs.Einsum)
+GRUCell = _layer(specs.GRUCell)
 LSTMCell = _layer(specs.LSTMCell)
 Linear = _layer(specs.Linear)
-Einsum = _layer(specs.Einsum)
 LinearGeneral = _layer(specs.LinearGeneral)
+MGUCell = _layer(specs.MGUCell)
 MultiHeadAttention = _layer(specs.MultiHeadAttention)
+RNN = _layer(specs.RNN)
 RotaryEmbedding = _layer(specs.RotaryEmbedding)
+SimpleCell = _layer(specs.SimpleCell)
+URLSTMCell = _layer(specs.URLSTMCell)
 
 COMPOSITES = (
+    Bidirectional,
+    ConvLSTMCell,
     Dropout,
+    Einsum,
+    GRUCell,
     LSTMCell,
     Linear,
-    Einsum,
     LinearGeneral,
+    MGUCell,
     MultiHeadAttention,
+    RNN,
     RotaryEmbedding,
+    SimpleCell,
+    URLSTMCell,
 )

@@ -193,10 +193,12 @@ def channels_first(spec: Spec, formula: Callable[..., Any]) -> Callable[..., Any
 
     def enter(x: Any) -> Any:
         x = jnp.asarray(x)
-        return (jnp.moveaxis(x, 0, -1) if moves and x.ndim > 1 else x)[None]
+        x = jnp.moveaxis(x, 0, -1) if moves and x.ndim > 1 else x
+        return x if spec.takes_examples else x[None]
 
     def leave(y: Any) -> Any:
-        return jnp.moveaxis(y[0], -1, 0) if moves and y.ndim > 2 else y[0]
+        y = y if spec.takes_examples else y[0]
+        return jnp.moveaxis(y, -1, 0) if moves and y.ndim > 1 else y
 
     def option(value: Any) -> Any:
         if callable(value):
@@ -204,7 +206,7 @@ def channels_first(spec: Spec, formula: Callable[..., Any]) -> Callable[..., Any
         return enter(value) if isinstance(value, jax.Array | np.ndarray) else value
 
     def call(*inputs: Any, **options: Any) -> Any:
-        given = {name: option(value) for name, value in options.items()}
+        given = jax.tree.map(option, options)
         return jax.tree.map(leave, formula(*jax.tree.map(enter, inputs), **given))
 
     return call
@@ -261,6 +263,10 @@ def unpacked(carry: Any, output_last: bool = False) -> tuple[Any, ...]:
     return state[::-1] if output_last else state
 
 
+def _is_array(value: Any) -> bool:
+    return isinstance(value, jax.Array | np.ndarray)
+
+
 def _is_child(value: Any) -> bool:
     if not isinstance(value, tuple):
         return isinstance(value, Skeleton)
@@ -299,7 +305,7 @@ def _pruned(tree: Mapping[str, Any]) -> Tree:
 
 def _held(value: Any) -> Any:
     """An option in a form that has a hash."""
-    if isinstance(value, jax.Array | np.ndarray):
+    if _is_array(value):
         return Constant(value)
     if isinstance(value, list | tuple):
         return tuple(map(_held, cast("tuple[Any, ...]", value)))

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 
 from .. import specs
 from . import core
@@ -92,8 +93,19 @@ class Cell(Composite):
 
     def __call__(self, input: Any, hidden: Any, *, key: Any = None) -> Any:
         """One step of one example: the new hidden state, whose first array is the output."""
-        state = self.spec().step(self._run(key, True), input, core.unpacked(hidden))
-        return core.packed(state)
+        spec, run = self.spec(), self._run(key, True)
+
+        def step(x: Any, *state: Any) -> Any:
+            return spec.step(run, x, state)
+
+        return core.packed(core.channels_first(spec, step)(input, *core.unpacked(hidden)))
+
+    def initialize_carry(self, input_shape: tuple[int, ...], *, key: Any = None) -> Any:
+        """The hidden state before the first step, for an input of shape ``input_shape``."""
+        spec = self.spec()
+        first, *space = input_shape
+        state = spec.initial_carry((*space, first), key)
+        return core.packed(tuple(jnp.moveaxis(array, -1, 0) for array in state))
 
 
 class _Keys:
@@ -121,20 +133,34 @@ def _layer(spec_type: type[specs.Spec]) -> Any:
     return core.subclass(base, spec_type, __name__, __init__=__init__, __annotations__=fields)
 
 
+Bidirectional = _layer(specs.Bidirectional)
+ConvLSTMCell = _layer(specs.ConvLSTMCell)
 Dropout = _layer(specs.Dropout)
+Einsum = _layer(specs.Einsum)
+GRUCell = _layer(specs.GRUCell)
 LSTMCell = _layer(specs.LSTMCell)
 Linear = _layer(specs.Linear)
-Einsum = _layer(specs.Einsum)
 LinearGeneral = _layer(specs.LinearGeneral)
+MGUCell = _layer(specs.MGUCell)
 MultiHeadAttention = _layer(specs.MultiHeadAttention)
+RNN = _layer(specs.RNN)
 RotaryEmbedding = _layer(specs.RotaryEmbedding)
+SimpleCell = _layer(specs.SimpleCell)
+URLSTMCell = _layer(specs.URLSTMCell)
 
 COMPOSITES = (
+    Bidirectional,
+    ConvLSTMCell,
     Dropout,
+    Einsum,
+    GRUCell,
     LSTMCell,
     Linear,
-    Einsum,
     LinearGeneral,
+    MGUCell,
     MultiHeadAttention,
+    RNN,
     RotaryEmbedding,
+    SimpleCell,
+    URLSTMCell,
 )

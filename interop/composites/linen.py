@@ -101,16 +101,16 @@ class Cell(Composite, nn.RNNCellBase):
 
     @nn.nowrap
     def initialize_carry(self, rng: Any, input_shape: tuple[int, ...]) -> Any:
-        """Zeros, for inputs of shape ``(*batch, features)``."""
+        """The state before the first step, for inputs of shape ``(*batch, *features)``."""
         skeleton: Any = self.skeleton
         spec = skeleton.merge(skeleton.empty())
-        return core.packed(spec.initial_carry(input_shape), output_last=True)
+        return core.packed(spec.initial_carry(input_shape, rng), output_last=True)
 
     @property
     def num_feature_axes(self) -> int:
         """The number of axes of an input that are no batch axes."""
-        spec_type: Any = self.spec_type
-        return spec_type.feature_axes
+        skeleton: Any = self.skeleton
+        return skeleton.merge(skeleton.empty()).feature_axes
 
 
 def _layer(spec_type: type[specs.Spec]) -> Any:
@@ -120,20 +120,30 @@ def _layer(spec_type: type[specs.Spec]) -> Any:
     return core.subclass(base, spec_type, __name__, __signature__=signature)
 
 
+ConvLSTMCell = _layer(specs.ConvLSTMCell)
 Dropout = _layer(specs.Dropout)
+Einsum = _layer(specs.Einsum)
+GRUCell = _layer(specs.GRUCell)
 LSTMCell = _layer(specs.LSTMCell)
 Linear = _layer(specs.Linear)
-Einsum = _layer(specs.Einsum)
 LinearGeneral = _layer(specs.LinearGeneral)
+MGUCell = _layer(specs.MGUCell)
 MultiHeadAttention = _layer(specs.MultiHeadAttention)
 RotaryEmbedding = _layer(specs.RotaryEmbedding)
+SimpleCell = _layer(specs.SimpleCell)
+URLSTMCell = _layer(specs.URLSTMCell)
 
 COMPOSITES = (
+    ConvLSTMCell,
     Dropout,
+    Einsum,
+    GRUCell,
     LSTMCell,
     Linear,
-    Einsum,
     LinearGeneral,
+    MGUCell,
     MultiHeadAttention,
     RotaryEmbedding,
+    SimpleCell,
+    URLSTMCell,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -83,14 +84,18 @@ class Cell(Composite, nnx.RNNCellBase):
     def initialize_carry(
         self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None
     ) -> Any:
-        """Zeros, for inputs of shape ``(*batch, features)``."""
-        return core.packed(self.spec.initial_carry(input_shape), output_last=True)
+        """The state before the first step, for inputs of shape ``(*batch, *features)``."""
+        spec = self.spec
+        if carry_init is not None:
+            spec = dataclasses.replace(spec, carry_init=carry_init)
+        stream = rngs.carry if isinstance(rngs, nnx.Rngs) else rngs
+        key = None if stream is None else stream()
+        return core.packed(spec.initial_carry(input_shape, key), output_last=True)
 
     @property
     def num_feature_axes(self) -> int:
         """The number of axes of an input that are no batch axes."""
-        spec_type: Any = self.spec_type
-        return spec_type.feature_axes
+        return self.skeleton.merge(self.skeleton.empty()).feature_axes
 
 
 def _boxed(tree: Mapping[str, Any], kind: type[nnx.Variable]) -> dict[str, Any]:
@@ -112,20 +117,30 @@ def _layer(spec_type: type[specs.Spec]) -> Any:
     return core.subclass(base, spec_type, __name__, __signature__=signature)
 
 
+ConvLSTMCell = _layer(specs.ConvLSTMCell)
 Dropout = _layer(specs.Dropout)
+Einsum = _layer(specs.Einsum)
+GRUCell = _layer(specs.GRUCell)
 LSTMCell = _layer(specs.LSTMCell)
 Linear = _layer(specs.Linear)
-Einsum = _layer(specs.Einsum)
 LinearGeneral = _layer(specs.LinearGeneral)
+MGUCell = _layer(specs.MGUCell)
 MultiHeadAttention = _layer(specs.MultiHeadAttention)
 RotaryEmbedding = _layer(specs.RotaryEmbedding)
+SimpleCell = _layer(specs.SimpleCell)
+URLSTMCell = _layer(specs.URLSTMCell)
 
 COMPOSITES = (
+    ConvLSTMCell,
     Dropout,
+    Einsum,
+    GRUCell,
     LSTMCell,
     Linear,
-    Einsum,
     LinearGeneral,
+    MGUCell,
     MultiHeadAttention,
     RotaryEmbedding,
+    SimpleCell,
+    URLSTMCell,
 )

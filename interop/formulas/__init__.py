@@ -20,7 +20,19 @@ from .functions import (
     tanh_shrink,
     threshold,
 )
-from .layers import batch_norm, dropout, linear, lstm_step, moments, promote
+from .layers import batch_norm, dropout, linear, moments, promote
+from .recurrent import (
+    Filled,
+    Typed,
+    carry_init,
+    conv_lstm_step,
+    flip_sequences,
+    gru_step,
+    lstm_step,
+    mgu_step,
+    simple_step,
+    urlstm_step,
+)
 
 __all__ = [
     "attention",
@@ -32,7 +44,16 @@ __all__ = [
     "batch_norm",
     "dropout",
     "linear",
+    "Filled",
+    "Typed",
+    "carry_init",
+    "conv_lstm_step",
+    "flip_sequences",
+    "gru_step",
     "lstm_step",
+    "mgu_step",
+    "simple_step",
+    "urlstm_step",
     "moments",
     "promote",
     "ACTIVATIONS",

@@ -9,13 +9,12 @@ to; None means their common dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-__all__ = ["batch_norm", "dropout", "linear", "lstm_step", "moments", "promote"]
+__all__ = ["batch_norm", "dropout", "linear", "moments", "promote"]
 
 Array = Any
 DType = Any
@@ -152,39 +151,3 @@ def moments(
     if use_fast_variance:
         return mean, jnp.maximum(0.0, average(x * x) - mean * mean)
     return mean, average(jnp.square(x - jnp.expand_dims(mean, axes)))
-
-
-def lstm_step(
-    x: Array,
-    h: Array,
-    c: Array,
-    weight_x: Array,
-    weight_h: Array,
-    bias: Array | None,
-    *,
-    activation: Callable[..., Any] = jnp.tanh,
-    gate: Callable[..., Any] = jax.nn.sigmoid,
-    dtype: DType | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """One step of a long short-term memory: the new ``h`` and ``c``.
-
-    Hochreiter and Schmidhuber, Neural Computation 9 (1997), 1735-1780, with the forget gate of
-    Gers et al. (2000)::
-
-        i, f, g, o = split(x @ weight_x + h @ weight_h + bias)
-        c <- gate(f) * c + gate(i) * activation(g)
-        h <- gate(o) * activation(c)
-
-    Args:
-        x: ``(*batch, in)``.
-        h, c: ``(*batch, hidden)``.
-        weight_x: ``(in, 4 * hidden)``.
-        weight_h: ``(hidden, 4 * hidden)``.
-        bias: ``(4 * hidden,)``, or None.
-        activation, gate: elementwise functions.
-        dtype: what the operands are cast to.
-    """
-    y = linear(x, weight_x, dtype=dtype) + linear(h, weight_h, bias, dtype=dtype)
-    i, f, g, o = jnp.split(y, 4, axis=-1)
-    c = gate(f) * c + gate(i) * activation(g)
-    return gate(o) * activation(c), c

@@ -12,12 +12,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.linen import dtypes
 
@@ -34,15 +33,22 @@ from ..partitioning import Partitioning
 from ..registry import Adapter
 from .nnx import (
     ATTENTION,
+    RNNS,
     attention_options,
+    bidirectional_fields,
+    bidirectional_options,
     build_pool,
+    cell_fields,
+    cell_options,
     check_attention,
+    check_bias,
     conv_fields,
     conv_options,
-    lstm_functions,
-    lstm_options,
-    lstm_parts,
+    gates,
+    joined,
+    read_cell,
     read_pool,
+    read_rnns,
 )
 
 Key = tuple[str, ...]
@@ -269,8 +275,20 @@ _VARIABLES: dict[type, Any] = {
     nn.MultiHeadDotProductAttention: lambda m: _attention_variables(m),
     nn.MultiHeadAttention: lambda m: _attention_variables(m),
     nn.SelfAttention: lambda m: _attention_variables(m),
-    nn.LSTMCell: lambda m: _lstm_variables(m),
-    nn.OptimizedLSTMCell: lambda m: _lstm_variables(m),
+    nn.SimpleCell: lambda m: _cell_variables(m),
+    nn.LSTMCell: lambda m: _cell_variables(m),
+    nn.OptimizedLSTMCell: lambda m: _cell_variables(m),
+    nn.GRUCell: lambda m: _cell_variables(m) | {("params", "hn", "bias"): (m.features,)},
+    nn.MGUCell: lambda m: {
+        **_cell_variables(m),
+        ("params", "hn", "bias"): (m.features,) if m.reset_gate else None,
+    },
+    nn.ConvLSTMCell: lambda m: {
+        ("params", "ih", "kernel"): (*_axes(m.kernel_size), "in", 4 * m.features),
+        ("params", "hh", "kernel"): (*_axes(m.kernel_size), m.features, 4 * m.features),
+        ("params", "ih", "bias"): (4 * m.features,) if m.use_bias else None,
+        ("params", "hh", "bias"): (4 * m.features,) if m.use_bias else None,
+    },
     nn.Embed: lambda m: {("params", "embedding"): (m.num_embeddings, m.features)},
     nn.LayerNorm: lambda m: {
         ("params", "scale"): _feature_names(m) if m.use_scale else None,
@@ -347,15 +365,53 @@ def _attention_variables(m: nn.MultiHeadDotProductAttention) -> dict[Key, Any]:
     }
 
 
-def _lstm_variables(m: nn.LSTMCell | nn.OptimizedLSTMCell) -> dict[Key, Any]:
-    return {
-        **{("params", f"i{gate}", "kernel"): ("in", m.features) for gate in _GATES},
-        **{("params", f"h{gate}", "kernel"): (m.features, m.features) for gate in _GATES},
-        **{("params", f"h{gate}", "bias"): (m.features,) for gate in _GATES},
-    }
+# A cell's gates by name, and which parts have the biases: that of the input, or the state.
+_GATES: dict[type, tuple[Sequence[str], str]] = {
+    nn.SimpleCell: (("",), "i"),
+    nn.LSTMCell: ("ifgo", "h"),
+    nn.OptimizedLSTMCell: ("ifgo", "h"),
+    nn.GRUCell: ("rzn", "i"),
+    nn.MGUCell: ("fn", "i"),
+}
 
 
-_GATES = ("i", "f", "g", "o")
+def _gates(m: Any) -> tuple[Sequence[str], str]:
+    return next(_GATES[cls] for cls in type(m).__mro__ if cls in _GATES)
+
+
+def _cell_variables(m: Any) -> dict[Key, Any]:
+    gates, biased = _gates(m)
+    found: dict[Key, Any] = {}
+    for gate in gates:
+        found["params", f"i{gate}", "kernel"] = ("in", m.features)
+        found["params", f"h{gate}", "kernel"] = (m.features, m.features)
+        found["params", f"{biased}{gate}", "bias"] = (m.features,)
+    return found
+
+
+_SUBMODULES = {nn.RNN: ("cell",), nn.Bidirectional: ("forward_rnn", "backward_rnn")}
+
+
+def _declared(module: Any, path: str, seen: set[int]) -> dict[Key, Any] | None:
+    """The shapes of a module's arrays; None where its reader was registered by a user.
+
+    A module that stands at two places has its arrays at the first.
+    """
+    if id(module) in seen:
+        return {}
+    seen.add(id(module))
+    layer_type = adapter.reader(module, path).layer_type
+    if layer_type in COMPOSITES:
+        return _composite_variables(module)
+    if layer_type not in _SUBMODULES:
+        return _VARIABLES[layer_type](module) if layer_type in _VARIABLES else None
+    found: dict[Key, Any] = {}
+    for name in _SUBMODULES[layer_type]:
+        below = _declared(getattr(module, name), f"{path}.{name}", seen) or {}
+        for (collection, *rest), shape in below.items():
+            own = shape and tuple(f"{n} of {name}" if isinstance(n, str) else n for n in shape)
+            found[(collection, name, *rest)] = own
+    return found
 
 
 def _kernel_size(m: nn.Conv) -> tuple[int, ...]:
@@ -383,12 +439,8 @@ def _check_variables(model: nn.Module, variables: Mapping[str, Any]) -> None:
     given = dict(_flatten(variables, ()))
     for module, scope, parent in _leaves(model, (), None):
         places = "".join(f"[{name.removeprefix('layers_')}]" for name in scope)
-        layer_type = adapter.reader(module, f"model{places}").layer_type
-        if layer_type in COMPOSITES:
-            declared = _composite_variables(module)
-        elif layer_type in _VARIABLES:
-            declared = _VARIABLES[layer_type](module)
-        else:  # its reader was registered by a user, and checks them by itself
+        declared = _declared(module, f"model{places}", set())
+        if declared is None:  # it checks them by itself
             given = {k: v for k, v in given.items() if k[1 : 1 + len(scope)] != scope}
             continue
         shapes = {key: shape for key, shape in declared.items() if shape is not None}
@@ -491,6 +543,17 @@ def read_sequential(node, ctx):
     )
 
 
+def _place(node: Node, ctx) -> None:
+    """Take it that a module's variables have a name now."""
+    if node.placed:
+        raise UnsupportedStructureError(
+            "a layer is used in two different modules, which Linen names apart",
+            path=ctx.path,
+            remedy="Use it twice in one stack, or wrap the model live with shims.wrap",
+        )
+    node.placed = True
+
+
 @adapter.builds(specs.Sequential)
 def build_sequential(spec, ctx):
     built = [ctx.build(layer) for layer in spec.layers]
@@ -499,13 +562,8 @@ def build_sequential(spec, ctx):
     for i, (layer, node) in enumerate(zip(spec.layers, built, strict=True)):
         if not isinstance(node, Node) or id(node) in placed:
             continue
-        if node.placed and layer.holds_state:
-            raise UnsupportedStructureError(
-                "a layer is used in two different stacks, which Linen names apart",
-                path=ctx.path,
-                remedy="Use it twice in one stack, or wrap the model live with shims.wrap",
-            )
-        node.placed = True
+        if layer.holds_state:
+            _place(node, ctx)
         placed.add(id(node))
         for collection, tree in node.variables.items():
             variables.setdefault(collection, {})[f"layers_{i}"] = tree
@@ -860,34 +918,199 @@ def build_dropout(spec, ctx):
     )
 
 
-@adapter.reads(nn.LSTMCell, specs.LSTMCell, fixed={"carry_init": nn.LSTMCell.carry_init})
-@adapter.reads(
-    nn.OptimizedLSTMCell,
-    specs.LSTMCell,
-    fixed={"carry_init": nn.OptimizedLSTMCell.carry_init},
-)
-def read_lstm_cell(node, ctx):
-    inputs = [node.array(f"i{gate}")["kernel"] for gate in _GATES]
-    hidden = [node.array(f"h{gate}") for gate in _GATES]
-    return specs.LSTMCell(
-        weight_x=jnp.concatenate(inputs, axis=-1),
-        weight_h=jnp.concatenate([part["kernel"] for part in hidden], axis=-1),
-        bias=jnp.concatenate([part["bias"] for part in hidden]),
-        **lstm_functions(node.module),
-    )
+def _gate_arrays(node, ctx) -> dict[str, Any]:
+    gates, biased = _gates(node.module)
+
+    def side_by_side(part: str, name: str) -> Any:
+        return joined([node.array(f"{part}{gate}")[name] for gate in gates], ctx)
+
+    kernels = {"weight_x": side_by_side("i", "kernel"), "weight_h": side_by_side("h", "kernel")}
+    return kernels | {"bias": side_by_side(biased, "bias")}
 
 
-@adapter.builds(specs.LSTMCell, carries=("activation", "gate", "dtype"))
-def build_lstm_cell(spec, ctx):
+def _gate_params(module, spec) -> dict[str, Any]:
+    names, biased = _gates(module)
+    arrays = gates(spec.weight_x, spec.weight_h, spec.bias, number=len(names))
     params: dict[str, Any] = {}
-    for gate, (inputs, hidden, bias) in zip(_GATES, lstm_parts(spec), strict=True):
-        params[f"i{gate}"] = {"kernel": inputs}
-        params[f"h{gate}"] = {"kernel": hidden, "bias": bias}
-    options = lstm_options(spec)
+    for gate, (x, h, bias) in zip(names, arrays, strict=True):
+        params[f"i{gate}"], params[f"h{gate}"] = {"kernel": x}, {"kernel": h}
+        params[f"{biased}{gate}"]["bias"] = bias
+    return params
+
+
+def _cell_options(spec) -> dict[str, Any]:
+    options = cell_options(spec)
+    if spec.carry_init is not None:
+        options["carry_init"] = spec.carry_init
     if not specs.is_wide(spec.weight_h.dtype):
         # Linen traces the initialiser at each call, and the usual one takes no such dtype
         options["recurrent_kernel_init"] = nn.linear.default_kernel_init
-    return _node(nn.LSTMCell(spec.hidden, **options), params)
+    return options
+
+
+_CARRIED = ("activation", "dtype", "carry_init")
+
+
+@adapter.reads(nn.SimpleCell, specs.SimpleCell)
+def read_simple_cell(node, ctx):
+    arrays = _gate_arrays(node, ctx)
+    fields = cell_fields(node.module, *arrays.values())
+    return specs.SimpleCell(**arrays, **fields, residual=node.module.residual)
+
+
+@adapter.builds(specs.SimpleCell, carries=(*_CARRIED, "residual"))
+def build_simple_cell(spec, ctx):
+    check_bias(spec.bias, ctx)
+    module = nn.SimpleCell(spec.hidden, **_cell_options(spec), residual=spec.residual)
+    return _node(module, _gate_params(module, spec))
+
+
+@adapter.reads(nn.LSTMCell, specs.LSTMCell)
+@adapter.reads(nn.OptimizedLSTMCell, specs.LSTMCell)
+def read_lstm_cell(node, ctx):
+    arrays = _gate_arrays(node, ctx)
+    return specs.LSTMCell(**arrays, **cell_fields(node.module, *arrays.values()))
+
+
+@adapter.builds(specs.LSTMCell, carries=(*_CARRIED, "gate"))
+def build_lstm_cell(spec, ctx):
+    check_bias(spec.bias, ctx)
+    module = nn.LSTMCell(spec.hidden, **_cell_options(spec))
+    return _node(module, _gate_params(module, spec))
+
+
+@adapter.reads(nn.GRUCell, specs.GRUCell)
+@adapter.reads(nn.MGUCell, specs.MGUCell)
+def read_gru_cell(node, ctx):
+    arrays = _gate_arrays(node, ctx) | {"bias_n": node.array("hn").get("bias")}
+    fields = cell_fields(node.module, *arrays.values())
+    if isinstance(node.module, nn.GRUCell):
+        return specs.GRUCell(**arrays, **fields)
+    return specs.MGUCell(**arrays, **fields, reset_gate=node.module.reset_gate)
+
+
+@adapter.builds(specs.GRUCell, carries=(*_CARRIED, "gate"))
+@adapter.builds(specs.MGUCell, carries=(*_CARRIED, "gate", "reset_gate"))
+def build_gru_cell(spec, ctx):
+    check_bias(spec.bias, ctx)
+    is_gru, wants = isinstance(spec, specs.GRUCell), getattr(spec, "reset_gate", True)
+    if (spec.bias_n is not None) != wants:
+        has = "has" if wants else "has no"
+        ctx.refuse("bias_n", spec.bias_n, f"this cell {has} such a bias in Linen")
+    options = {} if is_gru else {"reset_gate": spec.reset_gate}
+    module = (nn.GRUCell if is_gru else nn.MGUCell)(
+        spec.hidden, **_cell_options(spec), **options
+    )
+    params = _gate_params(module, spec)
+    if spec.bias_n is not None:
+        params["hn"]["bias"] = spec.bias_n
+    return _node(module, params)
+
+
+@adapter.reads(nn.ConvLSTMCell, specs.ConvLSTMCell)
+def read_conv_lstm_cell(node, ctx):
+    m, parts = node.module, (node.array("ih"), node.array("hh"))
+    arrays = {
+        "weight_x": parts[0]["kernel"],
+        "weight_h": parts[1]["kernel"],
+        "bias_x": parts[0].get("bias"),
+        "bias_h": parts[1].get("bias"),
+    }
+    usual = specs.common_dtype(*arrays.values())
+    return specs.ConvLSTMCell(
+        **arrays,
+        strides=tuple(m.strides or (1,) * len(m.kernel_size)),
+        padding=_cell_padding(m.padding, ctx),
+        dtype=specs.plain_dtype(m.dtype, *arrays.values()),
+        carry_init=formulas.carry_init(m.carry_init, m.param_dtype, usual),
+    )
+
+
+def _cell_padding(padding: Any, ctx) -> Any:
+    if not isinstance(padding, str):
+        return tuple(map(tuple, padding))
+    if padding.upper() not in ("SAME", "VALID"):
+        ctx.refuse("padding", padding, "a recurrent cell converts with zeros around its input")
+    return padding.upper()
+
+
+@adapter.builds(specs.ConvLSTMCell, carries=("dtype", "carry_init"))
+def build_conv_lstm_cell(spec, ctx):
+    if (spec.bias_x is None) != (spec.bias_h is None):
+        ctx.refuse("bias_x, bias_h", "one of two", "Linen has both or neither")
+    carry_init = {} if spec.carry_init is None else {"carry_init": spec.carry_init}
+    module = nn.ConvLSTMCell(
+        spec.hidden,
+        tuple(spec.weight_x.shape[: spec.space]),
+        strides=spec.strides,
+        padding=spec.padding,
+        use_bias=spec.bias_x is not None,
+        dtype=spec.dtype,
+        param_dtype=spec.weight_x.dtype,
+        **carry_init,
+    )
+    arrays = {"ih": (spec.weight_x, spec.bias_x), "hh": (spec.weight_h, spec.bias_h)}
+    return _node(module, {k: _part(kernel=w, bias=b) for k, (w, b) in arrays.items()})
+
+
+def _part(**arrays: Any) -> dict[str, Any]:
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+_RNN = ("time_major", "return_carry", "reverse", "keep_order", "unroll")
+
+
+def _below(node, name: str) -> Node:
+    """The submodule of that name, and its variables."""
+    variables = {k: tree[name] for k, tree in node.variables.items() if name in tree}
+    return Node(getattr(node.module, name), variables)
+
+
+def _above(module: Any, parts: dict[str, Any], ctx) -> Node:
+    """A module with submodules by their names; one that has two names is under the first."""
+    variables: dict[str, dict[str, Any]] = {}
+    seen: set[int] = set()
+    for name, node in parts.items():
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        _place(node, ctx)
+        for collection, tree in node.variables.items():
+            variables.setdefault(collection, {})[name] = tree
+    return Node(module, variables)
+
+
+@adapter.reads(
+    nn.RNN,
+    specs.RNN,
+    fixed={
+        name: nn.RNN.__dataclass_fields__[name].default
+        for name in ("variable_axes", "variable_broadcast", "variable_carry", "split_rngs")
+    },
+)
+def read_rnn(node, ctx):
+    cell = read_cell(_below(node, "cell"), node.module.cell, ctx)
+    return specs.RNN(cell=cell, **{name: getattr(node.module, name) for name in _RNN})
+
+
+@adapter.builds(specs.RNN, carries=_RNN)
+def build_rnn(spec, ctx):
+    cell = ctx.build(spec.cell)
+    module = nn.RNN(cell.module, **{name: getattr(spec, name) for name in _RNN})
+    return _above(module, {"cell": cell}, ctx)
+
+
+@adapter.reads(nn.Bidirectional, specs.Bidirectional)
+def read_bidirectional(node, ctx):
+    parts = {name: (_below(node, name), getattr(node.module, name)) for name in RNNS}
+    return specs.Bidirectional(**read_rnns(parts, ctx), **bidirectional_fields(node.module))
+
+
+@adapter.builds(specs.Bidirectional, carries=("merge", "time_major", "return_carry"))
+def build_bidirectional(spec, ctx):
+    parts = {name: ctx.build(getattr(spec, name)) for name in RNNS}
+    modules = {name: node.module for name, node in parts.items()}
+    return _above(nn.Bidirectional(**modules, **bidirectional_options(spec)), parts, ctx)
 
 
 adapter.builds(specs.Pool, carries=("counts_padding",))(build_pool)  # the same functions

@@ -20,46 +20,65 @@ from .base import (
     is_wide,
     move_channels,
     moved_axis,
+    plain_dtype,
     promoted_dtype,
 )
 from .contractions import Einsum, LinearGeneral
 from .functions import Activation, Dropout, Flatten, Function
 from .linear import Embedding, Linear
 from .norms import BatchNorm, GroupNorm, LayerNorm, Norm, RMSNorm
-from .recurrent import Cell, LSTMCell
+from .recurrent import (
+    RNN,
+    Bidirectional,
+    Cell,
+    ConvLSTMCell,
+    GRUCell,
+    LSTMCell,
+    MGUCell,
+    SimpleCell,
+    URLSTMCell,
+)
 from .spatial import Conv, Pool, pool
 
 __all__ = [
     "Activation",
     "Array",
     "BatchNorm",
+    "Bidirectional",
     "Cell",
     "Conv",
+    "ConvLSTMCell",
     "Deferred",
     "Dropout",
     "Einsum",
     "Embedding",
     "Flatten",
     "Function",
+    "GRUCell",
     "GroupNorm",
     "LSTMCell",
     "LayerNorm",
     "Linear",
     "LinearGeneral",
+    "MGUCell",
     "MultiHeadAttention",
     "Norm",
     "Pool",
     "RMSNorm",
+    "RNN",
     "RotaryEmbedding",
     "Run",
     "Sequential",
     "Shape",
+    "SimpleCell",
     "Spec",
+    "URLSTMCell",
     "common_dtype",
     "dtype",
     "is_wide",
     "move_channels",
     "moved_axis",
+    "plain_dtype",
     "pool",
     "promoted_dtype",
 ]

@@ -33,6 +33,7 @@ __all__ = [
     "mismatches_of",
     "move_channels",
     "moved_axis",
+    "plain_dtype",
     "promoted_dtype",
     "rows",
     "shape_of",
@@ -61,6 +62,11 @@ class Run:
         self.train, self.axis_name = train, axis_name
         self.updates: dict[int, dict[str, Any]] = {}
         self._key = key
+
+    @property
+    def has_key(self) -> bool:
+        """Whether the host gives keys."""
+        return self._key is not None
 
     def key(self) -> jax.Array:
         """A fresh random key.
@@ -97,6 +103,8 @@ class Spec:
     """Fields that hold other specs: one, a tuple of them, or None."""
     random: ClassVar[bool] = False
     """Whether training draws random numbers."""
+    takes_examples: ClassVar[bool] = False
+    """Whether the formula takes one example without a batch axis as well."""
     keeps_shape: ClassVar[bool] = False
     """Whether the output has the shape of the input, and each axis its meaning."""
     has_channels: ClassVar[bool] = False
@@ -149,6 +157,10 @@ class Spec:
     def mismatches(self) -> list[str]:
         """One line for each array that is none, or does not fit the others."""
         return []
+
+    def canonical(self) -> Spec:
+        """The same layer with its arrays as other layers of its kind hold them."""
+        return self
 
     def apply(self, run: Run, *inputs: Any, **options: Any) -> Any:
         """The layer's formula for a batch; a buffer's new value goes to ``run.update``."""
@@ -255,6 +267,13 @@ def common_dtype(*arrays: Array | None) -> DType:
     """The dtype that the given arrays promote to; float32 where there are none."""
     given = [a.dtype for a in arrays if a is not None]
     return jnp.result_type(*given) if given else jnp.dtype(jnp.float32)
+
+
+def plain_dtype(value: Any, *arrays: Array | None) -> DType | None:
+    """``value``, what operands are cast to, or None where they all come to it anyway."""
+    widest = jnp.result_type(jnp.float32, jax.dtypes.canonicalize_dtype("float64"))
+    is_plain = dtype(value) == common_dtype(*arrays) == widest
+    return None if is_plain else dtype(value)
 
 
 def promoted_dtype(statistics: Array, *parameters: Array | None) -> DType | None:

@@ -6,7 +6,8 @@ users of the framework hold: ``(module, variables)`` in Linen, ``(model, state)`
 ===================================  =====================================================
 ``linear(weight, bias)`` …           build one layer from arrays in canonical layout
 ``lstm(weight_x, weight_h, bias)``   a cell with its gates in the order i, f, g, o
-``steps(model, xs, h, c)``           run a cell: hidden states over time, last cell state
+``steps(model, xs, h, ...)``         run a cell: outputs over time, the rest of the last state
+``start(model, shape)``              a cell's state before an input of that shape, output first
 ``sequential(*layers)``              a stack of such layers and plain callables
 ``activation(fn)``                   a weight-less function of one array, as a layer
 ``subclass(weight, bias)``           a subclass of the linear layer with another forward

@@ -67,10 +67,23 @@ def lstm(weight_x, weight_h, bias):
     )
 
 
-def steps(model, xs, h, c):
-    model.init_state(len(h))
-    model.h.value, model.c.value = h, c
-    return jnp.stack([model(x) for x in xs]), model.c.value
+def _hidden(model, shape):
+    """The hidden states of a cell, made for inputs of a shape: the output first."""
+    batch, *features = shape
+    options = {"input_shape": tuple(features)} if hasattr(model, "skeleton") else {}
+    model.init_state(batch, **options)
+    return [getattr(model, name) for name in ("h", "c") if hasattr(model, name)]
+
+
+def start(model, shape):
+    return tuple(hidden.value for hidden in _hidden(model, shape))
+
+
+def steps(model, xs, *state):
+    hidden = _hidden(model, xs.shape[1:])
+    for old, value in zip(hidden, state, strict=True):
+        old.value = value
+    return jnp.stack([model(x) for x in xs]), *(old.value for old in hidden[1:])
 
 
 def max_pool(window, strides, padding):
@@ -392,6 +405,17 @@ def _pool_options(kind, dims):
     return Constructor((2, 7, 6, 5, 4)[: dims + 1] + (4,), {"kernel_size": 2}, options, True)
 
 
+_CELL = {"num_in": 3, "num_out": 4}
+_CELL_OPTIONS = {
+    "num_in": SHAPE,
+    "num_out": SHAPE,
+    "w_init": INITIAL,
+    "b_init": Option(None),
+    "state_init": Option(nn.init.Constant(1.0)),
+    "activation": Option("relu"),
+    "name": NAME,
+}
+
 CONSTRUCTORS = {
     nn.Sequential: "its layers are tested in stacks",
     nn.Linear: Constructor(
@@ -410,18 +434,16 @@ CONSTRUCTORS = {
     nn.Conv1d: _conv_options(1),
     nn.Conv2d: _conv_options(2),
     nn.Conv3d: _conv_options(3),
-    nn.LSTMCell: Constructor(
+    nn.LSTMCell: Constructor((6, 3), _CELL, _CELL_OPTIONS),
+    nn.ValinaRNNCell: Constructor(
+        (6, 3), _CELL, _CELL_OPTIONS | {"activation": Option("tanh")}
+    ),
+    nn.GRUCell: Constructor((6, 3), _CELL, _CELL_OPTIONS),
+    nn.MGUCell: Constructor((6, 3), _CELL, _CELL_OPTIONS),
+    nn.URLSTMCell: Constructor(
         (6, 3),
-        {"num_in": 3, "num_out": 4},
-        {
-            "num_in": SHAPE,
-            "num_out": SHAPE,
-            "w_init": INITIAL,
-            "b_init": Option(None, refused=ALL),
-            "state_init": Option(brainstate.nn.init.Constant(1.0), refused=ALL),
-            "activation": Option("relu"),
-            "name": NAME,
-        },
+        _CELL,
+        {name: mark for name, mark in _CELL_OPTIONS.items() if name != "b_init"},
     ),
     **{
         getattr(nn, f"{kind}Pool{dims}d"): _pool_options(kind, dims)

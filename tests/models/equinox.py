@@ -64,12 +64,28 @@ def lstm(weight_x, weight_h, bias):
     return _set(cell, weight_ih=weight_x.T, weight_hh=weight_h.T, bias=bias)
 
 
-def steps(model, xs, h, c):
+def start(model, shape):
+    """Zeros for Equinox's own cells, which leave the initial state to the caller."""
+    module = model[0] if isinstance(model, tuple) else model
+    batch, *features = shape
+    if hasattr(module, "skeleton"):
+        carry = module.initialize_carry((features[-1], *features[:-1]))
+    else:
+        h = jnp.zeros(module.hidden_size, module.weight_hh.dtype)
+        carry = (h, h) if isinstance(module, eqx.nn.LSTMCell) else h
+    state = carry if isinstance(carry, tuple) else (carry,)
+    return tuple(jnp.stack([jnp.moveaxis(array, 0, -1)] * batch) for array in state)
+
+
+def steps(model, xs, *state):
+    """``xs`` and the states have their channels last."""
     module, outs = model[0] if isinstance(model, tuple) else model, []
-    for x in xs:
-        h, c = jax.vmap(module)(x, (h, c))
-        outs.append(h)
-    return jnp.stack(outs), c
+    carry = tuple(jnp.moveaxis(array, -1, 1) for array in state)
+    for x in jnp.moveaxis(xs, -1, 2):
+        carry = jax.vmap(module)(x, carry if len(state) > 1 else carry[0])
+        carry = carry if isinstance(carry, tuple) else (carry,)
+        outs.append(jnp.moveaxis(carry[0], 1, -1))
+    return jnp.stack(outs), *(jnp.moveaxis(array, 1, -1) for array in carry[1:])
 
 
 def max_pool(window, strides, padding):
@@ -298,6 +314,18 @@ def _pool_options(kind, dims):
     )
 
 
+_CELL = Constructor(
+    (6, 3),
+    {"input_size": 3, "hidden_size": 4, "key": _KEY},
+    {
+        "input_size": SHAPE,
+        "hidden_size": SHAPE,
+        "use_bias": Option(False),
+        "dtype": Option(jnp.bfloat16),
+        "key": INITIAL,
+    },
+)
+
 CONSTRUCTORS = {
     eqx.nn.Sequential: "its layers are tested in stacks",
     eqx.nn.Linear: Constructor(
@@ -374,17 +402,8 @@ CONSTRUCTORS = {
     eqx.nn.Conv1d: _conv_options(1),
     eqx.nn.Conv2d: _conv_options(2),
     eqx.nn.Conv3d: _conv_options(3),
-    eqx.nn.LSTMCell: Constructor(
-        (6, 3),
-        {"input_size": 3, "hidden_size": 4, "key": _KEY},
-        {
-            "input_size": SHAPE,
-            "hidden_size": SHAPE,
-            "use_bias": Option(False, refused=ALL),
-            "dtype": Option(jnp.bfloat16),
-            "key": INITIAL,
-        },
-    ),
+    eqx.nn.LSTMCell: _CELL,
+    eqx.nn.GRUCell: _CELL,
     **{
         getattr(eqx.nn, f"{kind}Pool{dims}d"): _pool_options(kind, dims)
         for kind in ("Max", "Avg")

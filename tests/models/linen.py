@@ -58,13 +58,18 @@ def lstm(weight_x, weight_h, bias):
     return nn.LSTMCell(hidden), {"params": params}
 
 
-def steps(model, xs, h, c):
+def start(model, shape):
+    carry = model[0].initialize_carry(jax.random.key(0), shape)
+    return carry[::-1] if isinstance(carry, tuple) else (carry,)
+
+
+def steps(model, xs, *state):
     module, variables = model
-    carry, outs = (c, h), []
+    carry, outs = state[::-1] if len(state) > 1 else state[0], []
     for x in xs:
         carry, y = module.apply(variables, carry, x)
         outs.append(y)
-    return jnp.stack(outs), carry[0]
+    return jnp.stack(outs), *(carry[:-1] if len(state) > 1 else ())
 
 
 def max_pool(window, strides, padding):
@@ -244,8 +249,8 @@ def construct(cls, x, **options):
     module = cls(**options)
     alone = {name: v for name, v in options.items() if not name.startswith("axis_")}
     inputs = [array(*x) if isinstance(x, tuple) else x]
-    if cls in (nn.LSTMCell, nn.OptimizedLSTMCell):
-        inputs.insert(0, (jnp.zeros((x[0], 4)),) * 2)
+    if isinstance(module, nn.RNNCellBase):
+        inputs.insert(0, module.initialize_carry(jax.random.key(0), x))
     variables = _in_mode(cls(**alone), False, {}).init(jax.random.key(0), *inputs)
     if "params" in variables:
         variables["params"] = jax.tree.map(
@@ -303,7 +308,13 @@ _LSTM = _MODULE | {
     "param_dtype": Option(
         {"param_dtype": jnp.bfloat16, "recurrent_kernel_init": jax.nn.initializers.normal()},
     ),
-    "carry_init": Option(nn.initializers.ones, refused=ALL),
+    "carry_init": Option(nn.initializers.ones),
+}
+_SIMPLE = {name: mark for name, mark in _LSTM.items() if name != "gate_fn"}
+_MGU = {name: mark for name, mark in _LSTM.items() if name != "bias_init"}
+_RNN = _MODULE | {
+    "time_major": Option(True, attribute=True),
+    "return_carry": Option(True, attribute=True),
 }
 
 _CONTRACTION = _MODULE | {
@@ -423,6 +434,58 @@ CONSTRUCTORS = {
             "conv_general_dilated_cls": Option(lambda: _dilated, refused=ALL),
         },
         images=True,
+    ),
+    nn.SimpleCell: Constructor((6, 3), {"features": 4}, _SIMPLE | {"residual": Option(True)}),
+    nn.GRUCell: Constructor((6, 3), {"features": 4}, _LSTM),
+    nn.MGUCell: Constructor(
+        (6, 3),
+        {"features": 4},
+        _MGU
+        | {
+            "forget_bias_init": INITIAL,
+            "activation_bias_init": INITIAL,
+            "reset_gate": Option(False),
+        },
+    ),
+    nn.ConvLSTMCell: Constructor(
+        (2, 6, 5, 3),
+        {"features": 4, "kernel_size": (3, 2)},
+        _MODULE
+        | {
+            "features": SHAPE,
+            "kernel_size": Option((2,), x=(2, 6, 3)),
+            "strides": Option((1, 1)),
+            "padding": Option(((2, 0), (0, 1))),
+            "use_bias": Option(False),
+            "dtype": Option(jnp.bfloat16),
+            "param_dtype": Option(jnp.bfloat16),
+            "carry_init": Option(nn.initializers.ones),
+        },
+    ),
+    nn.RNN: Constructor(
+        (2, 5, 3),
+        {"cell": nn.GRUCell(4)},
+        _RNN
+        | {
+            "cell": "a layer of its own",
+            "reverse": Option(True),
+            "keep_order": Option({"reverse": True, "keep_order": True}),
+            "unroll": Option(2),
+            "variable_axes": Option({"variable_axes": {"other": 0}}, refused=ALL),
+            "variable_broadcast": Option(["params", "other"], refused=ALL),
+            "variable_carry": Option("other", refused=ALL),
+            "split_rngs": Option({"split_rngs": {"params": False, "other": True}}, refused=ALL),
+        },
+    ),
+    nn.Bidirectional: Constructor(
+        (2, 5, 3),
+        {"forward_rnn": nn.RNN(nn.GRUCell(4)), "backward_rnn": nn.RNN(nn.LSTMCell(4))},
+        _RNN
+        | {
+            "forward_rnn": "a layer of its own",
+            "backward_rnn": "a layer of its own",
+            "merge_fn": Option(jnp.subtract),
+        },
     ),
     nn.LSTMCell: Constructor((6, 3), {"features": 4}, _LSTM),
     nn.OptimizedLSTMCell: Constructor((6, 3), {"features": 4}, _LSTM),

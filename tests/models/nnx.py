@@ -1,6 +1,7 @@
 """Flax NNX models."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -75,12 +76,17 @@ def lstm(weight_x, weight_h, bias):
     return cell
 
 
-def steps(model, xs, h, c):
-    carry, outs = (c, h), []
+def start(model, shape):
+    carry = model.initialize_carry(shape, nnx.Rngs(0))
+    return carry[::-1] if isinstance(carry, tuple) else (carry,)
+
+
+def steps(model, xs, *state):
+    carry, outs = state[::-1] if len(state) > 1 else state[0], []
     for x in xs:
         carry, y = model(carry, x)
         outs.append(y)
-    return jnp.stack(outs), carry[0]
+    return jnp.stack(outs), *(carry[:-1] if len(state) > 1 else ())
 
 
 def max_pool(window, strides, padding):
@@ -262,7 +268,10 @@ def count(model):
 
 
 def construct(cls, x, **options):
-    layer = cls(**options)
+    with warnings.catch_warnings():
+        if "carry_init" in options:
+            warnings.simplefilter("ignore")  # of an argument that is to be given elsewhere
+        layer = cls(**options)
     for variable in jax.tree.leaves(
         nnx.state(layer, nnx.Param), is_leaf=lambda v: isinstance(v, nnx.Variable)
     ):
@@ -339,7 +348,7 @@ _LSTM = {
     "param_dtype": Option(
         {"param_dtype": jnp.bfloat16, "recurrent_kernel_init": jax.nn.initializers.normal()},
     ),
-    "carry_init": "it warns: the initial state is an argument of initialize_carry",
+    "carry_init": Option(nnx.initializers.ones),
     "promote_dtype": Option(_promote, refused=ALL),
     "keep_rngs": "it warns: the streams are an argument of initialize_carry",
     "rngs": INITIAL,
@@ -408,6 +417,12 @@ _ATTENTION = {
     "key_ln_scale_metadata": _note(
         "key_ln_scale_metadata", "scale", "LayerNorm", normalize_qk=True
     ),
+}
+_SIMPLE = {name: mark for name, mark in _LSTM.items() if name != "gate_fn"}
+_RNN = {
+    "time_major": Option(True, attribute=True),
+    "return_carry": Option(True, attribute=True),
+    "rngs": "only a random initial state depends on it",
 }
 
 CONSTRUCTORS = {
@@ -497,6 +512,34 @@ CONSTRUCTORS = {
             "bias_metadata": _note("bias_metadata", "bias"),
         },
         images=True,
+    ),
+    nnx.SimpleCell: Constructor((6, 3), _CELL, _SIMPLE | {"residual": Option(True)}),
+    nnx.GRUCell: Constructor((6, 3), _CELL, _LSTM),
+    nnx.RNN: Constructor(
+        (2, 5, 3),
+        {"cell": nnx.GRUCell(3, 4, rngs=_RNGS)},
+        _RNN
+        | {
+            "cell": "a layer of its own",
+            "reverse": Option(True),
+            "keep_order": Option({"reverse": True, "keep_order": True}),
+            "unroll": Option(2),
+            "state_axes": Option(nnx.StateAxes({...: None}), refused=ALL),
+            "broadcast_rngs": Option("dropout", refused=ALL),
+        },
+    ),
+    nnx.Bidirectional: Constructor(
+        (2, 5, 3),
+        {
+            "forward_rnn": nnx.RNN(nnx.GRUCell(3, 4, rngs=_RNGS)),
+            "backward_rnn": nnx.RNN(nnx.LSTMCell(3, 4, rngs=_RNGS)),
+        },
+        _RNN
+        | {
+            "forward_rnn": "a layer of its own",
+            "backward_rnn": "a layer of its own",
+            "merge_fn": Option(jnp.subtract),
+        },
     ),
     nnx.LSTMCell: Constructor((6, 3), _CELL, _LSTM),
     nnx.OptimizedLSTMCell: Constructor((6, 3), _CELL, _LSTM),
