@@ -198,6 +198,7 @@ class _Crossing:
         self._moved: dict[int, specs.Spec] = {}
         self._rows: dict[int, tuple[int, ...]] = {}
         self._order: tuple[int, ...] = ()
+        self._is_fixed = any(leaf.fixes_order for leaf in leaves)
         self.changes: dict[int, tuple[specs.Spec, Change]] = {}
         self.axes = self._axes_of_input()
 
@@ -260,6 +261,14 @@ class _Crossing:
                     f"channels stand elsewhere in {self._target}, and this layer does not "
                     f"take examples of so many axes there",
                 )
+        if leaf.has_channels and self._is_fixed and self.axes == 0:
+            self._refuse(
+                leaf,
+                "its input",
+                self.shape or "of unknown shape",
+                f"another layer fixes the order of axes, and channels stand elsewhere in "
+                f"{self._target}",
+            )
         if i in self._rows:
             rows, self._order = self._rows[i], ()
             return self._once(leaf, rows, lambda leaf: leaf.with_rows(np.asarray(rows)))

@@ -34,6 +34,10 @@ MADE = {
     "RNN": ((LSTMCell.shaped(3, 4),), {"reverse": True, "unroll": 2}, (5, 6, 3)),
     "SimpleCell": ((3, 4), {"residual": True, "use_bias": False}, (5, 3)),
     "URLSTMCell": ((3, 4), {"activation": jax.nn.relu}, (5, 3)),
+    "Conv": ((4, 6, (3, 2)), {"padding": "SAME", "padding_mode": "REFLECT"}, (2, 5, 7, 4)),
+    "ConvLocal": (((5, 7, 4), 6, (3, 2)), {"strides": (2, 1)}, (2, 5, 7, 4)),
+    "ConvTranspose": ((4, 6, (3, 2)), {"groups": 2, "strides": (2, 1)}, (2, 5, 7, 4)),
+    "ScaledWSConv": ((4, 6, (3, 2)), {"groups": 2, "padding": "SAME"}, (2, 5, 7, 4)),
     "Linear": ((3, 4), {"mask": np.arange(12).reshape(3, 4) % 2}, (5, 3)),
     "LinearGeneral": (((2, 3), 4), {"axes": (-3, -1)}, (6, 2, 5, 3)),
     "MultiHeadAttention": ((4, 8), {"num_kv_heads": 2, "normalize_qk": True}, (2, 5, 8)),
@@ -82,12 +86,14 @@ def make(name, layer):
 
 @pytest.mark.parametrize("layer", MADE)
 def test_a_composite_converts_to_every_framework_and_back(source, target, layer):
-    _, _, x = MADE[layer]
     if layer in NATIVE.get(source.name, ()):
         pytest.skip(f"{source.name} has it natively")
+    x = given(MADE[layer][2])
     model = make(source.name, layer)
-    converted = target.convert_from(source, model, sample_input=x[1:])
-    back = source.convert_from(target, converted, sample_input=x[1:])
+    images = bool(held(source, model).space)
+    lay = {fw: fw.from_channels_last(x) if images else x for fw in (source, target)}
+    converted = target.convert_from(source, model, sample_input=lay[source].shape[1:])
+    back = source.convert_from(target, converted, sample_input=lay[target].shape[1:])
     assert type(part(back)) in registry.adapter(source.name).readers
     specs = [held(fw, m) for fw, m in ((source, model), (target, converted), (source, back))]
     for spec in specs[1:]:
@@ -97,7 +103,10 @@ def test_a_composite_converts_to_every_framework_and_back(source, target, layer)
         for key, array in arrays_of(spec).items():
             np.testing.assert_allclose(array, arrays_of(specs[0])[key], rtol=1e-6, atol=1e-7)
     if not issubclass(composites(source.name)[layer].spec_type, Cell):
-        found, wanted = target.call(converted, given(x)), source.call(model, given(x))
+        calls = ((target, converted), (source, model))
+        found, wanted = [fw.call(m, lay[fw]) for fw, m in calls]
+        if images:
+            found, wanted = target.to_channels_last(found), source.to_channels_last(wanted)
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 

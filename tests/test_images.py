@@ -173,14 +173,6 @@ def test_a_sample_of_another_rank_is_refused_between_layouts():
         )
 
 
-@pytest.mark.parametrize("padding", ["CIRCULAR", "REFLECT"])
-def test_padding_with_other_than_zeros_is_refused_by_name(padding):
-    layer = nnx.Conv(3, 4, (3, 3), padding=padding, rngs=nnx.Rngs(0))
-    with pytest.raises(interop.UnsupportedLayerError, match=f"padding='{padding}'") as e:
-        interop.from_nnx(layer, sample_input=(7, 6, 3))
-    assert e.value.option == "padding"
-
-
 @pytest.mark.parametrize("to", ["brainstate", "linen", "equinox"])
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_causal_padding_becomes_explicit(to, dilation):

@@ -166,6 +166,9 @@ def _layer(spec_type: type[specs.Spec]) -> Any:
 
 Bidirectional = _layer(specs.Bidirectional)
 ConvLSTMCell = _layer(specs.ConvLSTMCell)
+Conv = _layer(specs.Conv)
+ConvLocal = _layer(specs.ConvLocal)
+ConvTranspose = _layer(specs.ConvTranspose)
 Dropout = _layer(specs.Dropout)
 Einsum = _layer(specs.Einsum)
 GRUCell = _layer(specs.GRUCell)
@@ -178,10 +181,14 @@ RNN = _layer(specs.RNN)
 RotaryEmbedding = _layer(specs.RotaryEmbedding)
 SimpleCell = _layer(specs.SimpleCell)
 URLSTMCell = _layer(specs.URLSTMCell)
+ScaledWSConv = _layer(specs.ScaledWSConv)
 
 COMPOSITES = (
     Bidirectional,
     ConvLSTMCell,
+    Conv,
+    ConvLocal,
+    ConvTranspose,
     Dropout,
     Einsum,
     GRUCell,
@@ -194,4 +201,5 @@ COMPOSITES = (
     RotaryEmbedding,
     SimpleCell,
     URLSTMCell,
+    ScaledWSConv,
 )

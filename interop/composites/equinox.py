@@ -135,6 +135,9 @@ def _layer(spec_type: type[specs.Spec]) -> Any:
 
 Bidirectional = _layer(specs.Bidirectional)
 ConvLSTMCell = _layer(specs.ConvLSTMCell)
+Conv = _layer(specs.Conv)
+ConvLocal = _layer(specs.ConvLocal)
+ConvTranspose = _layer(specs.ConvTranspose)
 Dropout = _layer(specs.Dropout)
 Einsum = _layer(specs.Einsum)
 GRUCell = _layer(specs.GRUCell)
@@ -147,10 +150,14 @@ RNN = _layer(specs.RNN)
 RotaryEmbedding = _layer(specs.RotaryEmbedding)
 SimpleCell = _layer(specs.SimpleCell)
 URLSTMCell = _layer(specs.URLSTMCell)
+ScaledWSConv = _layer(specs.ScaledWSConv)
 
 COMPOSITES = (
     Bidirectional,
     ConvLSTMCell,
+    Conv,
+    ConvLocal,
+    ConvTranspose,
     Dropout,
     Einsum,
     GRUCell,
@@ -163,4 +170,5 @@ COMPOSITES = (
     RotaryEmbedding,
     SimpleCell,
     URLSTMCell,
+    ScaledWSConv,
 )

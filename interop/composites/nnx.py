@@ -118,6 +118,9 @@ def _layer(spec_type: type[specs.Spec]) -> Any:
 
 
 ConvLSTMCell = _layer(specs.ConvLSTMCell)
+Conv = _layer(specs.Conv)
+ConvLocal = _layer(specs.ConvLocal)
+ConvTranspose = _layer(specs.ConvTranspose)
 Dropout = _layer(specs.Dropout)
 Einsum = _layer(specs.Einsum)
 GRUCell = _layer(specs.GRUCell)
@@ -129,9 +132,13 @@ MultiHeadAttention = _layer(specs.MultiHeadAttention)
 RotaryEmbedding = _layer(specs.RotaryEmbedding)
 SimpleCell = _layer(specs.SimpleCell)
 URLSTMCell = _layer(specs.URLSTMCell)
+ScaledWSConv = _layer(specs.ScaledWSConv)
 
 COMPOSITES = (
     ConvLSTMCell,
+    Conv,
+    ConvLocal,
+    ConvTranspose,
     Dropout,
     Einsum,
     GRUCell,
@@ -143,4 +150,5 @@ COMPOSITES = (
     RotaryEmbedding,
     SimpleCell,
     URLSTMCell,
+    ScaledWSConv,
 )

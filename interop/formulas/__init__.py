@@ -2,6 +2,12 @@
 
 from .attention import attention, head_norm, rotate
 from .contractions import einsum, einsum_bias_shape, linear_general
+from .convolutions import (
+    convolution,
+    local_convolution,
+    standardized,
+    transposed_convolution,
+)
 from .functions import (
     ACTIVATIONS,
     Batched,
@@ -41,6 +47,10 @@ __all__ = [
     "head_norm",
     "linear_general",
     "rotate",
+    "convolution",
+    "local_convolution",
+    "standardized",
+    "transposed_convolution",
     "batch_norm",
     "dropout",
     "linear",

@@ -44,6 +44,8 @@ from .nnx import (
     check_bias,
     conv_fields,
     conv_options,
+    conv_transpose_fields,
+    conv_transpose_options,
     gates,
     joined,
     read_cell,
@@ -289,6 +291,17 @@ _VARIABLES: dict[type, Any] = {
         ("params", "ih", "bias"): (4 * m.features,) if m.use_bias else None,
         ("params", "hh", "bias"): (4 * m.features,) if m.use_bias else None,
     },
+    nn.ConvLocal: lambda m: {
+        ("params", "kernel"): (*_places(m), "rows", m.features),
+        ("params", "bias"): (*_places(m), m.features) if m.use_bias else None,
+    },
+    nn.ConvTranspose: lambda m: {
+        ("params", "kernel"): (
+            *_kernel_size(m),
+            *((m.features, "in") if m.transpose_kernel else ("in", m.features)),
+        ),
+        ("params", "bias"): (m.features,) if m.use_bias else None,
+    },
     nn.Embed: lambda m: {("params", "embedding"): (m.num_embeddings, m.features)},
     nn.LayerNorm: lambda m: {
         ("params", "scale"): _feature_names(m) if m.use_scale else None,
@@ -414,8 +427,12 @@ def _declared(module: Any, path: str, seen: set[int]) -> dict[Key, Any] | None:
     return found
 
 
-def _kernel_size(m: nn.Conv) -> tuple[int, ...]:
+def _kernel_size(m: nn.Conv | nn.ConvLocal | nn.ConvTranspose) -> tuple[int, ...]:
     return _axes(m.kernel_size)
+
+
+def _places(m: nn.ConvLocal) -> tuple[str, ...]:
+    return tuple(f"place {i}" for i in range(len(_kernel_size(m))))
 
 
 def _feature_names(m: nn.LayerNorm | nn.RMSNorm) -> tuple[str, ...]:
@@ -743,14 +760,59 @@ def read_conv(node, ctx):
     return specs.Conv(
         weight=node.array("kernel"),
         bias=node.array("bias"),
-        **conv_fields(m, len(_kernel_size(m)), ctx),
+        **conv_fields(m, ctx),
     )
 
 
-@adapter.builds(specs.Conv, carries=("input_dilation", "mask", "dtype", "precision"))
+_CONV = ("input_dilation", "mask", "dtype", "precision", "padding_mode")
+
+
+@adapter.builds(specs.Conv, carries=_CONV)
 def build_conv(spec, ctx):
-    module = nn.Conv(spec.weight.shape[-1], **conv_options(spec))
+    module = nn.Conv(spec.weight.shape[-1], **conv_options(spec, ctx))
     return _node(module, {"kernel": spec.weight, "bias": spec.bias})
+
+
+@adapter.reads(
+    nn.ConvLocal,
+    specs.ConvLocal,
+    fixed={
+        "promote_dtype": dtypes.promote_dtype,
+        "conv_general_dilated": None,
+        "conv_general_dilated_cls": None,
+        "feature_group_count": 1,
+    },
+)
+def read_conv_local(node, ctx):
+    return specs.ConvLocal(
+        weight=node.array("kernel"),
+        bias=node.array("bias"),
+        kernel_size=_kernel_size(node.module),
+        **conv_fields(node.module, ctx),
+    )
+
+
+@adapter.builds(specs.ConvLocal, carries=_CONV)
+def build_conv_local(spec, ctx):
+    module = nn.ConvLocal(spec.weight.shape[-1], **conv_options(spec, ctx))
+    return _node(module, {"kernel": spec.weight, "bias": spec.bias})
+
+
+@adapter.reads(
+    nn.ConvTranspose, specs.ConvTranspose, fixed={"promote_dtype": dtypes.promote_dtype}
+)
+def read_conv_transpose(node, ctx):
+    arrays = node.array("kernel"), node.array("bias")
+    return specs.ConvTranspose(**conv_transpose_fields(node.module, *arrays, ctx))
+
+
+@adapter.builds(specs.ConvTranspose, carries=(*_CONV[1:], "preferred_element_type"))
+def build_conv_transpose(spec, ctx):
+    options = conv_transpose_options(spec, ctx)
+    kernel = options.pop("kernel_init")()
+    del options["bias_init"]
+    module = nn.ConvTranspose(spec.weight.shape[-1], **options)
+    return _node(module, {"kernel": kernel, "bias": spec.bias})
 
 
 @adapter.reads(nn.Embed, specs.Embedding, fixed={"promote_dtype": nn.Embed.promote_dtype})

@@ -8,6 +8,7 @@ its operands are cast to before anything else, and the dtype of its result.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -489,56 +490,95 @@ def read_conv(m, ctx):
     return specs.Conv(
         weight=_array(m, ctx, "kernel"),
         bias=_array(m, ctx, "bias"),
-        **conv_fields(m, len(m.kernel_size), ctx),
+        **conv_fields(m, ctx),
         preferred_element_type=specs.dtype(m.preferred_element_type),
     )
 
 
-def conv_fields(m, space: int, ctx) -> dict[str, Any]:
+def conv_fields(m, ctx) -> dict[str, Any]:
     """The options of a convolution, which Flax spells alike in NNX and in Linen."""
-
-    def each(value: Any) -> tuple[int, ...]:
-        return (
-            (value or 1,) * space if value is None or isinstance(value, int) else tuple(value)
-        )
-
-    input_dilation, kernel_dilation = each(m.input_dilation), each(m.kernel_dilation)
-    padding = m.padding.upper() if isinstance(m.padding, str) else m.padding
+    kernel = _kernel_size(m)
+    input_dilation = _each(m.input_dilation, kernel)
+    kernel_dilation = _each(m.kernel_dilation, kernel)
+    reach = [(size - 1) * d + 1 for size, d in zip(kernel, kernel_dilation, strict=True)]
+    padding, padding_mode = _padding(m, kernel), "ZEROS"
     if padding in ("CIRCULAR", "REFLECT"):
-        ctx.refuse(
-            "padding",
-            padding,
-            "other frameworks pad with zeros",
-            "Pad with jnp.pad in a function before the layer, and give it padding='VALID'",
-        )
+        padding, padding_mode = _flax_pads(reach), padding
     if padding == "CAUSAL":
-        (size,) = m.kernel_size if isinstance(m.kernel_size, tuple) else [m.kernel_size]
-        padding = (((size - 1) * kernel_dilation[0] * input_dilation[0], 0),)
-    elif not isinstance(padding, str):
-        pairs = [padding] * space if isinstance(padding, int) else padding
-        padding = tuple((p, p) if isinstance(p, int) else tuple(p) for p in pairs)
+        if len(reach) != 1:
+            ctx.refuse("padding", padding, "Flax has it for one axis of space only")
+        padding = (((reach[0] - 1) * input_dilation[0], 0),)
     return {
-        "strides": each(m.strides),
         "padding": padding,
+        "padding_mode": padding_mode if any(map(any, padding)) else "ZEROS",
         "kernel_dilation": kernel_dilation,
         "groups": m.feature_group_count,
-        "in_shape": None,
         "input_dilation": None if set(input_dilation) == {1} else input_dilation,
+        **_conv_fields(m, kernel),
+    }
+
+
+def _conv_fields(m, kernel: tuple[int, ...]) -> dict[str, Any]:
+    """Those that convolutions and transposed ones have."""
+    return {
+        "strides": _each(m.strides, kernel),
+        "in_shape": None,
         "mask": m.mask,
         "dtype": specs.dtype(m.dtype),
         "precision": m.precision,
     }
 
 
-def conv_options(spec) -> dict[str, Any]:
+def _kernel_size(m) -> tuple[int, ...]:
+    return (m.kernel_size,) if isinstance(m.kernel_size, int) else tuple(m.kernel_size)
+
+
+def _each(value: Any, kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """``value`` for each axis of space; None means 1."""
+    if value is None or isinstance(value, int):
+        return (1 if value is None else value,) * len(kernel)
+    return tuple(value)
+
+
+def _padding(m, kernel: tuple[int, ...]) -> Any:
+    if isinstance(m.padding, str):
+        return m.padding.upper()
+    pairs = [m.padding] * len(kernel) if isinstance(m.padding, int) else m.padding
+    return tuple((p, p) if isinstance(p, int) else tuple(p) for p in pairs)
+
+
+def _flax_pads(reach: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """How much Flax pads where it does so with other than zeros."""
+    return tuple(((size - 1) // 2, size // 2) for size in reach)
+
+
+def conv_options(spec, ctx) -> dict[str, Any]:
     """The same options, as both constructors take them."""
+    padding = spec.padding
+    if spec.padding_mode != "ZEROS":
+        pads = padding
+        if padding in ("SAME", "SAME_LOWER") and set(spec.strides) == {1}:
+            pads = spec.pads((1,) * (spec.dims + 1))  # the same for any shape
+        if spec.padding_mode == "REPLICATE" or pads != _flax_pads(spec.reach):
+            ctx.refuse(
+                "padding_mode",
+                spec.padding_mode,
+                f"Flax cannot pad by {padding} with other than zeros",
+            )
+        padding = spec.padding_mode
     return {
-        "kernel_size": tuple(spec.weight.shape[: spec.space]),
-        "strides": spec.strides,
-        "padding": spec.padding,
+        "kernel_size": spec.kernel,
+        "padding": padding,
         "input_dilation": spec.input_dilation or 1,
-        "kernel_dilation": spec.kernel_dilation,
         "feature_group_count": spec.groups,
+        **_conv_options(spec),
+    }
+
+
+def _conv_options(spec) -> dict[str, Any]:
+    return {
+        "strides": spec.strides,
+        "kernel_dilation": spec.kernel_dilation,
         "use_bias": spec.bias is not None,
         "mask": spec.mask,
         "dtype": spec.dtype,
@@ -547,7 +587,7 @@ def conv_options(spec) -> dict[str, Any]:
     }
 
 
-_CONV = ("input_dilation", "mask", "dtype", "precision")
+_CONV = ("input_dilation", "mask", "dtype", "precision", "padding_mode")
 
 
 @adapter.builds(specs.Conv, carries=(*_CONV, "preferred_element_type"))
@@ -555,12 +595,99 @@ def build_conv(spec, ctx):
     return nnx.Conv(
         spec.channels,
         spec.weight.shape[-1],
-        **conv_options(spec),
+        **conv_options(spec, ctx),
         preferred_element_type=spec.preferred_element_type,
         kernel_init=_given(spec.weight),
         bias_init=_given(spec.bias),
         rngs=_NO_RNGS,
     )
+
+
+@adapter.reads(
+    nnx.ConvTranspose,
+    specs.ConvTranspose,
+    state=("kernel", "bias"),
+    fixed={"promote_dtype": dtypes.promote_dtype},
+)
+def read_conv_transpose(m, ctx):
+    arrays = _array(m, ctx, "kernel"), _array(m, ctx, "bias")
+    return specs.ConvTranspose(**conv_transpose_fields(m, *arrays, ctx))
+
+
+def conv_transpose_fields(m, kernel, bias, ctx) -> dict[str, Any]:
+    """A transposed convolution, which Flax has alike in NNX and in Linen."""
+    size = _kernel_size(m)
+    fields = _conv_fields(m, size)
+    dilation, padding = _each(m.kernel_dilation, size), _padding(m, size)
+    reach = tuple((n - 1) * d + 1 for n, d in zip(size, dilation, strict=True))
+    strides, is_circular = fields["strides"], padding == "CIRCULAR"
+    if is_circular:
+        padding = _circular_pads(reach, strides, m.transpose_kernel)
+    elif padding == "SAME_LOWER" and set(strides) == {1}:
+        padding = "SAME"  # which is SAME_LOWER there: the first end gets more
+    elif isinstance(padding, str) and padding not in ("SAME", "VALID"):
+        ctx.refuse("padding", padding, "Flax fails on it when it is called")
+    fields |= {
+        "weight": kernel,
+        "bias": bias,
+        "padding": padding,
+        "padding_mode": "CIRCULAR" if is_circular else "ZEROS",
+        "kernel_dilation": dilation,
+        "groups": 1,
+        "preferred_element_type": specs.dtype(m.preferred_element_type),
+    }
+    if m.transpose_kernel:
+        mask = m.mask if m.mask is None else specs.flipped(m.mask)
+        fields |= {"weight": specs.flipped(kernel), "mask": mask}
+    return fields
+
+
+def _circular_pads(reach, strides, mirrored: bool) -> tuple[tuple[int, int], ...]:
+    """What periodic padding comes to: Flax adds up what is one period apart in the output.
+
+    The output then has ``stride`` times the elements of the input; where an odd number has to
+    be cut off it, ``mirrored`` says that the first end loses more.
+    """
+    pads: list[tuple[int, int]] = []
+    for size, stride in zip(reach, strides, strict=True):
+        surplus = max(size - stride, 0)
+        low = size - 1 - (surplus + mirrored) // 2
+        pads.append((low, size + stride - 2 - low))
+    return tuple(pads)
+
+
+def conv_transpose_options(spec, ctx) -> dict[str, Any]:
+    """The same options, as both constructors take them, with the kernel beside them."""
+    if spec.groups != 1 or spec.dims > 3:
+        option, value = ("groups", spec.groups) if spec.groups != 1 else ("dims", spec.dims)
+        ctx.refuse(option, value, "Flax has one group, and at most three axes of space")
+    kernel, mask, padding, mirrored = spec.weight, spec.mask, spec.padding, False
+    if spec.padding_mode != "ZEROS":
+        found = [_circular_pads(spec.reach, spec.strides, side) for side in (False, True)]
+        if padding not in found:
+            ctx.refuse("padding", padding, "Flax cannot pad periodically by so much")
+        mirrored, padding = padding != found[0], "CIRCULAR"
+    if mirrored:
+        kernel, mask = specs.flipped(kernel), mask if mask is None else specs.flipped(mask)
+    return {
+        **_conv_options(spec),
+        "kernel_size": spec.kernel,
+        "padding": padding,
+        "mask": mask,
+        "transpose_kernel": mirrored,
+        "preferred_element_type": spec.preferred_element_type,
+        "kernel_init": _given(kernel),
+        "bias_init": _given(spec.bias),
+    }
+
+
+_TRANSPOSED = ("mask", "dtype", "precision", "padding_mode", "preferred_element_type")
+
+
+@adapter.builds(specs.ConvTranspose, carries=_TRANSPOSED)
+def build_conv_transpose(spec, ctx):
+    options, out = conv_transpose_options(spec, ctx), spec.weight.shape[-1]
+    return nnx.ConvTranspose(spec.channels, out, **options, rngs=_NO_RNGS)
 
 
 @adapter.reads(

@@ -24,6 +24,14 @@ from .base import (
     promoted_dtype,
 )
 from .contractions import Einsum, LinearGeneral
+from .convolutions import (
+    Conv,
+    ConvLocal,
+    Convolution,
+    ConvTranspose,
+    ScaledWSConv,
+    flipped,
+)
 from .functions import Activation, Dropout, Flatten, Function
 from .linear import Embedding, Linear
 from .norms import BatchNorm, GroupNorm, LayerNorm, Norm, RMSNorm
@@ -38,7 +46,7 @@ from .recurrent import (
     SimpleCell,
     URLSTMCell,
 )
-from .spatial import Conv, Pool, pool
+from .spatial import Pool, pool
 
 __all__ = [
     "Activation",
@@ -48,6 +56,9 @@ __all__ = [
     "Cell",
     "Conv",
     "ConvLSTMCell",
+    "ConvLocal",
+    "ConvTranspose",
+    "Convolution",
     "Deferred",
     "Dropout",
     "Einsum",
@@ -68,6 +79,7 @@ __all__ = [
     "RNN",
     "RotaryEmbedding",
     "Run",
+    "ScaledWSConv",
     "Sequential",
     "Shape",
     "SimpleCell",
@@ -75,6 +87,7 @@ __all__ = [
     "URLSTMCell",
     "common_dtype",
     "dtype",
+    "flipped",
     "is_wide",
     "move_channels",
     "moved_axis",

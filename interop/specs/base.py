@@ -113,6 +113,11 @@ class Spec:
     """Whether the result depends on the order of the axes, and ``moved`` changes that."""
 
     @property
+    def fixes_order(self) -> bool:
+        """Whether its axes are in one order, wherever a framework has its channels."""
+        return False
+
+    @property
     def space(self) -> int | None:
         """Axes that an example has beside that of its channels; None where any will do."""
         return 0
@@ -182,7 +187,7 @@ class Spec:
     def initial(self, key: jax.Array) -> Self:
         """This layer with fresh arrays in place of each ``ShapeDtypeStruct``.
 
-        Scales and variances are 1, biases and means 0, the rest as LeCun et al. (1998).
+        Scales, gains and variances are 1, biases and means 0, the rest as LeCun et al. (1998).
         """
         values: dict[str, Any] = {}
         for i, name in enumerate((*self.trained, *self.buffers, *self.children)):
@@ -236,7 +241,7 @@ def _initial(name: str, value: Any, key: jax.Array) -> Any:
         )
     if not isinstance(value, jax.ShapeDtypeStruct):
         return value
-    if "scale" in name or "var" in name:
+    if "scale" in name or "var" in name or "gain" in name:
         return jnp.ones(value.shape, value.dtype)
     if "bias" in name or "mean" in name or len(value.shape) < 2:
         return jnp.zeros(value.shape, value.dtype)

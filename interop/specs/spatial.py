@@ -1,4 +1,4 @@
-"""Convolution and pooling, with the channels last."""
+"""Pooling, with the channels last."""
 
 # jax.numpy declares some of its types only in part.
 # pyright: reportUnknownMemberType=false
@@ -9,98 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from .base import Array, DType, Shape, Spec, mismatches_of, shape_of
+from .base import Shape, Spec
 
 __all__ = [
-    "Conv",
     "Pool",
     "pool",
 ]
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Conv(Spec):
-    """Cross-correlation over the axes of space, as ``jax.lax.conv_general_dilated`` does it.
-
-    Shapes, with ``k`` axes of space:
-        x       (batch, *space, in)
-        weight  (*kernel, in // groups, out)
-        bias    (out,) or None
-        mask    that of the weight, or None; multiplied with it
-
-    ``padding`` is ``"SAME"``, ``"SAME_LOWER"``, ``"VALID"`` or k pairs. ``in_shape`` is the
-    shape ``(*space, in)`` of an example where the source fixes it. ``dtype`` is what the
-    operands are cast to; None means their common dtype.
-    """
-
-    weight: Array
-    bias: Array | None
-    strides: tuple[int, ...]
-    padding: str | tuple[tuple[int, int], ...]
-    kernel_dilation: tuple[int, ...]
-    groups: int
-    in_shape: Shape | None
-    input_dilation: tuple[int, ...] | None = None
-    mask: Array | None = None
-    dtype: DType | None = None
-    precision: Any = None
-    preferred_element_type: DType | None = None
-
-    @property
-    def space(self) -> int:
-        return len(self.strides)
-
-    @property
-    def channels(self) -> int:
-        """The number of channels of the input."""
-        return self.weight.shape[-2] * self.groups
-
-    @property
-    def holds_state(self) -> bool:
-        return True
-
-    @property
-    def in_features(self) -> int:
-        return self.channels
-
-    def pads(self, shape: Shape) -> tuple[tuple[int, int], ...]:
-        """The padding of an example of that shape, as pairs."""
-        if not isinstance(self.padding, str):
-            return self.padding
-        kernel = [
-            (size - 1) * dilation + 1
-            for size, dilation in zip(self.weight.shape, self.kernel_dilation, strict=False)
-        ]
-        pads = jax.lax.padtype_to_pads(shape[:-1], kernel, self.strides, self.padding)
-        return tuple((int(low), int(high)) for low, high in pads)
-
-    def output_shape(self, shape: Shape | None) -> Shape | None:
-        shape = shape or self.in_shape
-        if shape is None:
-            return None
-        last = (0, self.space + 1, *range(1, self.space + 1))
-        kernel = (self.space + 1, self.space, *range(self.space))
-
-        def run(x: jax.Array) -> jax.Array:
-            return jax.lax.conv_general_dilated(
-                x,
-                jnp.zeros(self.weight.shape),
-                self.strides,
-                self.padding,
-                self.input_dilation,
-                self.kernel_dilation,
-                jax.lax.ConvDimensionNumbers(last, kernel, last),
-                self.groups,
-            )
-
-        return shape_of(run, shape)
-
-    def mismatches(self) -> list[str]:
-        weight, out = self.weight, self.weight.shape[-1:]
-        lines = mismatches_of(weight=(weight, None), bias=(self.bias, out))
-        return lines + mismatches_of(mask=(self.mask, weight.shape))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -45,6 +45,7 @@ class Option:
         attribute: outputs on one device cannot show it: compare the attributes instead.
         training: whether the source can train with it.
         found: the class in the error, where that is of a part of the layer.
+        everywhere: whether it has images in the same layout in every framework.
     """
 
     value: Any
@@ -54,6 +55,7 @@ class Option:
     attribute: bool = False
     training: bool = True
     found: str | None = None
+    everywhere: bool = False
 
 
 ALL = "all"

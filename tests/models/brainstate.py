@@ -322,36 +322,37 @@ def _plain(x=(6, 4), **options):
     return Constructor(x, {}, {"name": NAME} | options)
 
 
-def _conv_options(dims):
+def _conv_options(dims, transposed=False, **more):
     shape = {1: (5, 4), 2: (6, 5, 4), 3: (6, 5, 3, 4)}[dims]
     kernel = (3, 2, 3)[:dims]
+    mask = (jax.numpy.arange(4 * 6 * math.prod(kernel)) % 3.0).reshape(*kernel, 4, 6)
+    first = {"channel_first": True, "in_size": shape[::-1], "b_init": jax.numpy.zeros}
+    options = {
+        "in_size": SHAPE,
+        "out_channels": SHAPE,
+        "kernel_size": SHAPE,
+        "stride": Option(2),
+        "padding": Option([(1, 0)] * dims),
+        "rhs_dilation": Option(2, x=(2, *shape)),
+        "groups": Option(2),
+        "w_init": INITIAL,
+        "b_init": Option(jax.numpy.arange(6.0).reshape(*[1] * dims, 6)),
+        "w_mask": Option(mask.swapaxes(-1, -2) if transposed else mask),
+        "channel_first": Option(first, x=(2, *shape[::-1]), everywhere=True),
+        "name": NAME,
+        "param_type": Option(FrozenState, refused=ALL),
+    }
+    if not transposed:
+        options["lhs_dilation"] = Option({"lhs_dilation": 2, "padding": 1})
     return Constructor(
         (2, *shape),
         {"in_size": shape, "out_channels": 6, "kernel_size": kernel},
-        {
-            "in_size": SHAPE,
-            "out_channels": SHAPE,
-            "kernel_size": SHAPE,
-            "stride": Option(2),
-            "padding": Option([(1, 0)] * dims),
-            "lhs_dilation": Option(
-                {"lhs_dilation": 2, "padding": 1}, refused=_FEW, named="input_dilation"
-            ),
-            "rhs_dilation": Option(2, x=(2, *shape)),
-            "groups": Option(2),
-            "w_init": INITIAL,
-            "b_init": Option(jax.numpy.arange(6.0).reshape(*[1] * dims, 6)),
-            "w_mask": Option(
-                (jax.numpy.arange(4 * 6 * math.prod(kernel)) % 3.0).reshape(*kernel, 4, 6),
-                refused=_FEW,
-                named="mask",
-            ),
-            "channel_first": Option(True, refused=ALL),
-            "name": NAME,
-            "param_type": Option(FrozenState, refused=ALL),
-        },
+        options | more,
         images=True,
     )
+
+
+_SCALED = {"ws_gain": Option(False), "eps": Option(200.0)}
 
 
 def _norm():
@@ -434,6 +435,12 @@ CONSTRUCTORS = {
     nn.Conv1d: _conv_options(1),
     nn.Conv2d: _conv_options(2),
     nn.Conv3d: _conv_options(3),
+    nn.ConvTranspose1d: _conv_options(1, transposed=True),
+    nn.ConvTranspose2d: _conv_options(2, transposed=True),
+    nn.ConvTranspose3d: _conv_options(3, transposed=True),
+    nn.ScaledWSConv1d: _conv_options(1, **_SCALED),
+    nn.ScaledWSConv2d: _conv_options(2, **_SCALED),
+    nn.ScaledWSConv3d: _conv_options(3, **_SCALED),
     nn.LSTMCell: Constructor((6, 3), _CELL, _CELL_OPTIONS),
     nn.ValinaRNNCell: Constructor(
         (6, 3), _CELL, _CELL_OPTIONS | {"activation": Option("tanh")}

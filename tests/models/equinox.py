@@ -291,7 +291,33 @@ def _conv_options(dims, **base):
             "dilation": Option(2),
             "groups": Option(2),
             "use_bias": Option(False),
-            "padding_mode": Option({"padding_mode": "CIRCULAR", "padding": 1}, refused=ALL),
+            "padding_mode": Option({"padding_mode": "CIRCULAR", "padding": 1}),
+            "dtype": INITIAL,
+            "key": INITIAL,
+        },
+        images=True,
+    )
+
+
+def _transposed_options(dims, **base):
+    shape, kernel = (4, 5, 4, 3)[: dims + 1], (3, 2, 3)[:dims]
+    stride = {"stride": 3}
+    return Constructor(
+        (2, *shape),
+        {"in_channels": 4, "out_channels": 6, "kernel_size": kernel, "key": _KEY} | base,
+        {
+            "in_channels": SHAPE,
+            "out_channels": SHAPE,
+            "kernel_size": SHAPE,
+            "stride": Option(stride),
+            "padding": Option(stride | {"padding": "SAME_LOWER"}),
+            "output_padding": Option(stride | {"output_padding": 2, "padding": 1}),
+            "dilation": Option(2),
+            "groups": Option(2),
+            "use_bias": Option(False),
+            "padding_mode": Option(
+                {"padding_mode": "CIRCULAR", "padding": "SAME", "stride": 2, "dilation": 2}
+            ),
             "dtype": INITIAL,
             "key": INITIAL,
         },
@@ -404,6 +430,10 @@ CONSTRUCTORS = {
     eqx.nn.Conv3d: _conv_options(3),
     eqx.nn.LSTMCell: _CELL,
     eqx.nn.GRUCell: _CELL,
+    eqx.nn.ConvTranspose: _transposed_options(2, num_spatial_dims=2),
+    eqx.nn.ConvTranspose1d: _transposed_options(1),
+    eqx.nn.ConvTranspose2d: _transposed_options(2),
+    eqx.nn.ConvTranspose3d: _transposed_options(3),
     **{
         getattr(eqx.nn, f"{kind}Pool{dims}d"): _pool_options(kind, dims)
         for kind in ("Max", "Avg")

@@ -13,6 +13,7 @@ import shims
 from .. import live
 from ..cases import array
 from . import ALL, INITIAL, MODE, NAME, SHAPE, Constructor, Option
+from .nnx import TRANSPOSED
 
 LACKS = {}
 OWN_LAYOUT = set()
@@ -419,14 +420,14 @@ CONSTRUCTORS = {
             "kernel_size": Option(3, x=(2, 5, 4)),
             "strides": Option((2, 1)),
             "padding": Option([(1, 0), (2, 1)]),
-            "input_dilation": Option({"input_dilation": 2, "padding": 1}, refused=("equinox",)),
+            "input_dilation": Option({"input_dilation": 2, "padding": 1}),
             "kernel_dilation": Option((1, 2)),
             "feature_group_count": Option(2),
             "use_bias": Option(False),
-            "mask": Option((jnp.arange(144) % 3.0).reshape(3, 2, 4, 6), refused=("equinox",)),
-            "dtype": Option(jnp.bfloat16, refused=("brainstate", "equinox")),
+            "mask": Option((jnp.arange(144) % 3.0).reshape(3, 2, 4, 6)),
+            "dtype": Option(jnp.bfloat16),
             "param_dtype": INITIAL,
-            "precision": Option("highest", refused=("brainstate", "equinox"), attribute=True),
+            "precision": Option("highest", attribute=True),
             "kernel_init": INITIAL,
             "bias_init": INITIAL,
             "promote_dtype": Option(_promote, refused=ALL),
@@ -486,6 +487,39 @@ CONSTRUCTORS = {
             "backward_rnn": "a layer of its own",
             "merge_fn": Option(jnp.subtract),
         },
+    ),
+    nn.ConvLocal: Constructor(
+        (2, 6, 5, 4),
+        {"features": 6, "kernel_size": (3, 2)},
+        _MODULE
+        | {
+            "features": SHAPE,
+            "kernel_size": Option(3, x=(2, 5, 4)),
+            "strides": Option((2, 1)),
+            "padding": Option("CIRCULAR"),
+            "input_dilation": Option({"input_dilation": 2, "padding": 1}),
+            "kernel_dilation": Option((1, 2)),
+            "feature_group_count": "Flax fails with any other than 1",
+            "use_bias": Option(False),
+            "mask": Option((jnp.arange(30 * 24 * 6) % 3.0).reshape(6, 5, 24, 6)),
+            "dtype": Option(jnp.bfloat16),
+            "param_dtype": Option(jnp.bfloat16),
+            "precision": Option("highest", attribute=True),
+            "kernel_init": INITIAL,
+            "bias_init": INITIAL,
+            "promote_dtype": Option(_promote, refused=ALL),
+            "conv_general_dilated": Option(_dilated, refused=ALL),
+            "conv_general_dilated_cls": Option(lambda: _dilated, refused=ALL),
+        },
+        images=True,
+    ),
+    nn.ConvTranspose: Constructor(
+        (2, 6, 5, 4),
+        {"features": 6, "kernel_size": (3, 2)},
+        _MODULE
+        | TRANSPOSED
+        | {"features": SHAPE, "promote_dtype": Option(_promote, refused=ALL)},
+        images=True,
     ),
     nn.LSTMCell: Constructor((6, 3), {"features": 4}, _LSTM),
     nn.OptimizedLSTMCell: Constructor((6, 3), {"features": 4}, _LSTM),

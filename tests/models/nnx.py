@@ -425,6 +425,25 @@ _RNN = {
     "rngs": "only a random initial state depends on it",
 }
 
+TRANSPOSED = {
+    "kernel_size": Option(3, x=(2, 5, 4)),
+    "strides": Option((2, 1)),
+    "padding": Option([(1, 0), (2, 1)]),
+    "kernel_dilation": Option((1, 2)),
+    "use_bias": Option(False),
+    "mask": Option((jnp.arange(144) % 3.0).reshape(3, 2, 4, 6)),
+    "dtype": Option(jnp.bfloat16),
+    "param_dtype": INITIAL,
+    "precision": Option("highest", attribute=True),
+    "kernel_init": INITIAL,
+    "bias_init": INITIAL,
+    "transpose_kernel": Option({"transpose_kernel": True, "strides": (2, 1)}),
+    "promote_dtype": Option(_promote, refused=ALL),
+    "preferred_element_type": Option(
+        {"preferred_element_type": jnp.float32, "dtype": jnp.bfloat16}
+    ),
+}
+
 CONSTRUCTORS = {
     nnx.Sequential: "its layers are tested in stacks",
     nnx.Linear: Constructor(
@@ -492,20 +511,20 @@ CONSTRUCTORS = {
             "kernel_size": Option(3, x=(2, 5, 4)),
             "strides": Option((2, 1)),
             "padding": Option([(1, 0), (2, 1)]),
-            "input_dilation": Option({"input_dilation": 2, "padding": 1}, refused=("equinox",)),
+            "input_dilation": Option({"input_dilation": 2, "padding": 1}),
             "kernel_dilation": Option((1, 2)),
             "feature_group_count": Option(2),
             "use_bias": Option(False),
-            "mask": Option((jnp.arange(144) % 3.0).reshape(3, 2, 4, 6), refused=("equinox",)),
-            "dtype": Option(jnp.bfloat16, refused=("brainstate", "equinox")),
+            "mask": Option((jnp.arange(144) % 3.0).reshape(3, 2, 4, 6)),
+            "dtype": Option(jnp.bfloat16),
             "param_dtype": INITIAL,
-            "precision": Option("highest", refused=("brainstate", "equinox"), attribute=True),
+            "precision": Option("highest", attribute=True),
             "kernel_init": INITIAL,
             "bias_init": INITIAL,
             "promote_dtype": Option(_promote, refused=ALL),
             "conv_general_dilated": Option(_dilated, refused=ALL),
             "preferred_element_type": Option(
-                jnp.float32, refused=("brainstate", "equinox", "linen")
+                {"preferred_element_type": jnp.float32, "dtype": jnp.bfloat16}
             ),
             "rngs": INITIAL,
             "kernel_metadata": _note("kernel_metadata", "kernel"),
@@ -540,6 +559,19 @@ CONSTRUCTORS = {
             "backward_rnn": "a layer of its own",
             "merge_fn": Option(jnp.subtract),
         },
+    ),
+    nnx.ConvTranspose: Constructor(
+        (2, 6, 5, 4),
+        {"in_features": 4, "out_features": 6, "kernel_size": (3, 2), "rngs": _RNGS},
+        TRANSPOSED
+        | {
+            "in_features": SHAPE,
+            "out_features": SHAPE,
+            "rngs": INITIAL,
+            "kernel_metadata": _note("kernel_metadata", "kernel"),
+            "bias_metadata": _note("bias_metadata", "bias"),
+        },
+        images=True,
     ),
     nnx.LSTMCell: Constructor((6, 3), _CELL, _LSTM),
     nnx.OptimizedLSTMCell: Constructor((6, 3), _CELL, _LSTM),
