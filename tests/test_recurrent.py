@@ -325,7 +325,9 @@ def test_a_cell_in_a_stack_is_refused(to):
 
 
 @pytest.mark.parametrize(
-    "state_init", [bnn.init.Normal(), bnn.init.ZeroInit(), jnp.arange(4.0)], ids=str
+    "state_init",
+    [bnn.init.Normal(), bnn.init.ZeroInit(), jnp.arange(4.0)],
+    ids=["drawn", "zeros", "an array"],
 )
 def test_a_state_initialiser_is_carried_if_it_is_constant(state_init):
     cell = bnn.GRUCell(3, 4, state_init=state_init)

@@ -165,10 +165,12 @@ class Linen(Adapter):
 
     def hold(self, node, values):
         changed = {name: tree for (name,), tree in values.items()}
-        return Node(node.module, {**node.variables, **changed})
+        variables = {**node.variables, **changed}
+        given = None if node.given is None else _boxed_as(node.given, variables)
+        return Node(node.module, variables, given=given)
 
     def native(self, node):
-        return node.module, node.variables
+        return node.module, node.variables if node.given is None else node.given
 
     def run(self, node, inputs, train):
         mutable = [name for name in node.variables if name != "params"]
@@ -198,6 +200,15 @@ adapter.ships(COMPOSITES)
 def is_box(value: Any) -> bool:
     """Whether ``value`` is an array in one of Linen's own boxes of names."""
     return type(value) in (nn.Partitioned, nn.LogicallyPartitioned)
+
+
+def _boxed_as(given: Any, tree: Any) -> Any:
+    """``tree`` in the boxes that the user's own variables have."""
+
+    def box(old: Any, new: Any) -> Any:
+        return old.replace_boxed(new) if is_box(old) and not is_box(new) else new
+
+    return jax.tree.map(box, given, tree, is_leaf=is_box)
 
 
 def _unboxed(tree: Any) -> Any:
