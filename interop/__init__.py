@@ -6,11 +6,11 @@ goes from any framework to any other. Importing this package imports no framewor
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from . import api as _api
 from . import specs
-from .api import convert, supported_layers
+from .api import supported_layers
 from .comparison import (
     Comparison,
     Difference,
@@ -96,6 +96,98 @@ __all__ = [
     "to_onnx",
     "weights",
 ]
+
+
+@overload
+def convert(
+    model: Any,
+    *,
+    to: Literal["brainstate"],
+    params: Any = ...,
+    state: Any = ...,
+    sample_input: Any = ...,
+) -> brainstate.nn.Module: ...
+
+
+@overload
+def convert(
+    model: Any,
+    *,
+    to: Literal["nnx"],
+    params: Any = ...,
+    state: Any = ...,
+    sample_input: Any = ...,
+) -> flax.nnx.Module: ...
+
+
+@overload
+def convert(
+    model: Any,
+    *,
+    to: Literal["linen"],
+    params: Any = ...,
+    state: Any = ...,
+    sample_input: Any = ...,
+) -> tuple[flax.linen.Module, dict[str, Any]]: ...
+
+
+@overload
+def convert(
+    model: Any,
+    *,
+    to: Literal["equinox"],
+    params: Any = ...,
+    state: Any = ...,
+    sample_input: Any = ...,
+) -> equinox.Module: ...
+
+
+@overload
+def convert(
+    model: Any, *, to: str, params: Any = ..., state: Any = ..., sample_input: Any = ...
+) -> Any: ...
+
+
+def convert(
+    model: Any, *, to: str, params: Any = None, state: Any = None, sample_input: Any = None
+) -> Any:
+    """Convert a model to another framework, structurally and exactly.
+
+    Args:
+        model: a layer, or nested ``Sequential`` stacks of layers and plain functions. Not
+            changed. A function must treat the examples of a batch independently.
+        to: the target framework: ``"brainstate"``, ``"nnx"``, ``"linen"`` or ``"equinox"``.
+        params: the variables of a Linen model, ``{"params": …, "batch_stats": …}``.
+        state: the ``eqx.nn.State`` of a stateful Equinox model.
+        sample_input: one example without its batch axis, or its shape; needed where the
+            target fixes input shapes and the model does not tell them.
+
+    Returns:
+        A native, standalone model: what ``to_nnx``, ``to_linen``, … return for that target.
+        Arrays whose layout agrees are the same objects as the source's; no random number is
+        drawn. Dropout and batch normalisation start in evaluation mode and follow the
+        target's own switch.
+
+    Raises:
+        ArgumentError: an argument has the wrong type, or the framework is unknown.
+        MissingDependencyError, BrokenDependencyError: a framework cannot be imported.
+        UnmappedLayerError: a layer has no rule.
+        UnsupportedLayerError: a layer, or one of its options, has no exact counterpart.
+        UnsupportedStructureError: a module has forward logic of its own, or parts shared in
+            a way that the target cannot express.
+        MissingShapeError: ``sample_input`` is needed.
+        ConversionError: the given weights do not fit the model.
+
+    Example:
+        >>> import jax.numpy as jnp, brainstate
+        >>> from flax import nnx
+        >>> import interop
+        >>> layer = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+        >>> converted = interop.convert(layer, to="brainstate")
+        >>> bool(jnp.allclose(converted(jnp.ones((2, 3))), layer(jnp.ones((2, 3)))))
+        True
+    """
+    return _api.convert_with(model, to, params=params, state=state, sample_input=sample_input)
 
 
 def to_nnx(model: Any, *, rngs: flax.nnx.Rngs | None = None) -> flax.nnx.Module:

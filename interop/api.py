@@ -16,7 +16,6 @@ from .walk import Building, Reading
 
 __all__ = [
     "adapter_of",
-    "convert",
     "convert_from",
     "convert_with",
     "keywords_of",
@@ -27,65 +26,8 @@ __all__ = [
 ]
 
 
-def convert(
-    model: Any,
-    *,
-    to: str,
-    params: Any = None,
-    state: Any = None,
-    sample_input: Any = None,
-) -> Any:
-    """Convert a model to another framework, structurally and exactly.
-
-    Args:
-        model: a layer, or nested ``Sequential`` stacks of layers and plain functions. Not
-            changed. A function must treat the examples of a batch independently.
-        to: the target framework: ``"brainstate"``, ``"nnx"``, ``"linen"`` or ``"equinox"``.
-        params: the variables of a Linen model, ``{"params": …, "batch_stats": …}``.
-        state: the ``eqx.nn.State`` of a stateful Equinox model.
-        sample_input: one example without its batch axis, or its shape; needed where the
-            target fixes input shapes and the model does not tell them.
-
-    Returns:
-        A native, standalone model: what ``to_nnx``, ``to_linen``, … return for that target.
-        Arrays whose layout agrees are the same objects as the source's; no random number is
-        drawn. Dropout and batch normalisation start in evaluation mode and follow the
-        target's own switch.
-
-    Raises:
-        ArgumentError: an argument has the wrong type, or the framework is unknown.
-        MissingDependencyError, BrokenDependencyError: a framework cannot be imported.
-        UnmappedLayerError: a layer has no rule.
-        UnsupportedLayerError: a layer, or one of its options, has no exact counterpart.
-        UnsupportedStructureError: a module has forward logic of its own, or parts shared in
-            a way that the target cannot express.
-        MissingShapeError: ``sample_input`` is needed.
-        ConversionError: the given weights do not fit the model.
-
-    Example:
-        >>> import jax.numpy as jnp, brainstate
-        >>> from flax import nnx
-        >>> import interop
-        >>> layer = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
-        >>> converted = interop.convert(layer, to="brainstate")
-        >>> bool(jnp.allclose(converted(jnp.ones((2, 3))), layer(jnp.ones((2, 3)))))
-        True
-    """
-    return convert_with(
-        model, to, params=params, state=state, sample_input=sample_input, options={}
-    )
-
-
-def convert_from(
-    source: str,
-    model: Any,
-    *,
-    to: str,
-    params: Any = None,
-    state: Any = None,
-    sample_input: Any = None,
-) -> Any:
-    """:func:`convert`, for a model that must be one of ``source``'s."""
+def convert_from(source: str, model: Any, to: str, **keywords: Any) -> Any:
+    """:func:`convert_with`, for a model that must be one of ``source``'s."""
     _check_instance(model)
     if not isinstance(model, registry.adapter(source).module_type):
         raise ArgumentError(
@@ -93,9 +35,7 @@ def convert_from(
             path="model",
             remedy="interop.convert finds the source framework by itself",
         )
-    return convert_with(
-        model, to, params=params, state=state, sample_input=sample_input, options={}
-    )
+    return convert_with(model, to, **keywords)
 
 
 def convert_with(
@@ -105,11 +45,11 @@ def convert_with(
     params: Any = None,
     state: Any = None,
     sample_input: Any = None,
-    options: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
 ) -> Any:
-    """:func:`convert` with options of the target, such as the streams for its dropout."""
+    """``interop.convert`` with options of the target, such as the streams for its dropout."""
     try:
-        return _convert(model, to, params, state, sample_input, options)
+        return _convert(model, to, params, state, sample_input, options or {})
     except InteropError as e:
         e.reporter = functools.partial(
             _explain, model, to, params=params, state=state, sample_input=sample_input
