@@ -15,7 +15,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from importlib import import_module
 from typing import Any, ClassVar, Generic, TypeVar, cast
@@ -345,6 +345,7 @@ class Call:
         args, kwargs: its arguments.
         training: the host's mode; None where the host has none, and the guest's own holds.
         key: draws a random key from the host; raises MissingKeyError where it has none.
+        streams: keys of the host's other random streams, by name.
     """
 
     method: str
@@ -352,6 +353,7 @@ class Call:
     kwargs: Mapping[str, Any]
     training: bool | None
     key: Callable[[], jax.Array]
+    streams: Mapping[str, jax.Array] = field(default_factory=dict[str, jax.Array])
 
 
 class Structure(ABC):
@@ -371,6 +373,7 @@ class Structure(ABC):
             that of ``jax.vmap``.
         unkept: paths of layers that take statistics over the batch, name no axis, and keep no
             running ones.
+        takes_streams: whether calls look for random streams by name.
         partitionings: what the guest notes of how to split its arrays, by path; those without
             a note are left out.
         feature_axes: trailing axes of a recurrent cell's input that are not batch axes; None
@@ -384,6 +387,7 @@ class Structure(ABC):
     base_type: type
     fills: frozenset[str] = frozenset()
     named: Collection[Path] = ()
+    takes_streams: bool = False
     unkept: Collection[Path] = ()
     partitionings: Mapping[Path, Partitioning] = {}
     feature_axes: int | None = None

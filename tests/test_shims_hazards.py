@@ -388,3 +388,86 @@ def test_keys_that_are_numbers_and_text_are_kept_apart_or_refused(into):
         assert_array_equal(guest.w.value["9"], 3 * np.arange(4.0))
     else:
         assert_allclose(shim.apply(shim.init(KEY, X), X), X * 6, rtol=1e-6)
+
+
+class Scales(nnx.Module):
+    def __init__(self):
+        self.linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.gain = 1.0
+
+    def __call__(self, x):
+        return self.gain * self.linear(x)
+
+
+def test_a_changed_attribute_is_seen_through_two_layers_of_shims():
+    guest = Scales()
+    shim = shims.ToNNX(bnn.Sequential(shims.FromNNX(guest)))
+    call = nnx.jit(lambda m, x: m(x))
+    before = call(shim, X)
+    guest.gain = 3.0
+    assert_allclose(call(shim, X), 3 * before, rtol=1e-6)
+    assert_allclose(shim(X), 3 * before, rtol=1e-6)
+
+
+def test_a_variable_replaced_two_shims_down_is_shown_by_both():
+    guest = Scales()
+    shim = shims.ToNNX(bnn.Sequential(shims.FromNNX(guest)))
+    guest.linear.kernel = nnx.Param(jnp.eye(4))
+    guest.linear.bias = nnx.Param(jnp.ones(4))
+    assert_allclose(shim(X), X + 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_stream_of_the_guest_under_vmap_is_one_mask_for_all_lanes_and_advances(compiled):
+    drop, ones = nnx.Dropout(0.5, rngs=nnx.Rngs(0)), np.ones((3, 40), np.float32)
+    call = brainstate.transform.vmap(shims.FromNNX(drop))
+    call = brainstate.transform.jit(call) if compiled else call
+    with brainstate.environ.context(fit=True):
+        first, second = np.asarray(call(ones)), np.asarray(call(ones))
+    for out in (first, second):
+        assert set(np.unique(out)) == {0.0, 2.0}
+        assert_array_equal(out, np.stack([out[0]] * 3))
+    assert (first != second).any()
+    assert int(drop.rngs.count[...]) == 2
+    keyed = brainstate.transform.vmap(shims.FromNNX(nnx.Dropout(0.5)))
+    with brainstate.environ.context(fit=True):
+        out = np.asarray(keyed(ones))
+    assert (out[0] != out[1]).any()
+
+
+class Noisy(nn.Module):
+    """Adds noise where there is a stream for it."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        if train and self.has_rng("noise"):
+            x = x + jax.random.normal(self.make_rng("noise"), x.shape)
+        return nn.Dropout(0.0, deterministic=not train)(x)
+
+
+def test_a_linen_guest_has_the_streams_of_nnx_by_name():
+    shim = shims.ToNNX(Noisy(), rngs=nnx.Rngs(0, noise=1), params={})
+    for call in (lambda m, **kw: m(X, **kw), nnx.jit(lambda m: m(X))):
+        first, second = call(shim), call(shim)
+        assert (np.asarray(first) != np.asarray(second)).any()
+        assert abs(np.asarray(first - X).std() - 1) < 0.5
+    keys = {"noise": nnx.Rngs(0, noise=1).noise(), "dropout": KEY}
+    expected = Noisy().apply({}, X, train=True, rngs=keys)
+    in_the_call = shims.ToNNX(Noisy(), params={})(X, rngs=nnx.Rngs(0, noise=1))
+    assert_array_equal(in_the_call, expected)
+    assert_array_equal(shim(X, deterministic=True), X)
+    assert_array_equal(shims.ToNNX(Noisy(), rngs=nnx.Rngs(0), params={})(X), X)
+
+
+def test_streams_are_put_back_when_a_guest_that_cannot_change_raises():
+    class Breaks(nn.Module):
+        def __call__(self, x, train=False):
+            self.make_rng("noise")
+            raise RuntimeError("no")
+
+    shim = shims.ToNNX(Breaks(), rngs=nnx.Rngs(0, noise=1), params={})
+    for call in (lambda m: m(X), nnx.jit(lambda m: m(X))):
+        with pytest.raises(RuntimeError, match="no"):
+            call(shim)
+        counts = jax.tree.leaves(nnx.state(shim, nnx.RngCount))
+        assert [int(count) for count in counts] == [0, 0]

@@ -96,9 +96,11 @@ class BrainStateGuest(LiveGuest):
         self.native = module
 
     def structure(self):
+        _refresh(self.native)
         return BrainStateStructure(self.native)
 
     def cells(self):
+        _refresh(self.native)
         _, states = graph.flatten(self.native, treefy_state=False)
         return [
             _StateCell(
@@ -119,6 +121,15 @@ class BrainStateGuest(LiveGuest):
                 if state.value is not value:
                     state.value = value
             raise
+
+
+def _refresh(module: brainstate.nn.Module) -> None:
+    """Let the shims in a module show their own guests as they are now."""
+    nodes: Any = module.nodes()
+    for node in nodes.values():
+        refresh = getattr(type(node), "_shim_refresh", None)
+        if refresh is not None:
+            refresh(node)
 
 
 def _invoke(module: brainstate.nn.Module, call: Call) -> Any:

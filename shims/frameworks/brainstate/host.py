@@ -185,8 +185,12 @@ _SHARED = """
     ``LongTermState``s.
 
     ``brainstate.environ``'s ``fit`` reaches the guest; where it is not set, the guest's own
-    flags hold. A guest that is given keys gets them from ``brainstate.random``; one that
-    holds streams of its own keeps them, and they advance.
+    flags hold. A guest that can take a key gets one from ``brainstate.random`` at each call but
+    in evaluation; one that holds streams of its own keeps them, and they advance. Under
+    ``brainstate.transform.vmap`` such a stream is one value, and all lanes have one mask, as
+    with an unsplit stream under ``nnx.vmap``; keys of ``brainstate.random`` differ by lane.
+    To a Linen guest ``has_rng`` names only ``dropout`` and ``params``, to which other streams
+    fall back.
 
     A guest that is a recurrent cell makes a :class:`WrappedCell`, a ``brainstate.nn.RNNCell``
     with ``init_state(batch_size)`` and ``update(x)``.

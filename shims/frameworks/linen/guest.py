@@ -5,7 +5,9 @@ gets them, and every collection but ``params`` may change. The mode is passed as
 ``training``, ``is_training``, ``deterministic`` or ``use_running_average``, where the method
 takes one; layers with a mode of their own keep it, and one that would train while the host
 evaluates is refused. Keys are given for ``dropout`` and ``params``, to which other streams
-fall back. A box of partition names is part of the structure, and its array a value.
+fall back, and for the host's other streams, where it has streams with names (NNX); else
+``has_rng`` knows no other. A box of partition names is part of the structure, and its array a
+value.
 """
 
 from __future__ import annotations
@@ -103,6 +105,7 @@ class LinenStructure(Structure):
         self.partitionings = _partitionings(variables)
         self.base_type = nn.Module
         self.fills = frozenset((*_TRAINING, *_EVALUATION))
+        self.takes_streams = True
         if isinstance(module, nn.RNNCellBase):
             self.feature_axes = module.num_feature_axes
 
@@ -188,11 +191,11 @@ def _check_mode(call: Call, run: Any, args: Any, kwargs: Any, context: Any) -> A
 
 
 def _rngs(call: Call) -> dict[str, jax.Array]:
-    """Keys for a training call; every stream that the guest names falls back to ``params``."""
+    """Keys for a training call; streams that the host does not name fall back to ``params``."""
     if call.training is False:
         return {}
     try:
         key = call.key()
     except MissingKeyError:  # most guests need none, and Linen says which stream is missing
-        return {}
-    return {"dropout": key, "params": jax.random.fold_in(key, 0)}
+        return dict(call.streams)
+    return {"dropout": key, "params": jax.random.fold_in(key, 0), **call.streams}

@@ -65,8 +65,9 @@ class _VariableCell(Cell):
     def _put(self, value):
         flat, tree = jax.tree.flatten(self.variable.get_raw_value())
         flat[self.index] = value
-        # The value is concrete, whatever trace is being built around the call.
-        self.variable.set_raw_value(jax.tree.unflatten(tree, flat), _unsafe_bypass_check=True)
+        # The value is concrete, whatever trace is being built around the call: flax's own
+        # setters would refuse it there, also with _unsafe_bypass_check.
+        object.__setattr__(self.variable, "_raw_value", jax.tree.unflatten(tree, flat))
 
 
 class NnxGuest(LiveGuest):

@@ -47,7 +47,7 @@ from ...forwarding import (
 )
 from ...materialization import materialize, shim_mapping
 from ...report import LinkReport
-from .streams import key_source, no_key, stream_of
+from .streams import key_source, named_streams, no_key, stream_of
 from .views import check_link, owned, view_of
 
 __all__ = ["ToNNX", "ToNNXCell"]
@@ -139,7 +139,8 @@ _DOC = """A live ``nnx.Module`` around a module of another framework.
     Args:
         module: the guest, a module instance.
         rngs: an ``nnx.Rngs`` or stream; its ``dropout`` stream is forked for the guest, as
-            ``nnx.Dropout`` does. Without, pass ``rngs=`` in calls that need randomness.
+            ``nnx.Dropout`` does, and for a Linen guest also streams of other names. Without,
+            pass ``rngs=`` in calls that need randomness.
         params: the variables of a Linen guest.
         state: the ``eqx.nn.State`` of a stateful Equinox guest.
         batch_axes: leading axes that an Equinox guest is mapped over, 1 by default.
@@ -205,6 +206,8 @@ class ToNNX(nnx.Module):
         )
         self.deterministic = False
         self.rngs = nnx.data(None if rngs is None else stream_of(rngs).fork())
+        if structure.takes_streams and (named := named_streams(rngs)):
+            self._shim_streams = nnx.data({n: stream.fork() for n, stream in named.items()})
         check_copy(guest, copy=copy)
         if isinstance(guest, LiveGuest):
             type(self)._shim_anchor.link(self, _Anchor(structure, guest))
@@ -346,11 +349,33 @@ class ToNNX(nnx.Module):
     ) -> Any:
         noted(self, method, args, kwargs)
         training = not (self.deterministic if deterministic is None else deterministic)
-        count = None if self.rngs is None else self.rngs.count.get_value()
-        key = key_source(rngs if rngs is not None else self.rngs, training=training)
-        call = Call(method, args, kwargs, training=training, key=key)
+        own = self._shim_own_streams()
+        every = [stream for stream in (self.rngs, *own.values()) if stream is not None]
+        counts = [(stream, stream.count.get_value()) for stream in every]
+        takes = self._shim_first.takes_streams
+        named = own if rngs is None or not takes else named_streams(rngs)
+        try:
+            call = Call(
+                method,
+                args,
+                kwargs,
+                training=training,
+                key=key_source(self.rngs if rngs is None else rngs, training=training),
+                streams={n: stream() for n, stream in named.items()} if training else {},
+            )
+            return self._shim_answer(call)
+        except BaseException:
+            for stream, count in counts:
+                if stream.count.get_value() is not count:
+                    stream.count.set_value(count)
+            raise
+
+    def _shim_own_streams(self) -> dict[str, Any]:
+        return vars(self).get("_shim_streams", {})
+
+    def _shim_answer(self, call: Call) -> Any:
         anchor = self._shim_anchor
-        is_step = method == "__call__" and self._shim_takes_carry(args)
+        is_step = call.method == "__call__" and self._shim_takes_carry(call.args)
         if anchor.guest is None:
             run = self._shim_step if is_step else self._shim_run_copy
             return run(anchor.first, call)
@@ -359,10 +384,6 @@ class ToNNX(nnx.Module):
             if is_step:
                 return self._shim_step(anchor.structure, call)
             return anchor.guest.call(call)
-        except BaseException:
-            if self.rngs is not None:
-                self.rngs.count.set_value(count)
-            raise
         finally:
             self._shim_show(anchor.guest.cells())
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from interop.errors import ArgumentError, MissingKeyError
 
-__all__ = ["key_source", "no_key", "stream_of"]
+__all__ = ["key_source", "named_streams", "no_key", "stream_of"]
 
 
 def stream_of(rngs: Any) -> Any:
@@ -34,6 +34,13 @@ def stream_of(rngs: Any) -> Any:
             "rngs has neither a 'dropout' nor a default stream",
             remedy="Pass rngs=nnx.Rngs(seed) or nnx.Rngs(dropout=seed)",
         ) from e
+
+
+def named_streams(rngs: Any) -> dict[str, Any]:
+    """The streams that stand for themselves, beside those that every guest's key comes from."""
+    if not isinstance(rngs, nnx.Rngs):
+        return {}
+    return {name: rngs[name] for name in rngs if name not in ("default", "params", "dropout")}
 
 
 def key_source(rngs: Any, *, training: bool) -> Callable[[], jax.Array]:
