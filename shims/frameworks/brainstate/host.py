@@ -47,6 +47,7 @@ from ...core import (
 )
 from ...forwarding import (
     OfInstance,
+    cell_signature,
     check_names,
     forwarded,
     refuse_attribute,
@@ -100,6 +101,11 @@ class _View(_Base):
         for name in ("_shim_own", "_shim_cell"):
             metadata.pop(name, None)
         return brainstate.TreefyState(type(self).__bases__[1], self._value, **metadata)
+
+    def __pretty_repr_item__(self, k, v):
+        if k == "_shim_cell":
+            k, v = "_value", self._value
+        return None if k == "_shim_own" else super().__pretty_repr_item__(k, v)
 
     def copy_from(self, other):
         self.value = other.value
@@ -428,6 +434,10 @@ class WrappedCell(Wrapped, brainstate.nn.RNNCell):
 
     carry: Any = None
     _shim_carried: Any
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return cell_signature(("inputs",), ())
 
     def init_state(self, batch_size: Any = None, **kwargs: Any) -> None:
         """Make the hidden states.

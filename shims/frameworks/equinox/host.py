@@ -7,6 +7,7 @@ private copy of the guest; ``write_back`` commits the values to the guest.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,7 +38,16 @@ from ...core import (
     path_text,
     report_of,
 )
-from ...forwarding import check_keywords, check_names, forwarded, is_method
+from ...forwarding import (
+    OfInstance,
+    cell_signature,
+    check_keywords,
+    check_names,
+    forwarded,
+    is_method,
+    signature_with,
+    without_self,
+)
 from ...materialization import materialize, shim_mapping
 from ...report import LinkReport
 
@@ -65,8 +75,14 @@ class _Link:
         return None if self.guest is None else self.guest.native
 
 
-class ToEquinox(eqx.nn.StatefulLayer):
-    """A live ``eqx.Module`` around a module of another framework.
+def _signature(shim: ToEquinox) -> inspect.Signature:
+    structure = shim._shim_structure
+    if structure.feature_axes is not None or (structure.carried and not shim.batched):
+        return cell_signature(("inputs", "carry"), _KEYWORDS)
+    return signature_with(structure, _KEYWORDS)
+
+
+_DOC = """A live ``eqx.Module`` around a module of another framework.
 
     The guest owns its arrays; the leaves of ``params`` are those very arrays, under the
     guest's own paths. Equinox replaces leaves instead of changing them: after training,
@@ -116,12 +132,17 @@ class ToEquinox(eqx.nn.StatefulLayer):
         2
     """
 
+
+class ToEquinox(eqx.nn.StatefulLayer):
+    __doc__ = OfInstance(  # type: ignore[assignment]
+        lambda shim: inspect.getdoc(shim._shim_structure.forward), _DOC
+    )
     params: dict[str, Any]
     buffers: eqx.nn.StateIndex | None
     inference: bool
     batched: bool = eqx.field(static=True)
     _shim_structure: Structure = eqx.field(static=True)
-    _shim_link: _Link = eqx.field(static=True)
+    _shim_link: _Link = eqx.field(static=True, repr=False)
 
     def __init__(
         self,
@@ -157,6 +178,8 @@ class ToEquinox(eqx.nn.StatefulLayer):
         others = tuple(values[path] for path in self._shim_others)
         self.buffers = eqx.nn.StateIndex(others) if others else None
         self._shim_link = _Link(guest if isinstance(guest, LiveGuest) else None)
+
+    __signature__ = OfInstance(lambda shim: _signature(shim), without_self(__init__))
 
     def is_stateful(self) -> bool:
         """Whether calls take and return an ``eqx.nn.State``."""

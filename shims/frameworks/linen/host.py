@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import types
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -84,8 +85,7 @@ class _Held:
         return self.structure.guest_type.__qualname__
 
 
-class ToLinen(nn.Module):
-    """A live ``flax.linen.Module`` around a module of another framework.
+_DOC = """A live ``flax.linen.Module`` around a module of another framework.
 
     The guest owns its arrays. ``init``, run eagerly, returns them in ``params``,
     ``batch_stats``, ``carry`` and ``buffers``, the same objects under the guest's own paths;
@@ -134,6 +134,11 @@ class ToLinen(nn.Module):
         True
     """
 
+
+class ToLinen(nn.Module):
+    __doc__ = OfInstance(  # type: ignore[assignment]
+        lambda shim: inspect.getdoc(shim._shim_structure.forward), _DOC
+    )
     module: Any
     deterministic: bool | None = None
 

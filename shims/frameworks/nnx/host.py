@@ -74,8 +74,12 @@ class _Anchor:
         return self.first if self.guest is None else self.guest.structure()
 
     def __repr__(self) -> str:
-        name = self.first.guest_type.__qualname__
-        return f"{name} ({'detached' if self.guest is None else 'linked'})"
+        return f"<wrapped {self.first.guest_type.__qualname__}>"
+
+    def __treescope_repr__(self, path: Any, subtree_renderer: Any) -> Any:
+        from treescope import rendering_parts  # which asked
+
+        return rendering_parts.text(repr(self))
 
 
 def _flatten_anchor(anchor: _Anchor) -> tuple[tuple[()], Structure]:
