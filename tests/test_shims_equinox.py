@@ -203,3 +203,93 @@ def test_a_named_axis_of_one_layer_excuses_no_other():
     shim, state = stateful(Two())
     with pytest.raises(interop.ArgumentError, match=r"statistics at plain\."):
         jax.vmap(lambda x: shim(x, state)[0], axis_name="batch")(X)
+
+
+class Normalises(brainstate.nn.Module):
+    """Its method has parameters, running statistics and a dropout of its own."""
+
+    def __init__(self, keep=1.0, axis_name=None):
+        super().__init__()
+        self.linear = linear()
+        self.norm = brainstate.nn.BatchNorm0d((4,), momentum=0.9, axis_name=axis_name)
+        self.drop = brainstate.nn.Dropout(keep)
+
+    def update(self, x):
+        return self.encode(x)
+
+    def encode(self, x, *, gain=1.0):
+        return gain * self.drop(self.norm(self.linear(x)))
+
+
+def normalised(w, b):
+    h = X @ w + b
+    return (h - h.mean(0)) / jnp.sqrt(h.var(0) + 1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_method_in_training_moves_the_statistics_and_has_the_gradient(compiled):
+    guest = Normalises()
+    shim, state = stateful(guest, batched=True)
+
+    def loss(shim, state):
+        out, state = shim.encode(X, state=state, gain=2.0)
+        return (out**3).sum(), state
+
+    step = eqx.filter_value_and_grad(loss, has_aux=True)
+    step = eqx.filter_jit(step) if compiled else step
+    (value, after), grads = step(shim, state)
+    expected, (dw, db) = jax.value_and_grad(
+        lambda w, b: ((2 * normalised(w, b)) ** 3).sum(), argnums=(0, 1)
+    )(W, B)
+    assert_allclose(value, expected, rtol=1e-3, atol=1e-3)
+    assert_allclose(grads.params["linear"]["weight"]["weight"], dw, rtol=1e-3, atol=1e-2)
+    assert_allclose(grads.params["linear"]["weight"]["bias"], db, rtol=1e-3, atol=1e-2)
+    h = X @ W + B
+    trained = shim.unwrap(after)
+    assert_allclose(trained.norm.running_mean.value, 0.1 * h.mean(0), rtol=1e-4)
+    assert_allclose(trained.norm.running_var.value, 0.9 + 0.1 * h.var(0), rtol=1e-4)
+    assert_array_equal(guest.norm.running_mean.value, np.zeros(4))
+    frozen = eqx.nn.inference_mode(shim)
+    out, last = frozen.encode(X, state=after)
+    scale = np.sqrt(0.9 + 0.1 * h.var(0) + 1e-5)
+    assert_allclose(out, (h - 0.1 * h.mean(0)) / scale, rtol=1e-4, atol=1e-5)
+    assert_array_equal(
+        shim.unwrap(last).norm.running_mean.value, trained.norm.running_mean.value
+    )
+
+
+def test_a_method_of_one_example_is_mapped_over_a_named_axis_with_a_key_for_each():
+    shim, state = stateful(Normalises(keep=0.5, axis_name="batch"))
+    call = jax.vmap(
+        lambda x, key: shim.encode(x, state=state, key=key, gain=3.0),
+        axis_name="batch",
+        out_axes=(0, None),
+    )
+    out, after = call(X, jax.random.split(KEY, 5))
+    kept = np.asarray(out) != 0
+    assert kept.any()
+    assert not kept.all()
+    assert_allclose(out[kept], 6 * normalised(W, B)[kept], rtol=1e-3, atol=1e-3)
+    assert_allclose(
+        shim.unwrap(after).norm.running_mean.value, 0.1 * (X @ W + B).mean(0), rtol=1e-4
+    )
+    plain, state = stateful(Normalises())
+    with pytest.raises(interop.ArgumentError, match="batched=True"):
+        plain.encode(X[0], state=state)
+    with pytest.raises(interop.MissingKeyError, match="key="):
+        stateful(Normalises(keep=0.5), batched=True)[0].encode(X, state=state)
+
+
+def test_another_method_of_a_module_with_hidden_state_is_refused_by_name_or_takes_batches():
+    class Reads(brainstate.nn.LSTMCell):
+        def readout(self, x):
+            return x + self.h.value
+
+    cell = Reads(3, 3)
+    cell.init_state(5)
+    shim = shims.ToEquinox(cell)
+    with pytest.raises(interop.ArgumentError, match=r"readout may read it.*batched=True"):
+        shim.readout(X[0])
+    whole, state = stateful(cell, batched=True)
+    out, state = whole(X, state=state)
+    assert_allclose(whole.readout(X, state=state)[0], X + out, rtol=1e-6)

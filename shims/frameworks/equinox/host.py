@@ -229,8 +229,10 @@ class ToEquinox(eqx.nn.StatefulLayer):
         cell_args = (*args[1:2], *args[:1], *args[2:])  # the carry first, as a step has it
         is_call = method == "__call__"
         is_step = is_call and structure.takes_carry(cell_args)
-        if is_call or structure.carried:
+        if is_call:
             self._shim_check_carry(is_step and len(args) > 1)
+        else:
+            self._shim_check_method(method)
         call = Call(
             method,
             cell_args if is_step else args,
@@ -406,6 +408,16 @@ class ToEquinox(eqx.nn.StatefulLayer):
                 remedy="Call carry, out = shim(x, carry), starting from "
                 "shim.initialize_carry(x.shape); or pass batched=True, for hidden state that "
                 "stands in the eqx.nn.State",
+            )
+
+    def _shim_check_method(self, method: str) -> None:
+        structure = self._shim_structure
+        if structure.carried and not self.batched:
+            raise ArgumentError(
+                f"{structure.guest_type.__qualname__} has recurrent state, an explicit carry "
+                f"of its calls, and {method} may read it and takes none",
+                remedy="Pass batched=True, for hidden state that stands in the eqx.nn.State; "
+                "or call the method on shim.unwrap()",
             )
 
     def _shim_check_state(self, state: Any) -> None:
