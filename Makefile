@@ -44,7 +44,7 @@ format: $(VENV)/installed-lint ## Format, and mend what can be mended
 	$(RUN) ruff format .
 
 table: $(VENV)/installed-test ## Write the table of what converts into README.md
-	$(VENV)/bin/python tests/support_table.py
+	PYTHONPATH=. $(VENV)/bin/python tests/support_table.py
 
 clean: ## Remove the virtualenvs and all caches
 	rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache .hypothesis

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
 import shims
 from interop.registry import registry
 from shims.core import side_of
+from tests.pairs import CASES
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -53,6 +55,12 @@ def pairs() -> str:
     return "\n".join(lines) + "\n"
 
 
+def covered() -> str:
+    """Markdown: what the tests run for every pair, from the table that they are made of."""
+    text = f"For each of them the tests run, against plain JAX: {', '.join(CASES)}."
+    return f"{textwrap.fill(text, 96)}\n"
+
+
 def _shim(guest: str, host: str) -> str:
     """The name under which ``shims`` has the class: of the host, or of the guest."""
     if side_of(guest, "guest") is None or side_of(host, "host") is None:
@@ -61,9 +69,12 @@ def _shim(guest: str, host: str) -> str:
     return found.get(f"to{host}") or found[f"from{guest}"]
 
 
+_PARTS = {"table": table, "pairs": lambda: f"{pairs()}\n{covered()}"}
+
+
 def with_table(text: str) -> str:
     """``text`` with the parts between the markers replaced."""
-    for name, make in (("table", table), ("pairs", pairs)):
+    for name, make in _PARTS.items():
         start = f"<!-- {name}: written by tests/support_table.py -->\n"
         before, found, rest = text.partition(start)
         if found:

@@ -16,10 +16,9 @@ import shims
 
 from . import live
 from .live import X
+from .pairs import CASES, TOLERANCE, assert_same_arrays
 
 GOLDEN = Path(__file__).parent / "golden"
-TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}  # float32 sums in another order
-XS = jnp.stack([X, X + 1, 2 * X])
 
 
 @pytest.fixture
@@ -35,45 +34,10 @@ def hosted(source, target):
     return make
 
 
-def assert_same_arrays(arrays, expected):
-    """Equal up to order and transposition: hosts list arrays by their own paths."""
-    assert len(arrays) == len(expected)
-    rest = [np.asarray(a) for a in expected]
-    for array in map(np.asarray, arrays):
-        found = [
-            i
-            for i, other in enumerate(rest)
-            for view in (other, other.T)
-            if view.shape == array.shape and np.allclose(view, array, **TOLERANCE)
-        ]
-        assert found, array
-        rest.pop(found[0])
-
-
-def assert_no_tracers(tree):
-    assert not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
-
-
-@pytest.mark.parametrize("how", ["call", "jit"])
-def test_evaluation_computes_what_the_guest_does(hosted, how):
+@pytest.mark.parametrize("case", CASES)
+def test_every_pair(source, hosted, case):
     _, host = hosted()
-    expected, _ = live.truth(live.PARAMS, live.STATS, X, False)
-    for _ in range(2):
-        assert_allclose(getattr(host, how)(X), expected, **TOLERANCE)
-
-
-@pytest.mark.parametrize("how", ["call", "jit"])
-def test_training_normalises_by_the_batch_and_moves_the_statistics(source, hosted, how):
-    _, host = hosted()
-    stats = live.STATS
-    for x in XS:
-        expected, stats = live.truth(live.PARAMS, stats, x, True)
-        assert_allclose(getattr(host, how)(x, train=True), expected, **TOLERANCE)
-    arrays = source.block_arrays(host.unwrap())
-    assert_allclose(arrays["mean"], stats["mean"], **TOLERANCE)
-    assert_allclose(arrays["var"], stats["var"], **TOLERANCE)
-    expected, _ = live.truth(live.PARAMS, stats, X, False)
-    assert_allclose(host.call(X), expected, **TOLERANCE)
+    CASES[case](source, host)
 
 
 def test_the_hosts_optimiser_sees_each_trainable_array_once(hosted):
@@ -81,60 +45,8 @@ def test_the_hosts_optimiser_sees_each_trainable_array_once(hosted):
     assert_same_arrays(host.parameters(), live.PARAMS.values())
 
 
-def test_gradients_are_those_of_the_formula(hosted):
-    _, host = hosted()
-    *_, grads = live.trained(1)
-    assert_same_arrays(host.gradients(X), grads.values())
-
-
-def test_gradients_through_checkpointing_are_the_same(hosted):
-    _, host = hosted()
-    *_, grads = live.trained(1)
-    assert_same_arrays(host.remat_gradients(X), grads.values())
-
-
-@pytest.mark.parametrize("compiled", [True, False])
-def test_training_in_the_host_is_training_of_the_guest(source, hosted, compiled):
-    _, host = hosted()
-    losses, params, stats, _ = live.trained(3)
-    assert_allclose([float(host.step(X, compiled)) for _ in range(3)], losses, **TOLERANCE)
-    trained = host.unwrap()
-    for name, array in source.block_arrays(trained).items():
-        assert_allclose(array, (params | stats)[name], **TOLERANCE)
-    expected, _ = live.truth(params, stats, X, False)
-    assert_allclose(source.block_output(trained, X), expected, **TOLERANCE)
-    assert_allclose(host.call(X), expected, **TOLERANCE)
-
-
-def test_vmap_over_data(hosted):
-    _, host = hosted()
-    expected = [live.truth(live.PARAMS, live.STATS, x, False)[0] for x in XS]
-    assert_allclose(host.vmap(XS), jnp.stack(expected), **TOLERANCE)
-
-
-def test_scan_over_time_carries_the_statistics(source, hosted):
-    _, host = hosted()
-    stats, expected = live.STATS, []
-    for x in XS:
-        out, stats = live.truth(live.PARAMS, stats, x, True)
-        expected.append(out)
-    assert_allclose(host.scan(XS), jnp.stack(expected), **TOLERANCE)
-    assert_allclose(source.block_arrays(host.unwrap())["var"], stats["var"], **TOLERANCE)
-
-
-def test_other_methods_run_on_the_hosts_values_and_attributes_read_through(source, hosted):
-    model, host = hosted()
-    host.step(X)
-    trained = source.block_arrays(host.unwrap())
-    expected = 2 * (X @ trained["w1"] + trained["b1"])
-    assert_allclose(host.method("encode", X, gain=2.0)["code"], expected, **TOLERANCE)
-    assert not hasattr(host.shim, "no_such_attribute")
-    assert host.shim.label == "a block"
-
-
-def test_shapes_can_be_computed_without_values(hosted):
-    _, host = hosted()
-    assert host.shape(X) == (6, 2)
+def assert_no_tracers(tree):
+    assert not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 @pytest.mark.parametrize("how", ["call", "jit"])

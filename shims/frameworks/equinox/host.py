@@ -40,7 +40,6 @@ from ...core import (
 )
 from ...forwarding import (
     OfInstance,
-    cell_signature,
     check_keywords,
     check_names,
     forwarded,
@@ -76,10 +75,23 @@ class _Link:
 
 
 def _signature(shim: ToEquinox) -> inspect.Signature:
-    structure = shim._shim_structure
-    if structure.feature_axes is not None or (structure.carried and not shim.batched):
-        return cell_signature(("inputs", "carry"), _KEYWORDS)
-    return signature_with(structure, _KEYWORDS)
+    """The guest's, with ``carry``, ``state`` and ``key``: ``eqx.filter_jit`` binds by it."""
+    structure, made = shim._shim_structure, inspect.Parameter
+    own = list(signature_with(structure, ("key",)).parameters.values())
+    free = [p for p in own if p.kind in (made.POSITIONAL_ONLY, made.POSITIONAL_OR_KEYWORD)]
+    rest = own[len(free) :]
+    takes_any = any(p.kind is made.VAR_POSITIONAL for p in rest)
+    if structure.is_recurrent and not takes_any:
+        default = None if shim.batched else made.empty
+        carry = made("carry", made.POSITIONAL_OR_KEYWORD, default=default)
+        own_state = bool(structure.carried)  # else the guest's call takes the carry as well
+        first = free[:1] if own_state else [made("inputs", made.POSITIONAL_OR_KEYWORD)]
+        free = [*first, carry, *free[1 if own_state else 2 :]]
+    state = made("state", made.POSITIONAL_OR_KEYWORD, default=None)
+    if takes_any:
+        rest.append(state.replace(kind=made.KEYWORD_ONLY))
+        return inspect.Signature(sorted([*free, *rest], key=lambda p: p.kind))
+    return inspect.Signature([*free, state, *rest])
 
 
 _DOC = """A live ``eqx.Module`` around a module of another framework.
