@@ -308,7 +308,8 @@ class Building:
     def _check_sample(self, spec: specs.Spec) -> None:
         if self.sample is None or spec.in_features is None or not self.shape:
             return
-        axis = 0 if self.adapter.channels_first and spec.space else -1
+        moves = spec.space or (spec.has_channels and len(self.shape) > 1)
+        axis = 0 if self.adapter.channels_first and moves else -1
         space = f"{spec.space} axes of space and " if spec.space else ""
         misfits = spec.space and len(self.shape) != spec.space + 1
         if misfits or self.shape[axis] != spec.in_features:

@@ -55,22 +55,14 @@ def test_layer_norm_keeps_the_output_dtype_except_in_equinox(
 
 
 @mixes
-def test_batch_norm_keeps_the_output_dtype_or_is_refused(source, target, parameters, inputs):
+def test_batch_norm_keeps_the_output_dtype(source, target, parameters, inputs):
     source.needs("batch_norm")
     target.needs("batch_norm")
     scale, bias = array(3, dtype=parameters), array(3, seed=1, dtype=parameters)
     statistics = array(3), array(3, positive=True)
     model = source.batch_norm(scale, bias, *statistics, 1e-3, 0.9)
-    is_refused = parameters != jnp.float32 and (source.name, target.name) in REFUSED
-    if is_refused:  # they return float32, and Linen the common dtype of input and parameters
-        with pytest.raises(interop.UnsupportedLayerError, match="dtype=None"):
-            target.convert_from(source, model, sample_input=(3,))
-        return
     converted = target.convert_from(source, model, sample_input=(3,))
     same(target, converted, source, model, array(5, 3, dtype=inputs))
-
-
-REFUSED = [("linen", "nnx"), ("linen", "equinox")]
 
 
 def test_running_statistics_in_half_precision_are_refused(source, target):

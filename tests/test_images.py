@@ -183,13 +183,14 @@ def test_causal_padding_becomes_explicit(to, dilation):
     close(target.to_channels_last(y), layer(x))
 
 
-def test_a_layer_norm_over_channels_alone_is_refused_where_they_come_first():
-    model = nnx.Sequential(
-        nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0)), nnx.LayerNorm(4, rngs=nnx.Rngs(0))
-    )
-    with pytest.raises(interop.UnsupportedLayerError, match="reduction_axes") as e:
-        interop.convert(model, to="equinox", sample_input=(7, 6, 3))
-    assert e.value.path == "model[1]"
+def test_a_layer_norm_over_channels_alone_moves_with_them_where_they_come_first():
+    norm = nnx.LayerNorm(4, rngs=nnx.Rngs(0))
+    norm.scale.set_value(array(4))
+    model = nnx.Sequential(nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0)), norm)
+    target, x = Framework("equinox"), array(2, 7, 6, 3)
+    converted = target.convert_from(Framework("nnx"), model, sample_input=(7, 6, 3))
+    y = target.call(converted, target.from_channels_last(x))
+    close(target.to_channels_last(y), model(x))
 
 
 def test_a_layer_norm_over_whole_images_has_its_weights_moved():

@@ -120,14 +120,17 @@ def _layer(spec_type: type[specs.Spec]) -> Any:
     return core.subclass(base, spec_type, __name__, __signature__=signature)
 
 
-ConvLSTMCell = _layer(specs.ConvLSTMCell)
+BatchNorm = _layer(specs.BatchNorm)
 Conv = _layer(specs.Conv)
+ConvLSTMCell = _layer(specs.ConvLSTMCell)
 ConvLocal = _layer(specs.ConvLocal)
 ConvTranspose = _layer(specs.ConvTranspose)
 Dropout = _layer(specs.Dropout)
 Einsum = _layer(specs.Einsum)
 GRUCell = _layer(specs.GRUCell)
+GroupNorm = _layer(specs.GroupNorm)
 LSTMCell = _layer(specs.LSTMCell)
+LayerNorm = _layer(specs.LayerNorm)
 Linear = _layer(specs.Linear)
 LinearGeneral = _layer(specs.LinearGeneral)
 MGUCell = _layer(specs.MGUCell)
@@ -136,8 +139,13 @@ RotaryEmbedding = _layer(specs.RotaryEmbedding)
 SimpleCell = _layer(specs.SimpleCell)
 URLSTMCell = _layer(specs.URLSTMCell)
 ScaledWSConv = _layer(specs.ScaledWSConv)
+RMSNorm = _layer(specs.RMSNorm)
 
 COMPOSITES = (
+    RMSNorm,
+    LayerNorm,
+    GroupNorm,
+    BatchNorm,
     ConvLSTMCell,
     Conv,
     ConvLocal,

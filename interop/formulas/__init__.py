@@ -26,7 +26,8 @@ from .functions import (
     tanh_shrink,
     threshold,
 )
-from .layers import batch_norm, dropout, linear, moments, promote
+from .layers import dropout, linear, promote
+from .norms import moments, normalize
 from .recurrent import (
     Filled,
     Typed,
@@ -51,7 +52,6 @@ __all__ = [
     "local_convolution",
     "standardized",
     "transposed_convolution",
-    "batch_norm",
     "dropout",
     "linear",
     "Filled",
@@ -65,6 +65,7 @@ __all__ = [
     "simple_step",
     "urlstm_step",
     "moments",
+    "normalize",
     "promote",
     "ACTIVATIONS",
     "Batched",

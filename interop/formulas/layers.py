@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["batch_norm", "dropout", "linear", "moments", "promote"]
+__all__ = ["dropout", "linear", "promote"]
 
 Array = Any
 DType = Any
@@ -84,70 +84,3 @@ def dropout(
         shape[axis] = 1
     kept = jax.random.bernoulli(key, 1.0 - rate, shape)
     return jnp.where(jnp.broadcast_to(kept, x.shape), x / (1.0 - rate), jnp.zeros_like(x))
-
-
-def batch_norm(
-    x: Array,
-    mean: Array,
-    var: Array,
-    scale: Array | None = None,
-    bias: Array | None = None,
-    *,
-    axis: int = -1,
-    epsilon: float,
-    output_dtype: DType | None = None,
-) -> jax.Array:
-    """``(x - mean) * rsqrt(var + epsilon) * scale + bias`` along ``axis``.
-
-    Ioffe and Szegedy, "Batch Normalization", ICML 2015.
-
-    Args:
-        x: ``(*batch, *space, features)`` for ``axis == -1``.
-        mean, var: ``(features,)``.
-        scale, bias: ``(features,)``, or None.
-        axis: that of the features.
-        epsilon: added to the variance.
-        output_dtype: what the result is cast to; None means the common dtype of ``x``, scale
-            and bias.
-    """
-    shape = [1] * x.ndim
-    shape[axis] = -1
-    if output_dtype is None:
-        output_dtype = jnp.result_type(*(a for a in (x, scale, bias) if a is not None))
-    factor = jax.lax.rsqrt(var.reshape(shape) + epsilon)
-    if scale is not None:
-        factor = factor * scale.reshape(shape)
-    y = (x - mean.reshape(shape)) * factor
-    return jnp.asarray(y if bias is None else y + bias.reshape(shape), output_dtype)
-
-
-def moments(
-    x: Array,
-    axes: tuple[int, ...],
-    *,
-    use_fast_variance: bool,
-    axis_name: Any = (),
-    axis_index_groups: Any = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Mean and biased variance of ``x`` over ``axes``, in float32 or wider.
-
-    Args:
-        x: any array.
-        axes: the axes to reduce.
-        use_fast_variance: whether the variance is ``max(0, E[x**2] - E[x]**2)``, which cancels
-            where the mean is large, and not ``E[(x - E[x])**2]``.
-        axis_name: mapped axes to reduce as well.
-        axis_index_groups: as in ``jax.lax.pmean``.
-    """
-    x = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
-
-    def average(values: jax.Array) -> jax.Array:
-        reduced = values.mean(axes)
-        if not axis_name:
-            return reduced
-        return jax.lax.pmean(reduced, axis_name, axis_index_groups=axis_index_groups)
-
-    mean = average(x)
-    if use_fast_variance:
-        return mean, jnp.maximum(0.0, average(x * x) - mean * mean)
-    return mean, average(jnp.square(x - jnp.expand_dims(mean, axes)))

@@ -336,15 +336,16 @@ def read_layer_norm(m, ctx):
             "non-negative axes count batch axes, which are not known here",
             "Count the axes from the end",
         )
-    feature_shape = tuple(m.in_size[axis] for axis in m.feature_axes)
+    feature_axes = sorted(m.feature_axes)
+    feature_shape = tuple(m.in_size[axis] for axis in feature_axes)
     state = "scale" if is_rms else "weight"
     arrays = _arrays(m, ctx, state, scale=feature_shape, bias=feature_shape)
     return (specs.RMSNorm if is_rms else specs.LayerNorm)(
         **_norm_fields(m, arrays),
         feature_shape=feature_shape,
-        leading_shape=tuple(m.in_size[: min(m.feature_axes)]),
-        reduction_axes=reduction_axes,
-        feature_axes=tuple(axis - ndim for axis in m.feature_axes),
+        leading_shape=tuple(m.in_size[: feature_axes[0]]),
+        reduction_axes=tuple(sorted(reduction_axes)),
+        feature_axes=tuple(axis - ndim for axis in feature_axes),
     )
 
 
@@ -395,18 +396,22 @@ _NORM = ("axis_name", "axis_index_groups", "output_dtype")
 
 @adapter.builds(specs.LayerNorm, carries=(*_AXES, *_NORM))
 def build_layer_norm(spec, ctx):
-    if spec.feature_axes != tuple(range(-len(spec.feature_axes), 0)):
-        ctx.refuse("feature_axes", spec.feature_axes, "only trailing axes convert")
     _check_output_dtype(spec, ctx)
-    features = (
-        spec.feature_shape
-        or ctx.require_shape(-min(spec.feature_axes))[-len(spec.feature_axes) :]
+    spec = (
+        spec
+        if spec.feature_shape is not None
+        else spec.sized(ctx.require_shape(-spec.feature_axes[0]))
     )
+    in_size: Any = (*spec.leading_shape, *(spec.feature_shape or ()))
+    if spec.feature_axes != tuple(range(-len(spec.feature_axes), 0)):
+        if ctx.shape is None:
+            ctx.refuse("feature_axes", spec.feature_axes, "the sizes of the rest are not known")
+        in_size, spec = ctx.shape, _with_ones(spec)
     affine = _affine_options(spec)
     if isinstance(spec, specs.RMSNorm):
         affine = {"use_scale": affine["use_scale"], "scale_init": spec.scale}
     layer: Any = (nn.RMSNorm if isinstance(spec, specs.RMSNorm) else nn.LayerNorm)(
-        (*spec.leading_shape, *features),
+        in_size,
         reduction_axes=spec.reduction_axes,
         feature_axes=spec.feature_axes,
         **affine,
@@ -450,22 +455,41 @@ def _read_rms_norm_with_bias(norm, affine, ctx):
     )
 
 
-@adapter.reads(nn.GroupNorm, specs.GroupNorm, state=("weight",), fixed={"reduction_axes": None})
+def _with_ones(spec):
+    """The norm with its arrays as BrainState has them: with a 1 for each axis between."""
+    axes = range(spec.feature_axes[0], 0)
+    sizes = dict(zip(spec.feature_axes, spec.feature_shape, strict=True))
+    shape = tuple(sizes.get(axis, 1) for axis in axes)
+    scale, bias = _reshape(spec.scale, shape), _reshape(spec.bias, shape)
+    return dataclasses.replace(spec, scale=scale, bias=bias)
+
+
+@adapter.reads(nn.GroupNorm, specs.GroupNorm, state=("weight",))
 def read_group_norm(m, ctx):
-    features = m.num_groups * m.group_size
+    features, axes = m.num_groups * m.group_size, m.reduction_axes
+    if axes is not None and axes[-1] != -1:
+        ctx.refuse("reduction_axes", axes, "the last one must be -1, that of the features")
     arrays = _arrays(m, ctx, scale=(features,), bias=(features,))
     return specs.GroupNorm(
-        **_norm_fields(m, arrays), num_groups=m.num_groups, features=features
+        **_norm_fields(m, arrays),
+        num_groups=m.num_groups,
+        features=features,
+        reduction_axes=None if axes is None else tuple(axes[:-1]),
+        repeat_axis=-1 if axes is None else 1,
     )
 
 
-@adapter.builds(specs.GroupNorm, carries=_NORM)
+@adapter.builds(specs.GroupNorm, carries=(*_NORM, "reduction_axes", "repeat_axis"))
 def build_group_norm(spec, ctx):
     _check_output_dtype(spec, ctx)
+    axes = spec.reduction_axes
+    if spec.repeat_axis != (-1 if axes is None else 1):
+        ctx.refuse("reduction_axes", axes, "BrainState repeats the statistics along axis 1")
     return nn.GroupNorm(
         (spec.features or ctx.require_shape()[-1],),
         num_groups=spec.num_groups,
         dtype=spec.output_dtype,
+        reduction_axes=None if axes is None else (*axes, -1),
         **_affine_options(spec),
         **_norm_options(spec),
     )
@@ -512,8 +536,6 @@ def build_batch_norm(spec, ctx):
     shape = shape or ctx.require_shape()
     if len(shape) > len(_BATCH_NORMS) or spec.spatial_dims not in (None, len(shape) - 1):
         ctx.refuse("sample_input", shape, "it must have one channel axis and 0 to 3 others")
-    if shape[-1] != features:
-        ctx.refuse("sample_input", shape, f"its last axis must have {features} features")
     state_shape = (*[1] * (len(shape) - 1), features)
     layer = _BATCH_NORMS[len(shape) - 1](
         shape,

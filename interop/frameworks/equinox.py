@@ -72,6 +72,9 @@ class Equinox(Adapter):
                 "an Equinox module sees one example, and this layer depends on the others or "
                 "on their order",
             )
+        names = getattr(spec, "axis_name", None)
+        if "batch" in (names if isinstance(names, tuple | list) else (names,)):
+            ctx.refuse("axis_name", names, "Equinox's layers are mapped over a batch so named")
         return cls(spec, inference=True)
 
     def added_state(self, module, rule):
@@ -565,7 +568,12 @@ def build_layer_norm(spec, ctx):
             f"Equinox normalises and scales the same trailing axes (feature_axes="
             f"{spec.feature_axes})",
         )
-    shape = spec.feature_shape or ctx.require_shape(-min(spec.feature_axes))[-len(trailing) :]
+    spec = (
+        spec
+        if spec.feature_shape is not None
+        else spec.sized(ctx.require_shape(-spec.feature_axes[0]))
+    )
+    shape = spec.feature_shape
     if ctx.shape is not None and len(ctx.shape) != len(shape):
         ctx.refuse("in_size", ctx.shape, f"Equinox normalises whole examples of shape {shape}")
     return _make(
@@ -615,20 +623,24 @@ def build_group_norm(spec, ctx):
 @adapter.reads(eqx.nn.BatchNorm, specs.BatchNorm)
 def read_batch_norm(node, ctx):
     m, state = node.module, node.state
-    if m.mode != "batch":
-        ctx.refuse(
-            "mode", m.mode, "it normalises by the running statistics in training as well"
-        )
     if not isinstance(m.axis_name, str):
         ctx.refuse("axis_name", m.axis_name, "only one name, that of the batch axis, converts")
-    mean, var = state.get(m.batch_state_index)
-    counter = state.get(m.batch_counter)
-    debias = jnp.where(counter == 0, 1.0, 1.0 - m.momentum**counter).astype(mean.dtype)
+    if m.mode == "ema":
+        (mean, var), is_first = (
+            state.get(index) for index in (m.ema_state_index, m.ema_first_time_index)
+        )
+    else:
+        mean, var = state.get(m.batch_state_index)
+        counter = state.get(m.batch_counter)
+        debias = jnp.where(counter == 0, 1.0, 1.0 - m.momentum**counter).astype(mean.dtype)
+        mean, var, is_first = mean / debias, var / debias, None
     return specs.BatchNorm(
         scale=m.weight,
         bias=m.bias,
-        mean=mean / debias,
-        var=var / debias,
+        mean=mean,
+        var=var,
+        uses_running=m.mode == "ema",
+        is_first=is_first,
         momentum=m.momentum,
         epsilon=m.eps,
         use_fast_variance=False,
@@ -642,30 +654,36 @@ def read_batch_norm(node, ctx):
 _SETTLED = 2**30
 
 
-@adapter.builds(specs.BatchNorm, carries=("output_dtype",))
+@adapter.builds(specs.BatchNorm, carries=("output_dtype", "uses_running", "is_first"))
 def build_batch_norm(spec, ctx):
     _check_output_dtype(spec, ctx)
     _check_affine(spec, ctx)
     promoted = specs.promoted_dtype(spec.mean, spec.scale, spec.bias)
     if spec.output_dtype is None and promoted is not None:
         ctx.refuse("dtype", None, f"Equinox returns {promoted} for a half-precision input")
-    if not 0 <= np.float32(spec.momentum) < 1:
+    if spec.uses_running != (spec.is_first is not None):
+        ctx.refuse("uses_running", spec.uses_running, "Equinox has both or neither")
+    if not (spec.uses_running or 0 <= np.float32(spec.momentum) < 1):
         ctx.refuse("momentum", spec.momentum, "Equinox divides by 1 - momentum**counter")
+    counts = {"batch": jnp.array(_SETTLED), "ema": spec.is_first}
+    mode = "ema" if spec.uses_running else "batch"
+    count, statistics = map(eqx.nn.StateIndex, (counts[mode], (spec.mean, spec.var)))
+    is_ema = spec.uses_running
     return _make(
         eqx.nn.BatchNorm,
         weight=spec.scale,
         bias=spec.bias,
-        ema_first_time_index=None,
-        ema_state_index=None,
-        batch_counter=eqx.nn.StateIndex(jnp.array(_SETTLED)),
-        batch_state_index=eqx.nn.StateIndex((spec.mean, spec.var)),
+        ema_first_time_index=count if is_ema else None,
+        ema_state_index=statistics if is_ema else None,
+        batch_counter=None if is_ema else count,
+        batch_state_index=None if is_ema else statistics,
         axis_name="batch",
         inference=True,
         input_size=spec.mean.shape[0],
         eps=spec.epsilon,
         channelwise_affine=spec.scale is not None,
         momentum=spec.momentum,
-        mode="batch",
+        mode=mode,
     )
 
 

@@ -47,6 +47,7 @@ from .nnx import (
     conv_transpose_fields,
     conv_transpose_options,
     gates,
+    group_axes,
     joined,
     read_cell,
     read_pool,
@@ -323,6 +324,10 @@ _VARIABLES: dict[type, Any] = {
         ("params", "scale"): ("features",) if m.use_scale else None,
         ("params", "bias"): ("features",) if m.use_bias else None,
     },
+    nn.InstanceNorm: lambda m: {
+        ("params", "scale"): _feature_names(m) if m.use_scale else None,
+        ("params", "bias"): _feature_names(m) if m.use_bias else None,
+    },
     nn.BatchNorm: lambda m: {
         ("params", "scale"): ("features",) if m.use_scale else None,
         ("params", "bias"): ("features",) if m.use_bias else None,
@@ -446,7 +451,7 @@ def _places(m: nn.ConvLocal) -> tuple[str, ...]:
     return tuple(f"place {i}" for i in range(len(_kernel_size(m))))
 
 
-def _feature_names(m: nn.LayerNorm | nn.RMSNorm) -> tuple[str, ...]:
+def _feature_names(m: nn.LayerNorm | nn.RMSNorm | nn.InstanceNorm) -> tuple[str, ...]:
     return tuple(f"axis {axis}" for axis in _axes(m.feature_axes))
 
 
@@ -849,6 +854,7 @@ def _norm_fields(node) -> dict[str, Any]:
         "axis_name": m.axis_name,
         "axis_index_groups": m.axis_index_groups,
         "output_dtype": specs.dtype(m.dtype),
+        "force_float32": m.force_float32_reductions,
     }
 
 
@@ -861,6 +867,7 @@ def _norm_options(spec) -> dict[str, Any]:
         "axis_name": spec.axis_name,
         "axis_index_groups": spec.axis_index_groups,
         "use_fast_variance": spec.use_fast_variance,
+        "force_float32_reductions": spec.force_float32,
     }
     has_bias = {} if isinstance(spec, specs.RMSNorm) else {"use_bias": spec.bias is not None}
     return options | has_bias
@@ -877,15 +884,15 @@ def _from_the_end(axes: Any, option: str, ctx) -> tuple[int, ...]:
     return _axes(axes)
 
 
-@adapter.reads(nn.LayerNorm, specs.LayerNorm, fixed={"force_float32_reductions": True})
-@adapter.reads(nn.RMSNorm, specs.RMSNorm, fixed={"force_float32_reductions": True})
+@adapter.reads(nn.LayerNorm, specs.LayerNorm)
+@adapter.reads(nn.RMSNorm, specs.RMSNorm)
 def read_layer_norm(node, ctx):
     m = node.module
     return (specs.RMSNorm if isinstance(m, nn.RMSNorm) else specs.LayerNorm)(
         **_norm_fields(node),
         feature_shape=_shape(node),
-        reduction_axes=_from_the_end(m.reduction_axes, "reduction_axes", ctx),
-        feature_axes=_from_the_end(m.feature_axes, "feature_axes", ctx),
+        reduction_axes=tuple(sorted(_from_the_end(m.reduction_axes, "reduction_axes", ctx))),
+        feature_axes=tuple(sorted(_from_the_end(m.feature_axes, "feature_axes", ctx))),
     )
 
 
@@ -901,12 +908,14 @@ def _unpack(axes: tuple[int, ...]) -> int | tuple[int, ...]:
 
 
 _AXES = ("leading_shape", "reduction_axes", "feature_axes")
-_NORM = ("axis_name", "axis_index_groups", "output_dtype")
+_NORM = ("axis_name", "axis_index_groups", "output_dtype", "force_float32")
 
 
 @adapter.builds(specs.LayerNorm, carries=(*_AXES, *_NORM))
 @adapter.builds(specs.RMSNorm, carries=(*_AXES, *_NORM))
 def build_layer_norm(spec, ctx):
+    if spec.feature_shape is None and len(spec.feature_axes) > 1 and spec.holds_state:
+        spec = spec.sized(ctx.require_shape(-spec.feature_axes[0]))
     module = (nn.RMSNorm if isinstance(spec, specs.RMSNorm) else nn.LayerNorm)(
         reduction_axes=_unpack(spec.reduction_axes),
         feature_axes=_unpack(spec.feature_axes),
@@ -915,11 +924,7 @@ def build_layer_norm(spec, ctx):
     return _node(module, {"scale": spec.scale, "bias": spec.bias})
 
 
-@adapter.reads(
-    nn.GroupNorm,
-    specs.GroupNorm,
-    fixed={"force_float32_reductions": True, "reduction_axes": None},
-)
+@adapter.reads(nn.GroupNorm, specs.GroupNorm)
 def read_group_norm(node, ctx):
     m, (features,) = node.module, _shape(node) or (None,)
     num_groups = m.num_groups
@@ -932,16 +937,32 @@ def read_group_norm(node, ctx):
                 "Give num_groups instead",
             )
         num_groups = features // m.group_size
-    return specs.GroupNorm(**_norm_fields(node), num_groups=num_groups, features=features)
+    axes = group_axes(m.reduction_axes, ctx)
+    fields = _norm_fields(node)
+    return specs.GroupNorm(
+        **fields, num_groups=num_groups, features=features, reduction_axes=axes
+    )
 
 
-@adapter.builds(specs.GroupNorm, carries=_NORM)
+@adapter.reads(nn.InstanceNorm, specs.GroupNorm, fixed={"feature_axes": -1})
+def read_instance_norm(node, ctx):
+    (features,) = _shape(node) or (0,)
+    if not features:
+        ctx.refuse("use_scale, use_bias", False, "without them the features are not known")
+    return specs.GroupNorm(**_norm_fields(node), num_groups=features, features=features)
+
+
+@adapter.builds(specs.GroupNorm, carries=(*_NORM, "reduction_axes", "repeat_axis"))
 def build_group_norm(spec, ctx):
-    module = nn.GroupNorm(spec.num_groups, **_norm_options(spec))
+    axes = spec.reduction_axes
+    if spec.repeat_axis != -1:
+        ctx.refuse("reduction_axes", axes, "linen repeats the statistics along the groups")
+    axes = None if axes is None else (*axes, -1)
+    module = nn.GroupNorm(spec.num_groups, reduction_axes=axes, **_norm_options(spec))
     return _node(module, {"scale": spec.scale, "bias": spec.bias})
 
 
-@adapter.reads(nn.BatchNorm, specs.BatchNorm, fixed={"force_float32_reductions": True})
+@adapter.reads(nn.BatchNorm, specs.BatchNorm)
 def read_batch_norm(node, ctx):
     m = node.module
     (axis,) = _from_the_end(m.axis, "axis", ctx)

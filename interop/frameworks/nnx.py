@@ -8,6 +8,7 @@ its operands are cast to before anything else, and the dtype of its result.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -770,15 +771,12 @@ def _norm_dtype(spec, ctx):
 def read_layer_norm(m, ctx):
     reduction_axes = _axes(m.reduction_axes, "reduction_axes", ctx)
     feature_axes = _axes(m.feature_axes, "feature_axes", ctx)
-    if len(feature_axes) > 1:
-        ctx.refuse(
-            "feature_axes", feature_axes, "nnx keeps the product of their sizes, not the sizes"
-        )
     return (specs.RMSNorm if isinstance(m, nnx.RMSNorm) else specs.LayerNorm)(
         **_norm_fields(m, ctx),
-        feature_shape=(m.num_features,),
-        reduction_axes=reduction_axes,
-        feature_axes=feature_axes,
+        # of several axes only the product of their sizes is kept
+        feature_shape=(m.num_features,) if len(feature_axes) == 1 else None,
+        reduction_axes=tuple(sorted(reduction_axes)),
+        feature_axes=tuple(sorted(feature_axes)),
     )
 
 
@@ -801,11 +799,11 @@ _NORM = ("axis_name", "axis_index_groups", "compute_dtype", "output_dtype")
 @adapter.builds(specs.LayerNorm, carries=(*_AXES, *_NORM))
 @adapter.builds(specs.RMSNorm, carries=(*_AXES, *_NORM))
 def build_layer_norm(spec, ctx):
-    shape = spec.feature_shape
+    arrays = [array for array in (spec.scale, spec.bias) if array is not None]
+    shape = arrays[0].shape if arrays else spec.feature_shape
     if shape is None:
-        example = ctx.require_shape(-min(spec.feature_axes))
-        shape = tuple(example[axis] for axis in spec.feature_axes)
-    features = functools.reduce(lambda a, b: a * b, shape)
+        shape = spec.sized(ctx.require_shape(-spec.feature_axes[0])).feature_shape
+    features = math.prod(shape or ())
     return (nnx.RMSNorm if isinstance(spec, specs.RMSNorm) else nnx.LayerNorm)(
         features,
         reduction_axes=spec.reduction_axes,
@@ -822,20 +820,52 @@ def _flat(array: Any) -> Any:
     nnx.GroupNorm,
     specs.GroupNorm,
     state=("scale", "bias"),
-    fixed={"promote_dtype": dtypes.promote_dtype, "reduction_axes": None},
+    fixed={"promote_dtype": dtypes.promote_dtype},
 )
 def read_group_norm(m, ctx):
+    axes = m.reduction_axes
     return specs.GroupNorm(
         **_norm_fields(m, ctx),
         num_groups=m.num_groups,
         features=m.num_groups * m.group_size,
+        reduction_axes=group_axes(axes, ctx),
+        repeat_axis=-1 if axes is None else 1,
     )
 
 
-@adapter.builds(specs.GroupNorm, carries=_NORM)
+def group_axes(axes: Any, ctx) -> tuple[int, ...] | None:
+    """The axes that a GroupNorm reduces beside that of the features, or None for all."""
+    if axes is None:
+        return None
+    axes = tuple(sorted(_axes(axes, "reduction_axes", ctx)))
+    if axes[-1] != -1:
+        ctx.refuse("reduction_axes", axes, "-1, the axis of the features, must be among them")
+    return axes[:-1]
+
+
+@adapter.builds(specs.GroupNorm, carries=(*_NORM, "reduction_axes", "repeat_axis"))
 def build_group_norm(spec, ctx):
-    features = spec.features or ctx.require_shape()[-1]
-    return nnx.GroupNorm(features, spec.num_groups, **_norm_options(spec, ctx))
+    features, axes = spec.features or ctx.require_shape()[-1], spec.reduction_axes
+    if spec.repeat_axis != (-1 if axes is None else 1):
+        ctx.refuse("reduction_axes", axes, "nnx repeats the statistics along axis 1")
+    return nnx.GroupNorm(
+        features,
+        spec.num_groups,
+        reduction_axes=None if axes is None else (*axes, -1),
+        **_norm_options(spec, ctx),
+    )
+
+
+@adapter.reads(
+    nnx.InstanceNorm,
+    specs.GroupNorm,
+    state=("scale", "bias"),
+    fixed={"promote_dtype": dtypes.promote_dtype, "feature_axes": -1},
+)
+def read_instance_norm(m, ctx):
+    return specs.GroupNorm(
+        **_norm_fields(m, ctx), num_groups=m.num_features, features=m.num_features
+    )
 
 
 @adapter.reads(

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 
 from .. import formulas
+from ..errors import ArgumentError
 from .base import Array, DType, Run, Shape, Spec, is_wide, mismatches_of, moved_axis
 
 __all__ = [
@@ -28,10 +29,15 @@ class Norm(Spec):
     """What all normalisations have.
 
     Dtypes: ``x``, scale and bias are first cast to ``compute_dtype``, the result to
-    ``output_dtype``; None means the common dtype of the three. Statistics are float32 or wider.
+    ``output_dtype``; None means the common dtype of the three. Statistics are float32 or wider,
+    unless ``force_float32`` is false: then they have the output's or the input's dtype.
+
+    ``axis_name`` is a mapped axis to take the statistics over as well, in groups of it if
+    ``axis_index_groups`` says so.
     """
 
     keeps_shape = True
+    trained = ("scale", "bias")
 
     scale: Array | None
     bias: Array | None
@@ -41,6 +47,7 @@ class Norm(Spec):
     axis_index_groups: Any = None
     compute_dtype: DType | None = None
     output_dtype: DType | None = None
+    force_float32: bool = True
 
     @property
     def space(self) -> int | None:
@@ -49,6 +56,50 @@ class Norm(Spec):
     @property
     def holds_state(self) -> bool:
         return self.scale is not None or self.bias is not None
+
+    def _moments(
+        self, run: Run, x: Array, axes: tuple[int, ...], is_centred: bool = True
+    ) -> tuple[Array, Array]:
+        """The statistics over ``axes`` of the batch ``x``, which stay with size 1."""
+        if self.compute_dtype is not None:
+            x = jnp.asarray(x, self.compute_dtype)
+        dtype = x.dtype if self.output_dtype is None else self.output_dtype
+        return formulas.moments(
+            x,
+            axes,
+            use_fast_variance=self.use_fast_variance,
+            is_centred=is_centred,
+            batch_axis=run.axis_name if 0 in axes else None,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            dtype=jnp.promote_types(dtype, jnp.float32) if self.force_float32 else dtype,
+        )
+
+    def _normalized(self, x: Array, mean: Array, var: Array, axes: tuple[int, ...]) -> Array:
+        """``x`` normalised, scaled and shifted along its ``axes``."""
+        shape = [x.shape[axis] if axis in axes else 1 for axis in range(x.ndim)]
+        scale, bias = (a if a is None else a.reshape(shape) for a in (self.scale, self.bias))
+        return formulas.normalize(
+            x,
+            mean,
+            var,
+            scale,
+            bias,
+            epsilon=self.epsilon,
+            compute_dtype=self.compute_dtype,
+            output_dtype=self.output_dtype,
+        )
+
+
+def _affine(
+    shape: Shape, use_scale: bool, use_bias: bool, param_dtype: DType
+) -> dict[str, jax.ShapeDtypeStruct | None]:
+    array = jax.ShapeDtypeStruct(shape, param_dtype)
+    return {"scale": array if use_scale else None, "bias": array if use_bias else None}
+
+
+def _positive(axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    return tuple(axis % ndim for axis in axes)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -62,7 +113,10 @@ class LayerNorm(Norm):
 
     ``feature_shape`` holds those sizes where they are known without the arrays, and
     ``leading_shape`` the sizes of the axes of one example before them, where the source fixes
-    them. Axes are negative: they count from the end, so that batch axes do not move them.
+    them; where those of several axes are not known, the arrays are one row. Axes are negative,
+    in order: they count from the end, so that batch axes do not move them.
+
+    Ba et al., "Layer Normalization", 2016.
     """
 
     feature_shape: Shape | None
@@ -70,6 +124,39 @@ class LayerNorm(Norm):
     reduction_axes: tuple[int, ...] = (-1,)
     feature_axes: tuple[int, ...] = (-1,)
     counts_axes = True
+    is_centred: ClassVar[bool] = True
+
+    def apply(self, run: Run, x: Array) -> Array:
+        axes = _positive(self.reduction_axes, x.ndim)
+        mean, var = self._moments(run, x, axes, self.is_centred)
+        return self._normalized(x, mean, var, _positive(self.feature_axes, x.ndim))
+
+    @classmethod
+    def shaped(
+        cls,
+        shape: int | Shape,
+        *,
+        epsilon: float = 1e-6,
+        use_scale: bool = True,
+        use_bias: bool | None = None,
+        use_fast_variance: bool = True,
+        param_dtype: DType = jnp.float32,
+        feature_axes: tuple[int, ...] | None = None,
+        reduction_axes: tuple[int, ...] | None = None,
+        **options: Any,
+    ) -> Self:
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        axes = feature_axes or tuple(range(-len(shape), 0))
+        use_bias = cls.is_centred if use_bias is None else use_bias
+        return cls(
+            **_affine(shape, use_scale, use_bias, param_dtype),
+            epsilon=epsilon,
+            use_fast_variance=use_fast_variance,
+            feature_shape=shape,
+            feature_axes=axes,
+            reduction_axes=reduction_axes or axes,
+            **options,
+        )
 
     def moved(self, axes: int | None, to_first: bool) -> Spec:
         if not axes:
@@ -77,6 +164,11 @@ class LayerNorm(Norm):
         features = [moved_axis(axis, axes, to_first) for axis in self.feature_axes]
         order = sorted(range(len(features)), key=features.__getitem__)
         shape = self.feature_shape
+        if shape is None and order != sorted(order) and self.holds_state:
+            raise ArgumentError(
+                "the weights of a normalisation are one row, whose axes cannot be told",
+                remedy="Convert it to another framework first, with sample_input=",
+            )
         return replace(
             self,
             scale=_transposed(self.scale, order),
@@ -88,6 +180,12 @@ class LayerNorm(Norm):
             feature_axes=tuple(sorted(features)),
         )
 
+    def sized(self, example: Shape) -> Self:
+        """This layer with the ``feature_shape`` that examples of a shape have."""
+        shape = tuple(example[axis] for axis in self.feature_axes)
+        scale, bias = (a if a is None else a.reshape(shape) for a in (self.scale, self.bias))
+        return replace(self, scale=scale, bias=bias, feature_shape=shape)
+
     def mismatches(self) -> list[str]:
         shape = self.feature_shape
         return mismatches_of(scale=(self.scale, shape), bias=(self.bias, shape))
@@ -98,27 +196,78 @@ class RMSNorm(LayerNorm):
     """``y = x * rsqrt(mean(x ** 2) + epsilon) * scale`` over ``reduction_axes``.
 
     As :class:`LayerNorm`, without the mean; ``use_fast_variance`` has no effect. A bias is an
-    option that few frameworks have.
+    option that few frameworks have. Zhang and Sennrich, "Root Mean Square Layer
+    Normalization", NeurIPS 2019.
     """
 
     bias: Array | None = None
+    is_centred = False
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class GroupNorm(Norm):
     """:class:`LayerNorm` of each of ``num_groups`` groups of features, over all of ``space``.
 
+    Wu and He, "Group Normalization", ECCV 2018.
+
     Shapes:
         x       (batch, *space, features)
         scale   (features,) or None
         bias    (features,) or None
 
-    ``features`` is that number where it is known without the arrays.
+    ``features`` is that number where it is known without the arrays. ``reduction_axes`` are
+    the axes of ``x`` to reduce beside those of a group, where that is not all of ``space``.
+    Statistics have an axis of groups; ``repeat_axis`` is that along which they are repeated for
+    each feature of a group. It is the axis of groups unless the source takes another one, whose
+    result is then a permutation of the statistics.
     """
 
     num_groups: int
     features: int | None
+    reduction_axes: tuple[int, ...] | None = None
+    repeat_axis: int = -1
     has_channels = True
+
+    def apply(self, run: Run, x: Array) -> Array:
+        *leading, features = x.shape
+        groups, size = self.num_groups, features // self.num_groups
+        axes = self.reduction_axes
+        axes = tuple(range(1, x.ndim - 1)) if axes is None else _positive(axes, x.ndim)
+        grouped = x.reshape(*leading, groups, size)
+        kept = [1 if axis in axes else n for axis, n in enumerate(leading)]
+
+        def spread(statistics: Array) -> Array:
+            statistics = statistics.squeeze((*axes, x.ndim))
+            return jnp.repeat(statistics, size, axis=self.repeat_axis).reshape(*kept, features)
+
+        mean, var = map(spread, self._moments(run, grouped, (*axes, x.ndim)))
+        return self._normalized(x, mean, var, (x.ndim - 1,))
+
+    @classmethod
+    def shaped(
+        cls,
+        features: int,
+        num_groups: int = 32,
+        *,
+        epsilon: float = 1e-6,
+        use_scale: bool = True,
+        use_bias: bool = True,
+        use_fast_variance: bool = True,
+        param_dtype: DType = jnp.float32,
+        **options: Any,
+    ) -> Self:
+        return cls(
+            **_affine((features,), use_scale, use_bias, param_dtype),
+            epsilon=epsilon,
+            use_fast_variance=use_fast_variance,
+            num_groups=num_groups,
+            features=features,
+            **options,
+        )
+
+    @property
+    def in_features(self) -> int | None:
+        return self.features
 
     def mismatches(self) -> list[str]:
         shape = None if self.features is None else (self.features,)
@@ -138,8 +287,10 @@ class BatchNorm(Norm):
         mean, var               (features,)
 
     ``spatial_dims`` is the number of axes of ``space``, or None where the source leaves it to
-    the input. ``statistics_dtype`` is that of ``mean`` and ``var`` where it is narrower than
-    float32, which every framework rounds elsewhere.
+    the input. With ``uses_running``, training normalises by the running statistics once the
+    batch has moved them; ``is_first``, a boolean, tells that they are still to be set, to those
+    of the first batch. ``statistics_dtype`` is that of ``mean`` and ``var`` where it is
+    narrower than float32, which every framework rounds elsewhere.
     """
 
     mean: Array
@@ -147,39 +298,39 @@ class BatchNorm(Norm):
     momentum: float
     spatial_dims: int | None
     axis: int = -1
+    uses_running: bool = False
+    is_first: Array | None = None
     statistics_dtype: DType | None = field(init=False, default=None)
-    trained = ("scale", "bias")
-    buffers = ("mean", "var")
+    buffers = ("mean", "var", "is_first")
 
     def apply(self, run: Run, x: Array) -> Array:
-        mean, var = self.mean, self.var
-        if run.train:
-            mean, var = self._batch_statistics(run, x)
-            kept, moved = self.momentum, 1.0 - self.momentum
-            run.update(
-                self, mean=kept * self.mean + moved * mean, var=kept * self.var + moved * var
-            )
-        return formulas.batch_norm(
-            x,
-            mean,
-            var,
-            self.scale,
-            self.bias,
-            axis=self.axis,
-            epsilon=self.epsilon,
-            output_dtype=self.output_dtype,
-        )
+        axis = self.axis % x.ndim
+        shape = [x.shape[i] if i == axis else 1 for i in range(x.ndim)]
+        mean, var = self._statistics(run, x, axis) if run.train else (self.mean, self.var)
+        if self.compute_dtype is not None and not run.train:
+            mean, var = formulas.promote(mean, var, dtype=self.compute_dtype)
+        return self._normalized(x, mean.reshape(shape), var.reshape(shape), (axis,))
 
-    def _batch_statistics(self, run: Run, x: Array) -> tuple[Array, Array]:
-        return formulas.moments(
-            x,
-            tuple(axis for axis in range(x.ndim) if axis != self.axis % x.ndim),
-            use_fast_variance=self.use_fast_variance,
-            axis_name=tuple(
-                name for name in (self.axis_name, run.axis_name) if name is not None
-            ),
-            axis_index_groups=self.axis_index_groups,
-        )
+    def _statistics(self, run: Run, x: Array, axis: int) -> tuple[Array, Array]:
+        """Those that training normalises by; moves the running ones."""
+        batch = self._moments(run, x, tuple(i for i in range(x.ndim) if i != axis))
+        mean, var = (a.reshape(self.mean.shape) for a in batch)
+        kept, moved = self.momentum, 1.0 - self.momentum
+        new = {"mean": kept * self.mean + moved * mean, "var": kept * self.var + moved * var}
+        if self.is_first is not None:
+            new["mean"] = jnp.where(self.is_first, mean, new["mean"])
+            new["var"] = jnp.where(self.is_first, var, new["var"])
+            new["is_first"] = jnp.zeros_like(self.is_first)
+        run.update(self, **new)
+        return (new["mean"], new["var"]) if self.uses_running else (mean, var)
+
+    @property
+    def in_features(self) -> int | None:
+        return self.mean.shape[0] if self.axis == -1 else None
+
+    @property
+    def is_composable(self) -> bool:
+        return self.statistics_dtype is None
 
     @classmethod
     def shaped(
@@ -194,12 +345,11 @@ class BatchNorm(Norm):
         param_dtype: DType = jnp.float32,
         **options: Any,
     ) -> Self:
-        array = jax.ShapeDtypeStruct((features,), param_dtype)
+        statistics = jax.ShapeDtypeStruct((features,), jnp.float32)
         return cls(
-            scale=array if use_scale else None,
-            bias=array if use_bias else None,
-            mean=array,
-            var=array,
+            **_affine((features,), use_scale, use_bias, param_dtype),
+            mean=statistics,
+            var=statistics,
             momentum=momentum,
             epsilon=epsilon,
             use_fast_variance=use_fast_variance,
@@ -208,8 +358,9 @@ class BatchNorm(Norm):
         )
 
     def __post_init__(self) -> None:
-        if not is_wide(self.mean.dtype):
-            object.__setattr__(self, "statistics_dtype", self.mean.dtype)
+        dtype = getattr(self.mean, "dtype", jnp.float32)  # arrays may be elsewhere
+        if not is_wide(dtype):
+            object.__setattr__(self, "statistics_dtype", dtype)
 
     @property
     def space(self) -> int | None:

@@ -290,9 +290,7 @@ def _batch_norm_options(dims):
         {
             "in_size": SHAPE,
             # BrainState then keeps running statistics of a wrong shape in training.
-            "feature_axis": Option(
-                0, refused=_FEW if dims else (), named="axis", training=dims == 0
-            ),
+            "feature_axis": Option(0, training=dims == 0),
             "track_running_stats": Option(
                 {"track_running_stats": False, "affine": False}, refused=ALL
             ),
@@ -368,25 +366,15 @@ def _norm():
         ),
         "axis_name": Option("batch", refused=_FEW),
         "use_fast_variance": Option(False),
-        "dtype": Option(jax.numpy.bfloat16, refused=("equinox", "nnx"), named="output_dtype"),
+        "dtype": Option(jax.numpy.bfloat16),
         "param_type": Option(FrozenState, refused=ALL),
     }
 
 
 _LAYER_NORM = _norm() | {
-    "in_size": Option((3, 4), refused=_FEW, named="leading_shape", x=(6, 3, 4)),
-    "reduction_axes": Option(
-        {"in_size": (3, 4), "reduction_axes": (-2, -1)},
-        refused=_FEW,
-        named="leading_shape",
-        x=(6, 3, 4),
-    ),
-    "feature_axes": Option(
-        {"in_size": (3, 4), "feature_axes": (-2, -1)},
-        refused=_FEW,
-        named="reduction_axes",
-        x=(6, 3, 4),
-    ),
+    "in_size": Option((3, 4), x=(6, 3, 4)),
+    "reduction_axes": Option({"in_size": (3, 4), "reduction_axes": (-2, -1)}, x=(6, 3, 4)),
+    "feature_axes": Option({"in_size": (3, 5, 4), "feature_axes": (-1, -3)}, x=(6, 3, 5, 4)),
 }
 
 
@@ -487,11 +475,12 @@ CONSTRUCTORS = {
             "in_size": SHAPE,
             "feature_axis": "the last axis is the only one",
             "group_size": Option({"num_groups": None, "group_size": 1}),
-            "use_scale": Option(False, refused=_FEW, named="scale, bias"),
-            "use_bias": Option(False, refused=_FEW, named="scale, bias"),
+            "use_scale": Option(False),
+            "use_bias": Option(False),
             "bias_init": INITIAL,
-            "reduction_axes": Option((-1,), refused=ALL),
+            "reduction_axes": Option((-1,), x=(6, 5, 4)),
         },
+        images=True,
     ),
     nn.BatchNorm0d: _batch_norm_options(0),
     nn.BatchNorm1d: _batch_norm_options(1),

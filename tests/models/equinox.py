@@ -179,7 +179,8 @@ def _call(module, state, x, key):
     keys = None if key is None else jax.random.split(key, len(x))
 
     def one(x, state, key):
-        if isinstance(module, eqx.nn.Sequential | eqx.nn.BatchNorm) and state is not None:
+        takes_state = isinstance(module, eqx.nn.StatefulLayer) and module.is_stateful()
+        if state is not None and (takes_state or isinstance(module, eqx.nn.Sequential)):
             return module(x, state, key=key)
         if isinstance(module, eqx.nn.MultiheadAttention):
             return module(x, x, x, key=key), state
@@ -456,8 +457,8 @@ CONSTRUCTORS = {
         {
             "shape": Option((3, 4), x=(6, 3, 4)),
             "eps": Option(0.1),
-            "use_weight": Option(False, refused=("brainstate",), named="use_scale, use_bias"),
-            "use_bias": Option(True, refused=("linen", "nnx"), named="bias"),
+            "use_weight": Option(False),
+            "use_bias": Option(True),
             "dtype": Option(jnp.bfloat16),
         },
     ),
@@ -466,15 +467,9 @@ CONSTRUCTORS = {
         {"groups": 2, "channels": 4},
         {
             "groups": Option(1),
-            "channels": Option(
-                {"channels": None, "channelwise_affine": False},
-                refused=("brainstate",),
-                named="use_scale, use_bias",
-            ),
+            "channels": Option({"channels": None, "channelwise_affine": False}),
             "eps": Option(0.1),
-            "channelwise_affine": Option(
-                False, refused=("brainstate",), named="use_scale, use_bias"
-            ),
+            "channelwise_affine": Option(False),
             "dtype": Option(jnp.bfloat16),
         },
     ),
@@ -489,7 +484,7 @@ CONSTRUCTORS = {
             "momentum": Option(0.5),
             "inference": MODE,
             "dtype": Option(jnp.bfloat16, refused=ALL, named="statistics_dtype"),
-            "mode": Option("ema", refused=ALL),
+            "mode": Option("ema"),
         },
     ),
     eqx.nn.Dropout: Constructor(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import shims
+from interop.composites.linen import Composite
 
 from .. import live
 from ..cases import array
@@ -179,7 +180,7 @@ def _clone(module, train, memo):
         return nn.Sequential([_in_mode(layer, train, memo) for layer in module.layers])
     if isinstance(module, nn.BatchNorm):
         return module.clone(use_running_average=not train)
-    if isinstance(module, nn.Dropout | nn.MultiHeadDotProductAttention):
+    if isinstance(module, nn.Dropout | Composite | nn.MultiHeadDotProductAttention):
         return module.clone(deterministic=not train)
     return module
 
@@ -275,8 +276,9 @@ def _dilated(*args, **keywords):
 _MODULE = {"parent": NAME, "name": NAME}
 _NORM = _MODULE | {
     "epsilon": Option(0.1),
-    "use_bias": Option({"use_bias": False, "dtype": jnp.float32}),
-    "use_scale": Option({"use_scale": False, "dtype": jnp.float32}),
+    "use_bias": Option(False),
+    "use_scale": Option(False),
+    "dtype": Option(jnp.bfloat16),
     "param_dtype": INITIAL,
     "bias_init": INITIAL,
     "scale_init": INITIAL,
@@ -287,14 +289,15 @@ _NORM = _MODULE | {
         attribute=True,
     ),
     "use_fast_variance": Option(False),
-    "force_float32_reductions": Option(False, refused=ALL),
+    "force_float32_reductions": Option(
+        {"force_float32_reductions": False, "dtype": jnp.bfloat16}
+    ),
 }
 
 _RMS_NORM = {name: mark for name, mark in _NORM.items() if "bias" not in name}
 _LAYER_NORM = {
-    "dtype": Option(jnp.bfloat16, refused=("equinox", "nnx"), named="output_dtype"),
-    "reduction_axes": Option((-2, -1), refused=("equinox",), x=(6, 3, 4)),
-    "feature_axes": Option((-2, -1), refused=("equinox",), named="reduction_axes", x=(6, 3, 4)),
+    "reduction_axes": Option((-2, -1), x=(6, 3, 4)),
+    "feature_axes": Option((-3, -1), x=(6, 3, 5, 4)),
     "axis_name": Option("batch", refused=("equinox",)),
 }
 
@@ -544,26 +547,32 @@ CONSTRUCTORS = {
         _NORM
         | {
             "group_size": Option({"num_groups": None, "group_size": 1}),
-            "use_scale": Option(False, refused=("equinox",), named="scale, bias"),
-            "use_bias": Option(False, refused=("equinox",), named="scale, bias"),
-            "reduction_axes": Option((-1,), refused=ALL),
-            "dtype": Option(jnp.bfloat16, refused=("equinox", "nnx"), named="output_dtype"),
+            "reduction_axes": Option((-1,), x=(6, 5, 4)),
             "axis_name": Option("batch", refused=("equinox",)),
         },
+        images=True,
+    ),
+    nn.InstanceNorm: Constructor(
+        (6, 7, 4),
+        {},
+        _NORM
+        | {
+            "feature_axes": Option((-2, -1), refused=ALL),
+            "axis_name": Option("batch", refused=("equinox",)),
+        },
+        images=True,
     ),
     nn.BatchNorm: Constructor(
         (6, 4),
         {},
         _NORM
         | {
-            "dtype": Option(jnp.bfloat16, refused=("equinox", "nnx"), named="output_dtype"),
             "use_running_average": MODE,
-            "axis": Option(-2, refused=("brainstate", "equinox"), x=(6, 4, 3)),
+            "axis": Option(-2, x=(6, 4, 3)),
             "momentum": Option(0.5),
             "axis_name": Option("batch", refused=("equinox",), attribute=True),
-            "use_bias": Option(False, refused=("brainstate", "equinox"), named="scale, bias"),
-            "use_scale": Option(False, refused=("brainstate", "equinox"), named="scale, bias"),
         },
+        images=True,
     ),
     nn.Dropout: Constructor(
         (1000, 4),

@@ -305,11 +305,9 @@ def _note(option, array, found=None, **others):
 _NORM = {
     "num_features": SHAPE,
     "epsilon": Option(0.1),
-    "dtype": Option(
-        jnp.bfloat16, refused=("brainstate", "equinox", "linen"), named="compute_dtype"
-    ),
-    "use_bias": Option({"use_bias": False, "dtype": jnp.float32}),
-    "use_scale": Option({"use_scale": False, "dtype": jnp.float32}),
+    "dtype": Option(jnp.bfloat16),
+    "use_bias": Option(False),
+    "use_scale": Option(False),
     "param_dtype": Option(jnp.bfloat16),
     "bias_init": INITIAL,
     "scale_init": INITIAL,
@@ -328,10 +326,8 @@ _NORM = {
 
 _RMS_NORM = {name: mark for name, mark in _NORM.items() if "bias" not in name}
 _LAYER_NORM = {
-    "reduction_axes": Option((-2, -1), refused=("equinox",), x=(6, 3, 4)),
-    "feature_axes": Option(
-        {"num_features": 12, "feature_axes": (-2, -1)}, refused=ALL, x=(6, 3, 4)
-    ),
+    "reduction_axes": Option((-2, -1), x=(6, 3, 4)),
+    "feature_axes": Option({"num_features": 12, "feature_axes": (-3, -1)}, x=(6, 3, 5, 4)),
     "axis_name": Option("batch", refused=("equinox",)),
 }
 
@@ -599,11 +595,20 @@ CONSTRUCTORS = {
         _NORM
         | {
             "group_size": Option({"num_groups": None, "group_size": 1}),
-            "use_scale": Option({"use_scale": False}, ("equinox",), named="scale, bias"),
-            "use_bias": Option({"use_bias": False}, ("equinox",), named="scale, bias"),
-            "reduction_axes": Option((-1,), refused=ALL),
+            "reduction_axes": Option((-1,), x=(6, 5, 4)),
             "axis_name": Option("batch", refused=("equinox",)),
         },
+        images=True,
+    ),
+    nnx.InstanceNorm: Constructor(
+        (6, 7, 4),
+        {"num_features": 4, "rngs": _RNGS},
+        _NORM
+        | {
+            "feature_axes": Option((-2, -1), refused=ALL),
+            "axis_name": Option("batch", refused=("equinox",)),
+        },
+        images=True,
     ),
     nnx.BatchNorm: Constructor(
         (6, 4),
@@ -611,16 +616,11 @@ CONSTRUCTORS = {
         _NORM
         | {
             "use_running_average": MODE,
-            "axis": Option(-2, refused=("brainstate", "equinox"), x=(6, 4, 3)),
+            "axis": Option(-2, x=(6, 4, 3)),
             "momentum": Option(0.5),
             "axis_name": Option("batch", refused=("equinox",), attribute=True),
-            "use_bias": Option(
-                {"use_bias": False}, refused=("brainstate", "equinox"), named="scale, bias"
-            ),
-            "use_scale": Option(
-                {"use_scale": False}, refused=("brainstate", "equinox"), named="scale, bias"
-            ),
         },
+        images=True,
     ),
     nnx.Dropout: Constructor(
         (1000, 4),
