@@ -218,25 +218,25 @@ UNSUPPORTED = {
         ),
     ),
     "a layer without a rule": (
-        lambda: interop.to_nnx(in_a_stack(brainstate.nn.GRUCell(4, 4))),
+        lambda: interop.to_nnx(in_a_stack(brainstate.nn.PReLU())),
         (
             interop.UnmappedLayerError,
             LookupError,
             "model[1][0]",
-            ["GRUCell", "brainstate", "shims.wrap(model[1][0]"],
+            ["PReLU", "brainstate", "shims.wrap(model[1][0]"],
         ),
     ),
     "a layer without a rule, linen": (
-        lambda: to_brainstate(nn.Sequential([nn.relu, nn.GRUCell(3)]), params={}),
-        (interop.UnmappedLayerError, LookupError, "model[1]", ["GRUCell"]),
+        lambda: to_brainstate(nn.Sequential([nn.relu, nn.PReLU()]), params={}),
+        (interop.UnmappedLayerError, LookupError, "model[1]", ["PReLU"]),
     ),
     "a layer without a rule, equinox": (
-        lambda: interop.from_equinox(eqx.nn.GRUCell(3, 4, key=KEY)),
-        (interop.UnmappedLayerError, LookupError, "model", ["GRUCell"]),
+        lambda: interop.from_equinox(eqx.nn.PReLU()),
+        (interop.UnmappedLayerError, LookupError, "model", ["PReLU"]),
     ),
     "a layer without a rule, nnx": (
-        lambda: interop.from_nnx(nnx.Sequential(nnx.Sequential(nnx.GRUCell(3, 4, rngs=RNGS)))),
-        (interop.UnmappedLayerError, LookupError, "model[0][0]", ["GRUCell"]),
+        lambda: interop.from_nnx(nnx.Sequential(nnx.Sequential(nnx.PReLU()))),
+        (interop.UnmappedLayerError, LookupError, "model[0][0]", ["PReLU"]),
     ),
     "an empty stack, brainstate": (
         lambda: interop.to_nnx(emptied()),
@@ -514,8 +514,8 @@ def test_the_facts_of_an_error_are_attributes():
         interop.from_nnx(Scaled(3, 4, rngs=RNGS))
     assert (e.value.found, e.value.option, e.value.target) == (Scaled, "__call__", None)
     with pytest.raises(interop.UnmappedLayerError) as e:
-        interop.from_nnx(nnx.GRUCell(3, 4, rngs=RNGS))
-    assert (e.value.found, e.value.framework) == (nnx.GRUCell, "nnx")
+        interop.from_nnx(nnx.PReLU())
+    assert (e.value.found, e.value.framework) == (nnx.PReLU, "nnx")
 
 
 def test_a_subclass_with_another_forward_is_refused_by_name(source, target):

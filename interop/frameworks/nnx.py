@@ -1052,6 +1052,8 @@ def build_lstm_cell(spec, ctx):
 
 def gates(*arrays: Any, number: int) -> list[tuple[Any, ...]]:
     """The part of each array that is of one gate, in order."""
+    if number == 1:
+        return [arrays]
     return list(zip(*(jnp.split(array, number, axis=-1) for array in arrays), strict=True))
 
 
