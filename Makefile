@@ -43,7 +43,7 @@ format: $(VENV)/installed-lint ## Format, and mend what can be mended
 	$(RUN) ruff check --fix-only .
 	$(RUN) ruff format .
 
-table: $(VENV)/installed-test ## Write the table of what converts into README.md
+table: $(VENV)/installed-test ## Write the tables of README.md (on Python 3.13: its layers are the newest)
 	PYTHONPATH=. $(VENV)/bin/python tests/support_table.py
 
 clean: ## Remove the virtualenvs and all caches

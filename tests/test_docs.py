@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from flax import nnx
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -41,11 +42,14 @@ def test_the_readmes_programs_print_what_they_promise():
         assert printed_by(block, scope) == promised, block
 
 
+@pytest.mark.skipif(
+    not hasattr(nnx, "RoPE"), reason="the table is of the newest versions, which have nnx.RoPE"
+)
 def test_the_table_of_what_converts_is_current():
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     script = ROOT / "tests" / "support_table.py"
     done = subprocess.run([sys.executable, script, "--check"], env=env, check=False)
-    assert done.returncode == 0, "stale: run `make table`"
+    assert done.returncode == 0, "stale: run `make table` on Python 3.13"
 
 
 def test_what_the_readme_links_to_is_there():
