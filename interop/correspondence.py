@@ -495,28 +495,16 @@ def arrays_of(spec: specs.Spec) -> dict[str, Any]:
         return dict(spec.parameters())
     if not dataclasses.is_dataclass(spec):
         return {}
-    found: dict[str, Any] = {}
+    inner, found = spec.inner(), dict[str, Any]()
     for option in dataclasses.fields(spec):
-        value = getattr(spec, option.name)
-        if option.name in spec.children:
-            found |= _arrays_of_children(option.name, value)
+        if option.name in inner:
+            held = arrays_of(inner[option.name])
+            found |= {f"{option.name}.{key}": array for key, array in held.items()}
             continue
-        for path, leaf in leaves(value).items():
+        for path, leaf in leaves(getattr(spec, option.name)).items():
             if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
                 found[name((option.name, *path))] = leaf
     return found
-
-
-def _arrays_of_children(field: str, value: Any) -> dict[str, Any]:
-    if isinstance(value, specs.Spec):
-        children = {field: value}
-    else:
-        children = {f"{field}[{i}]": child for i, child in enumerate(value or ())}
-    return {
-        f"{where}.{key}": array
-        for where, child in children.items()
-        for key, array in arrays_of(child).items()
-    }
 
 
 def _match(first: _Numbered, second: _Numbered) -> tuple[dict[Path, Any], dict[Path, Any]]:

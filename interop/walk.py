@@ -226,8 +226,8 @@ class Building:
             composite = self.adapter.composites.get(type(spec))
             if composite is None or not spec.is_composable:
                 raise
-            for child in _children(spec):
-                self._hold(child)
+            for part in spec.inner().values():
+                self._hold(part)
             return self.adapter.build_composite(composite, spec, self)
 
     def _hold(self, spec: specs.Spec) -> None:
@@ -235,8 +235,8 @@ class Building:
         if spec.holds_state and (id(spec) in self._held or id(spec) in self._built):
             raise self._second_use(spec)
         self._held.add(id(spec))
-        for child in _children(spec):
-            self._hold(child)
+        for part in spec.inner().values():
+            self._hold(part)
 
     def _second_use(self, spec: specs.Spec) -> UnsupportedStructureError:
         first, found = self._origins.get(id(spec), (self.path, type(spec)))
@@ -333,14 +333,6 @@ class Building:
                     f"{self.adapter.name} has no counterpart",
                     "Leave the option at its default, or wrap the layer live with shims.wrap",
                 )
-
-
-def _children(spec: specs.Spec) -> list[specs.Spec]:
-    found: list[specs.Spec] = []
-    for name in spec.children:
-        value = getattr(spec, name)
-        found += [value] if isinstance(value, specs.Spec) else list(value or ())
-    return found
 
 
 def _plain(value: Any, default: Any) -> bool:

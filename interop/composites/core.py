@@ -2,8 +2,7 @@
 
 A composite is a module that holds one spec: its arrays in containers of the framework, and
 the rest in a :class:`Skeleton`, which is static. Arrays are in a nested dict, a *tree*, by the
-names of the spec's fields; those of a child are such a dict again, and those of several
-children a dict by number.
+names of the spec's fields; those of a child are such a dict again.
 """
 
 from __future__ import annotations
@@ -96,18 +95,13 @@ class Skeleton:
         return self._part(arrays, is_buffer=False)
 
     def _part(self, arrays: Mapping[str, Any], is_buffer: bool) -> Tree:
-        children = {name: _numbered(value) for name, value in self.fields if _is_child(value)}
-        part: Tree = {}
+        known, part = dict(self.fields), Tree()
         for name, value in arrays.items():
-            if name not in children:
-                if (name in self.spec_type.buffers) == is_buffer:
-                    part[name] = value
-            elif isinstance(children[name], Skeleton):
-                part[name] = children[name]._part(value, is_buffer)
-            else:
-                part[name] = _pruned(
-                    {i: children[name][i]._part(tree, is_buffer) for i, tree in value.items()}
-                )
+            child = known[name]
+            if isinstance(child, Skeleton):
+                part[name] = child._part(value, is_buffer)
+            elif (name in self.spec_type.buffers) == is_buffer:
+                part[name] = value
         return _pruned(part)
 
     def __repr__(self) -> str:
@@ -130,10 +124,6 @@ def split(spec: Spec) -> tuple[Skeleton, Tree]:
             continue
         if isinstance(value, Spec):
             value, arrays[name] = split(value)
-        elif name in spec.children and value:
-            pairs = [split(child) for child in value]
-            value = tuple(skeleton for skeleton, _ in pairs)
-            arrays[name] = _pruned({str(i): tree for i, (_, tree) in enumerate(pairs)})
         elif name in spec.trained + spec.buffers and value is not None:
             arrays[name] = value
             value = jax.ShapeDtypeStruct(value.shape, value.dtype)
@@ -155,12 +145,7 @@ def combine(one: Mapping[str, Any], other: Mapping[str, Any]) -> Tree:
 def updated(spec: Spec, run: Run) -> Tree:
     """The tree of those buffers of ``spec`` and of its children that a run has changed."""
     found: Tree = dict(run.updates.get(id(spec), {}))
-    for name in spec.children:
-        value = getattr(spec, name)
-        if isinstance(value, Spec):
-            found[name] = updated(value, run)
-        elif value:
-            found[name] = _pruned({str(i): updated(c, run) for i, c in enumerate(value)})
+    found |= {name: updated(part, run) for name, part in spec.inner().items()}
     return _pruned(found)
 
 
@@ -267,25 +252,11 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, jax.Array | np.ndarray)
 
 
-def _is_child(value: Any) -> bool:
-    if not isinstance(value, tuple):
-        return isinstance(value, Skeleton)
-    return any(isinstance(part, Skeleton) for part in cast("tuple[Any, ...]", value))
-
-
-def _numbered(value: Any) -> Any:
-    if isinstance(value, Skeleton):
-        return value
-    return {str(i): child for i, child in enumerate(value)}
-
-
 def _filled(value: Any, arrays: Any) -> Any:
     if isinstance(value, jax.ShapeDtypeStruct):
         return arrays
     if isinstance(value, Skeleton):
         return value.merge(arrays)
-    if _is_child(value):
-        return tuple(child.merge(arrays.get(i, {})) for i, child in _numbered(value).items())
     return _released(value)
 
 
@@ -294,8 +265,6 @@ def _empty(value: Any) -> Any:
         return value
     if isinstance(value, Skeleton):
         return value.empty()
-    if _is_child(value):
-        return _pruned({i: child.empty() for i, child in _numbered(value).items()})
     return {}
 
 

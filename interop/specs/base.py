@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +100,7 @@ class Spec:
     buffers: ClassVar[tuple[str, ...]] = ()
     """Fields that hold arrays which only the layer itself changes, or None."""
     children: ClassVar[tuple[str, ...]] = ()
-    """Fields that hold other specs: one, a tuple of them, or None."""
+    """Fields that hold another spec, or None."""
     random: ClassVar[bool] = False
     """Whether training draws random numbers."""
     takes_examples: ClassVar[bool] = False
@@ -162,6 +162,11 @@ class Spec:
     def mismatches(self) -> list[str]:
         """One line for each array that is none, or does not fit the others."""
         return []
+
+    def inner(self) -> dict[str, Spec]:
+        """The specs that this one holds, by the names of their fields."""
+        found = {name: getattr(self, name) for name in self.children}
+        return {name: part for name, part in found.items() if part is not None}
 
     def canonical(self) -> Spec:
         """The same layer with its arrays as other layers of its kind hold them."""
@@ -234,11 +239,6 @@ class Sequential(Spec):
 def _initial(name: str, value: Any, key: jax.Array) -> Any:
     if isinstance(value, Spec):
         return value.initial(key)
-    if isinstance(value, tuple):
-        parts = cast("tuple[Any, ...]", value)
-        return tuple(
-            _initial(name, part, jax.random.fold_in(key, i)) for i, part in enumerate(parts)
-        )
     if not isinstance(value, jax.ShapeDtypeStruct):
         return value
     if "scale" in name or "var" in name or "gain" in name:
