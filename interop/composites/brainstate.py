@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import brainstate
@@ -83,7 +83,7 @@ class Composite(brainstate.nn.Module):
     @property
     def spec(self) -> Any:
         """The layer's spec, with the arrays as they are now."""
-        states = {name: getattr(self, name) for name in self.skeleton.empty()}
+        states = {name: getattr(self, name) for name in self.skeleton.empty}
         is_state = lambda x: isinstance(x, brainstate.State)  # noqa: E731
         return self.skeleton.merge(jax.tree.map(lambda s: s.value, states, is_leaf=is_state))
 
@@ -101,7 +101,7 @@ class Composite(brainstate.nn.Module):
         spec = self.spec
         run = self._run(spec)
         output = spec.apply(run, *inputs, **options)
-        _assign(vars(self), core.updated(spec, run))
+        core.assign(vars(self), core.updated(spec, run), _put)
         return output
 
 
@@ -149,19 +149,20 @@ class Cell(Composite, brainstate.nn.RNNCell):
         return state[0]
 
 
-def _assign(states: Any, tree: Mapping[str, Any]) -> None:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            _assign(states[name], value)
-        else:
-            states[name].value = value
+def _put(state: brainstate.State, value: Any) -> None:
+    state.value = value
+
+
+COMPOSITES: list[Any] = []
+"""Every composite below."""
 
 
 def _layer(spec_type: type[specs.Spec]) -> Any:
     """The composite of one kind of layer."""
     base = Cell if issubclass(spec_type, specs.Cell) else Composite
     signature = core.signature(spec_type)
-    return core.subclass(base, spec_type, __name__, __signature__=signature)
+    COMPOSITES.append(core.subclass(base, spec_type, __name__, __signature__=signature))
+    return COMPOSITES[-1]
 
 
 BatchNorm = _layer(specs.BatchNorm)
@@ -180,34 +181,9 @@ Linear = _layer(specs.Linear)
 LinearGeneral = _layer(specs.LinearGeneral)
 MGUCell = _layer(specs.MGUCell)
 MultiHeadAttention = _layer(specs.MultiHeadAttention)
+RMSNorm = _layer(specs.RMSNorm)
 RNN = _layer(specs.RNN)
 RotaryEmbedding = _layer(specs.RotaryEmbedding)
+ScaledWSConv = _layer(specs.ScaledWSConv)
 SimpleCell = _layer(specs.SimpleCell)
 URLSTMCell = _layer(specs.URLSTMCell)
-ScaledWSConv = _layer(specs.ScaledWSConv)
-RMSNorm = _layer(specs.RMSNorm)
-
-COMPOSITES = (
-    RMSNorm,
-    LayerNorm,
-    GroupNorm,
-    BatchNorm,
-    Bidirectional,
-    ConvLSTMCell,
-    Conv,
-    ConvLocal,
-    ConvTranspose,
-    Dropout,
-    Einsum,
-    GRUCell,
-    LSTMCell,
-    Linear,
-    LinearGeneral,
-    MGUCell,
-    MultiHeadAttention,
-    RNN,
-    RotaryEmbedding,
-    SimpleCell,
-    URLSTMCell,
-    ScaledWSConv,
-)

@@ -8,6 +8,7 @@ names of the spec's fields; those of a child are such a dict again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import types
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ __all__ = [
     "Constant",
     "Skeleton",
     "Tree",
+    "assign",
     "channels_first",
     "combine",
     "construct",
@@ -82,9 +84,15 @@ class Skeleton:
             **{name: _filled(value, arrays.get(name, {})) for name, value in self.fields}
         )
 
+    @functools.cached_property
     def empty(self) -> Tree:
         """The tree with a ``ShapeDtypeStruct`` in the place of each array."""
         return _pruned({name: _empty(value) for name, value in self.fields})
+
+    @property
+    def shaped(self) -> Any:
+        """The spec with a ``ShapeDtypeStruct`` in the place of each array."""
+        return self.merge(self.empty)
 
     def buffers(self, arrays: Mapping[str, Any]) -> Tree:
         """The part of a tree that is not trained."""
@@ -147,6 +155,15 @@ def updated(spec: Spec, run: Run) -> Tree:
     found: Tree = dict(run.updates.get(id(spec), {}))
     found |= {name: updated(part, run) for name, part in spec.inner().items()}
     return _pruned(found)
+
+
+def assign(holders: Any, tree: Mapping[str, Any], put: Callable[[Any, Any], None]) -> None:
+    """Give containers of a framework, in such a tree, the values of another, by ``put``."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            assign(holders[name], cast("Tree", value), put)
+        else:
+            put(holders[name], value)
 
 
 def construct(spec_type: type[Spec], args: Any, options: Mapping[str, Any], key: Any) -> Any:
@@ -264,7 +281,7 @@ def _empty(value: Any) -> Any:
     if isinstance(value, jax.ShapeDtypeStruct):
         return value
     if isinstance(value, Skeleton):
-        return value.empty()
+        return value.empty
     return {}
 
 

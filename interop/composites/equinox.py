@@ -119,6 +119,10 @@ class _Keys:
         return fresh
 
 
+COMPOSITES: list[Any] = []
+"""Every composite below."""
+
+
 def _layer(spec_type: type[specs.Spec]) -> Any:
     """The composite of one kind of layer."""
     base: Any = Cell if issubclass(spec_type, specs.Cell) else Composite
@@ -130,7 +134,10 @@ def _layer(spec_type: type[specs.Spec]) -> Any:
     me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     vars(__init__)["__signature__"] = inspect.Signature([me, *parameters])
     fields = {name: Any for name in (*spec_type.trained, *spec_type.children)}
-    return core.subclass(base, spec_type, __name__, __init__=__init__, __annotations__=fields)
+    COMPOSITES.append(
+        core.subclass(base, spec_type, __name__, __init__=__init__, __annotations__=fields)
+    )
+    return COMPOSITES[-1]
 
 
 BatchNorm = _layer(specs.BatchNorm)
@@ -149,34 +156,9 @@ Linear = _layer(specs.Linear)
 LinearGeneral = _layer(specs.LinearGeneral)
 MGUCell = _layer(specs.MGUCell)
 MultiHeadAttention = _layer(specs.MultiHeadAttention)
+RMSNorm = _layer(specs.RMSNorm)
 RNN = _layer(specs.RNN)
 RotaryEmbedding = _layer(specs.RotaryEmbedding)
+ScaledWSConv = _layer(specs.ScaledWSConv)
 SimpleCell = _layer(specs.SimpleCell)
 URLSTMCell = _layer(specs.URLSTMCell)
-ScaledWSConv = _layer(specs.ScaledWSConv)
-RMSNorm = _layer(specs.RMSNorm)
-
-COMPOSITES = (
-    RMSNorm,
-    LayerNorm,
-    GroupNorm,
-    BatchNorm,
-    Bidirectional,
-    ConvLSTMCell,
-    Conv,
-    ConvLocal,
-    ConvTranspose,
-    Dropout,
-    Einsum,
-    GRUCell,
-    LSTMCell,
-    Linear,
-    LinearGeneral,
-    MGUCell,
-    MultiHeadAttention,
-    RNN,
-    RotaryEmbedding,
-    SimpleCell,
-    URLSTMCell,
-    ScaledWSConv,
-)

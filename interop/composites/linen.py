@@ -50,14 +50,14 @@ class Composite(nn.Module):
         skeleton: Any = self.skeleton
 
         def initial(key: jax.Array) -> core.Tree:
-            return core.split(skeleton.merge(skeleton.empty()).initial(key))[1]
+            return core.split(skeleton.shaped.initial(key))[1]
 
         arrays: core.Tree = {}
-        for name in skeleton.trained(skeleton.empty()):
+        for name in skeleton.trained(skeleton.empty):
             arrays[name] = self.param(
                 name, lambda key, n=name: skeleton.trained(initial(key))[n]
             )
-        for name in skeleton.buffers(skeleton.empty()):
+        for name in skeleton.buffers(skeleton.empty):
             held = self.variable(
                 "batch_stats",
                 name,
@@ -103,21 +103,26 @@ class Cell(Composite, nn.RNNCellBase):
     def initialize_carry(self, rng: Any, input_shape: tuple[int, ...]) -> Any:
         """The state before the first step, for inputs of shape ``(*batch, *features)``."""
         skeleton: Any = self.skeleton
-        spec = skeleton.merge(skeleton.empty())
+        spec = skeleton.shaped
         return core.packed(spec.initial_carry(input_shape, rng), output_last=True)
 
     @property
     def num_feature_axes(self) -> int:
         """The number of axes of an input that are no batch axes."""
         skeleton: Any = self.skeleton
-        return skeleton.merge(skeleton.empty()).feature_axes
+        return skeleton.shaped.feature_axes
+
+
+COMPOSITES: list[Any] = []
+"""Every composite below."""
 
 
 def _layer(spec_type: type[specs.Spec]) -> Any:
     """The composite of one kind of layer."""
     base = Cell if issubclass(spec_type, specs.Cell) else Composite
     signature = core.signature(spec_type, "deterministic", "name", "parent")
-    return core.subclass(base, spec_type, __name__, __signature__=signature)
+    COMPOSITES.append(core.subclass(base, spec_type, __name__, __signature__=signature))
+    return COMPOSITES[-1]
 
 
 BatchNorm = _layer(specs.BatchNorm)
@@ -135,31 +140,8 @@ Linear = _layer(specs.Linear)
 LinearGeneral = _layer(specs.LinearGeneral)
 MGUCell = _layer(specs.MGUCell)
 MultiHeadAttention = _layer(specs.MultiHeadAttention)
+RMSNorm = _layer(specs.RMSNorm)
 RotaryEmbedding = _layer(specs.RotaryEmbedding)
+ScaledWSConv = _layer(specs.ScaledWSConv)
 SimpleCell = _layer(specs.SimpleCell)
 URLSTMCell = _layer(specs.URLSTMCell)
-ScaledWSConv = _layer(specs.ScaledWSConv)
-RMSNorm = _layer(specs.RMSNorm)
-
-COMPOSITES = (
-    RMSNorm,
-    LayerNorm,
-    GroupNorm,
-    BatchNorm,
-    ConvLSTMCell,
-    Conv,
-    ConvLocal,
-    ConvTranspose,
-    Dropout,
-    Einsum,
-    GRUCell,
-    LSTMCell,
-    Linear,
-    LinearGeneral,
-    MGUCell,
-    MultiHeadAttention,
-    RotaryEmbedding,
-    SimpleCell,
-    URLSTMCell,
-    ScaledWSConv,
-)

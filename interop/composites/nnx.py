@@ -51,7 +51,7 @@ class Composite(nnx.Module):
     @property
     def spec(self) -> Any:
         """The layer's spec, with the arrays as they are now."""
-        arrays = {name: vars(self).get(name) for name in self.skeleton.empty()}
+        arrays = {name: vars(self).get(name) for name in self.skeleton.empty}
         is_box = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
         values = jax.tree.map(lambda box: box.get_value(), arrays, is_leaf=is_box)
         return self.skeleton.merge(values)
@@ -68,7 +68,7 @@ class Composite(nnx.Module):
         """The layer's output for a batch."""
         run, spec = self._run(rngs, deterministic), self.spec
         output = spec.apply(run, *inputs, **options)
-        _assign(vars(self), core.updated(spec, run))
+        core.assign(vars(self), core.updated(spec, run), nnx.Variable.set_value)
         return output
 
 
@@ -95,26 +95,23 @@ class Cell(Composite, nnx.RNNCellBase):
     @property
     def num_feature_axes(self) -> int:
         """The number of axes of an input that are no batch axes."""
-        return self.skeleton.merge(self.skeleton.empty()).feature_axes
+        return self.skeleton.shaped.feature_axes
 
 
 def _boxed(tree: Mapping[str, Any], kind: type[nnx.Variable]) -> dict[str, Any]:
     return jax.tree.map(kind, dict(tree))
 
 
-def _assign(boxes: Any, tree: Mapping[str, Any]) -> None:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            _assign(boxes[name], value)
-        else:
-            boxes[name].set_value(value)
+COMPOSITES: list[Any] = []
+"""Every composite below."""
 
 
 def _layer(spec_type: type[specs.Spec]) -> Any:
     """The composite of one kind of layer."""
     base = Cell if issubclass(spec_type, specs.Cell) else Composite
     signature = core.signature(spec_type, "rngs", "deterministic")
-    return core.subclass(base, spec_type, __name__, __signature__=signature)
+    COMPOSITES.append(core.subclass(base, spec_type, __name__, __signature__=signature))
+    return COMPOSITES[-1]
 
 
 BatchNorm = _layer(specs.BatchNorm)
@@ -132,31 +129,8 @@ Linear = _layer(specs.Linear)
 LinearGeneral = _layer(specs.LinearGeneral)
 MGUCell = _layer(specs.MGUCell)
 MultiHeadAttention = _layer(specs.MultiHeadAttention)
+RMSNorm = _layer(specs.RMSNorm)
 RotaryEmbedding = _layer(specs.RotaryEmbedding)
+ScaledWSConv = _layer(specs.ScaledWSConv)
 SimpleCell = _layer(specs.SimpleCell)
 URLSTMCell = _layer(specs.URLSTMCell)
-ScaledWSConv = _layer(specs.ScaledWSConv)
-RMSNorm = _layer(specs.RMSNorm)
-
-COMPOSITES = (
-    RMSNorm,
-    LayerNorm,
-    GroupNorm,
-    BatchNorm,
-    ConvLSTMCell,
-    Conv,
-    ConvLocal,
-    ConvTranspose,
-    Dropout,
-    Einsum,
-    GRUCell,
-    LSTMCell,
-    Linear,
-    LinearGeneral,
-    MGUCell,
-    MultiHeadAttention,
-    RotaryEmbedding,
-    SimpleCell,
-    URLSTMCell,
-    ScaledWSConv,
-)

@@ -339,7 +339,7 @@ _VARIABLES: dict[type, Any] = {
 
 
 def _composite_variables(m: Any) -> dict[Key, Any]:
-    empty = m.skeleton.empty()
+    empty = m.skeleton.empty
     parts = {"params": m.skeleton.trained(empty), "batch_stats": m.skeleton.buffers(empty)}
     return {key: leaf.shape for key, leaf in _flatten(parts, ())}
 
