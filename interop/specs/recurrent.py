@@ -36,10 +36,13 @@ State = tuple[Array, ...]
 class Cell(Spec):
     """A recurrent cell. Its state is a tuple of arrays, the first of which is its output.
 
+    ``weight_x`` is multiplied with the input, ``weight_h`` with the output of the step before.
     ``carry_init(key, shape, dtype)`` makes each array of the state before the first step;
     None means zeros. An initialiser that is random draws other numbers in each framework.
     """
 
+    weight_x: Array
+    weight_h: Array
     carry_init: Function | None = None
 
     carry: ClassVar[tuple[str, ...]] = ("h",)
@@ -53,18 +56,12 @@ class Cell(Spec):
     @property
     def hidden(self) -> int:
         """The number of features of the state."""
-        return self._weight_h.shape[-2]
+        return self.weight_h.shape[-2]
 
     @property
     def in_shape(self) -> Shape:
         """The shape of one input without batch axes."""
-        weights: Any = self
-        return (weights.weight_x.shape[0],)
-
-    @property
-    def _weight_h(self) -> Array:
-        weights: Any = self
-        return weights.weight_h
+        return (self.weight_x.shape[0],)
 
     def state_shape(self, input_shape: Shape) -> Shape:
         """The shape of each array of the state, for inputs of shape ``input_shape``."""
@@ -79,7 +76,7 @@ class Cell(Spec):
         """
         shape, dtype, number = (
             self.state_shape(input_shape),
-            self._weight_h.dtype,
+            self.weight_h.dtype,
             len(self.carry),
         )
         if self.carry_init is None:
@@ -101,32 +98,94 @@ class Cell(Spec):
     def holds_state(self) -> bool:
         return True
 
-    def _mismatches(self, gates: int, **biases: tuple[Array | None, int]) -> list[str]:
-        """Compare dense weights of so many gates, and biases each of so many."""
-        weights: Any = self
-        x, h, hidden = weights.weight_x, weights.weight_h, self.hidden
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DenseCell(Cell):
+    """A cell that multiplies with matrices, for all of its ``gates`` at once.
+
+    Shapes:
+        x         (*batch, in)
+        state     (*batch, hidden)
+        weight_x  (in, gates * hidden)
+        weight_h  (hidden, gates * hidden)
+        bias      (bias_gates * hidden,) or None
+    """
+
+    bias: Array | None
+
+    gates: ClassVar[int]
+    """The number of parts of the weights."""
+    bias_gates: ClassVar[int | None] = None
+    """The number of parts of the bias; None where it has all of them."""
+    trained = ("weight_x", "weight_h", "bias")
+
+    @classmethod
+    def shaped(
+        cls,
+        in_features: int,
+        hidden_features: int,
+        *,
+        use_bias: bool = True,
+        param_dtype: DType = jnp.float32,
+        **options: Any,
+    ) -> Self:
+        columns = cls.gates * hidden_features
+        size = (cls.bias_gates or cls.gates) * hidden_features
+        return cls(
+            weight_x=jax.ShapeDtypeStruct((in_features, columns), param_dtype),
+            weight_h=jax.ShapeDtypeStruct((hidden_features, columns), param_dtype),
+            bias=jax.ShapeDtypeStruct((size,), param_dtype) if use_bias else None,
+            **options,
+        )
+
+    def mismatches(self) -> list[str]:
+        columns = self.gates * self.hidden
         return mismatches_of(
-            weight_x=(x, (x.shape[0], gates * hidden)),
-            weight_h=(h, (hidden, gates * hidden)),
-            **{name: (bias, (parts * hidden,)) for name, (bias, parts) in biases.items()},
+            weight_x=(self.weight_x, (self.weight_x.shape[0], columns)),
+            weight_h=(self.weight_h, (self.hidden, columns)),
+            bias=(self.bias, ((self.bias_gates or self.gates) * self.hidden,)),
         )
 
 
-def _dense(sizes: tuple[int, int], gates: int, dtype: DType, **biases: int) -> dict[str, Any]:
-    """Shapes of the arrays of a dense cell; of biases those of so many gates, none for 0."""
-    n_in, hidden = sizes
-    shapes = {"weight_x": (n_in, gates * hidden), "weight_h": (hidden, gates * hidden)}
-    found: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()
-    }
-    for name, parts in biases.items():
-        shape = (parts * hidden,)
-        found[name] = jax.ShapeDtypeStruct(shape, dtype) if parts else None
-    return found
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ResettingCell(DenseCell):
+    """A :class:`DenseCell` with a gate that resets what the last state adds to the next.
+
+    Shapes:
+        bias_n  (hidden,) or None: added where the state is multiplied for the candidate
+    """
+
+    bias_n: Array | None
+
+    trained = ("weight_x", "weight_h", "bias", "bias_n")
+
+    @classmethod
+    def shaped(
+        cls,
+        in_features: int,
+        hidden_features: int,
+        *,
+        use_bias: bool = True,
+        use_bias_n: bool = False,
+        param_dtype: DType = jnp.float32,
+        **options: Any,
+    ) -> Self:
+        bias_n = jax.ShapeDtypeStruct((hidden_features,), param_dtype)
+        return super().shaped(
+            in_features,
+            hidden_features,
+            use_bias=use_bias,
+            param_dtype=param_dtype,
+            bias_n=bias_n if use_bias_n else None,
+            **options,
+        )
+
+    def mismatches(self) -> list[str]:
+        return super().mismatches() + mismatches_of(bias_n=(self.bias_n, (self.hidden,)))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SimpleCell(Cell):
+class SimpleCell(DenseCell):
     """One step of an Elman network: ``h <- activation(x @ weight_x + h @ weight_h + bias)``.
 
     Shapes:
@@ -142,14 +201,11 @@ class SimpleCell(Cell):
     Source: Elman, "Finding Structure in Time", Cognitive Science 14 (1990), 179-211.
     """
 
-    weight_x: Array
-    weight_h: Array
-    bias: Array | None
     activation: Function | None = None
     residual: bool = False
     dtype: DType | None = None
 
-    trained = ("weight_x", "weight_h", "bias")
+    gates = 1
 
     def step(self, run: Run, x: Array, state: State) -> State:
         (h,) = state
@@ -165,25 +221,9 @@ class SimpleCell(Cell):
         )
         return (h,)
 
-    @classmethod
-    def shaped(
-        cls,
-        in_features: int,
-        hidden_features: int,
-        *,
-        use_bias: bool = True,
-        param_dtype: DType = jnp.float32,
-        **options: Any,
-    ) -> Self:
-        sizes = in_features, hidden_features
-        return cls(**_dense(sizes, 1, param_dtype, bias=int(use_bias)), **options)
-
-    def mismatches(self) -> list[str]:
-        return self._mismatches(1, bias=(self.bias, 1))
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class LSTMCell(Cell):
+class LSTMCell(DenseCell):
     """One step: ``i, f, g, o = split(x @ weight_x + h @ weight_h + bias)``, then
     ``c <- gate(f + forget_bias) * c + gate(i) * activation(g)`` and
     ``h <- gate(o) * activation(c)``.
@@ -202,16 +242,13 @@ class LSTMCell(Cell):
     gate of Gers et al., Neural Computation 12 (2000), 2451-2471.
     """
 
-    weight_x: Array
-    weight_h: Array
-    bias: Array | None
     activation: Function | None = None
     gate: Function | None = None
     forget_bias: float = 0.0
     dtype: DType | None = None
 
+    gates = 4
     carry = ("h", "c")
-    trained = ("weight_x", "weight_h", "bias")
 
     def canonical(self) -> LSTMCell:
         """With ``forget_bias`` in the bias, unless that would round it."""
@@ -244,25 +281,9 @@ class LSTMCell(Cell):
             dtype=self.dtype,
         )
 
-    @classmethod
-    def shaped(
-        cls,
-        in_features: int,
-        hidden_features: int,
-        *,
-        use_bias: bool = True,
-        param_dtype: DType = jnp.float32,
-        **options: Any,
-    ) -> Self:
-        sizes = in_features, hidden_features
-        return cls(**_dense(sizes, 4, param_dtype, bias=4 * use_bias), **options)
-
-    def mismatches(self) -> list[str]:
-        return self._mismatches(4, bias=(self.bias, 4))
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class GRUCell(Cell):
+class GRUCell(ResettingCell):
     """One step of a gated recurrent unit.
 
     With ``xr, xz, xn = split(x @ weight_x + bias)`` and ``wr, wz, wn = split(weight_h)``::
@@ -291,16 +312,12 @@ class GRUCell(Cell):
     arXiv:1412.3555, write it, the other as cuDNN computes it.
     """
 
-    weight_x: Array
-    weight_h: Array
-    bias: Array | None
-    bias_n: Array | None
     activation: Function | None = None
     gate: Function | None = None
     reset_first: bool = False
     dtype: DType | None = None
 
-    trained = ("weight_x", "weight_h", "bias", "bias_n")
+    gates = 3
 
     def step(self, run: Run, x: Array, state: State) -> State:
         (h,) = state
@@ -318,27 +335,9 @@ class GRUCell(Cell):
         )
         return (h,)
 
-    @classmethod
-    def shaped(
-        cls,
-        in_features: int,
-        hidden_features: int,
-        *,
-        use_bias: bool = True,
-        use_bias_n: bool = False,
-        param_dtype: DType = jnp.float32,
-        **options: Any,
-    ) -> Self:
-        sizes, biases = (in_features, hidden_features), (3 * use_bias, int(use_bias_n))
-        arrays = _dense(sizes, 3, param_dtype, bias=biases[0], bias_n=biases[1])
-        return cls(**arrays, **options)
-
-    def mismatches(self) -> list[str]:
-        return self._mismatches(3, bias=(self.bias, 3), bias_n=(self.bias_n, 1))
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class MGUCell(Cell):
+class MGUCell(ResettingCell):
     """One step of a minimal gated unit.
 
     With ``xf, xn = split(x @ weight_x + bias)`` and ``wf, wn = split(weight_h)``::
@@ -367,17 +366,13 @@ class MGUCell(Cell):
     Source: Zhou et al., arXiv:1603.09420, who write the form with ``reset_first``.
     """
 
-    weight_x: Array
-    weight_h: Array
-    bias: Array | None
-    bias_n: Array | None
     activation: Function | None = None
     gate: Function | None = None
     reset_first: bool = False
     reset_gate: bool = True
     dtype: DType | None = None
 
-    trained = ("weight_x", "weight_h", "bias", "bias_n")
+    gates = 2
 
     def step(self, run: Run, x: Array, state: State) -> State:
         (h,) = state
@@ -396,27 +391,9 @@ class MGUCell(Cell):
         )
         return (h,)
 
-    @classmethod
-    def shaped(
-        cls,
-        in_features: int,
-        hidden_features: int,
-        *,
-        use_bias: bool = True,
-        use_bias_n: bool = False,
-        param_dtype: DType = jnp.float32,
-        **options: Any,
-    ) -> Self:
-        sizes, biases = (in_features, hidden_features), (2 * use_bias, int(use_bias_n))
-        arrays = _dense(sizes, 2, param_dtype, bias=biases[0], bias_n=biases[1])
-        return cls(**arrays, **options)
-
-    def mismatches(self) -> list[str]:
-        return self._mismatches(2, bias=(self.bias, 2), bias_n=(self.bias_n, 1))
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class URLSTMCell(Cell):
+class URLSTMCell(DenseCell):
     """One step of a long short-term memory with a refine gate.
 
     With ``f, r, u, o = split(x @ weight_x + h @ weight_h)``::
@@ -438,13 +415,11 @@ class URLSTMCell(Cell):
     Source: Gu et al., "Improving the Gating Mechanism of Recurrent Neural Networks", ICML 2020.
     """
 
-    weight_x: Array
-    weight_h: Array
-    bias: Array
     activation: Function | None = None
 
+    gates = 4
+    bias_gates = 1
     carry = ("h", "c")
-    trained = ("weight_x", "weight_h", "bias")
 
     def step(self, run: Run, x: Array, state: State) -> State:
         h, c = state
@@ -467,11 +442,7 @@ class URLSTMCell(Cell):
         param_dtype: DType = jnp.float32,
         **options: Any,
     ) -> Self:
-        sizes = in_features, hidden_features
-        return cls(**_dense(sizes, 4, param_dtype, bias=1), **options)
-
-    def mismatches(self) -> list[str]:
-        return self._mismatches(4, bias=(self.bias, 1))
+        return super().shaped(in_features, hidden_features, param_dtype=param_dtype, **options)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -497,8 +468,6 @@ class ConvLSTMCell(Cell):
     Source: Shi et al., "Convolutional LSTM Network", NeurIPS 2015, without peepholes.
     """
 
-    weight_x: Array
-    weight_h: Array
     bias_x: Array | None
     bias_h: Array | None
     strides: Shape
