@@ -91,9 +91,9 @@ class Equinox(Adapter):
     def parameters(self, node):
         held = eqx.filter(node.module, eqx.is_inexact_array)
         return jax.tree.map(  # what an index holds is state, not a parameter
-            lambda x: jax.tree.map(lambda _: None, x) if _is_index(x) else x,
+            lambda x: jax.tree.map(lambda _: None, x) if is_index(x) else x,
             held,
-            is_leaf=_is_index,
+            is_leaf=is_index,
         )
 
     def with_parameters(self, node, parameters):
@@ -102,20 +102,20 @@ class Equinox(Adapter):
     def held(self, node):
         found, seen = {}, set()
         for keys, leaf in _leaves(node.module)[0]:
-            if _is_index(leaf) and leaf.marker not in seen:
+            if is_index(leaf) and leaf.marker not in seen:
                 seen.add(leaf.marker)
                 found[path_of(keys)] = node.state.get(leaf)
-            elif not _is_index(leaf) and (is_quantity(leaf) or _is_array(leaf)):
+            elif not is_index(leaf) and (is_quantity(leaf) or _is_array(leaf)):
                 found[path_of(keys)] = leaf
         return found
 
     def hold(self, node, values):
         leaves, treedef = _leaves(node.module)
         named = [(path_of(keys), leaf) for keys, leaf in leaves]
-        indices = {path: leaf for path, leaf in named if _is_index(leaf) and path in values}
+        indices = {path: leaf for path, leaf in named if is_index(leaf) and path in values}
         states = {index.marker: values[path] for path, index in indices.items()}
         changed = [
-            _with_initial(leaf, states) if _is_index(leaf) else values.get(path, leaf)
+            _with_initial(leaf, states) if is_index(leaf) else values.get(path, leaf)
             for path, leaf in named
         ]
         module = jax.tree.unflatten(treedef, changed)
@@ -127,7 +127,7 @@ class Equinox(Adapter):
 
     def run(self, node, inputs, train):
         module = eqx.nn.inference_mode(node.module, not train)
-        if node.state is None or not _takes_state(module):
+        if node.state is None or not takes_state(module):
             return jax.vmap(module, axis_name="batch")(*inputs)
         over = (*[0] * len(inputs), None)
         return jax.vmap(module, axis_name="batch", in_axes=over, out_axes=(0, None))(
@@ -139,13 +139,15 @@ adapter = Equinox()
 adapter.ships(COMPOSITES)
 
 
-def _takes_state(module: Any) -> bool:
+def takes_state(module: Any) -> bool:
+    """Whether a call of ``module`` takes an ``eqx.nn.State``."""
     if isinstance(module, eqx.nn.StatefulLayer):
         return module.is_stateful()
     return "state" in inspect.signature(module).parameters
 
 
-def _is_index(x: Any) -> bool:
+def is_index(x: Any) -> bool:
+    """Whether ``x`` stands for what an ``eqx.nn.State`` holds."""
     return isinstance(x, eqx.nn.StateIndex)
 
 
@@ -155,7 +157,7 @@ def _is_array(x: Any) -> bool:
 
 def _leaves(module: Any) -> tuple[list[tuple[Any, Any]], Any]:
     return jax.tree_util.tree_flatten_with_path(
-        module, is_leaf=lambda x: _is_index(x) or is_quantity(x)
+        module, is_leaf=lambda x: is_index(x) or is_quantity(x)
     )
 
 

@@ -17,17 +17,14 @@ import jax
 import numpy as np
 
 from interop.errors import ArgumentError, MissingKeyError
+from interop.frameworks.equinox import is_index
 
 from ...core import Call, Guest, Kind, Path, Structure, leaves, path_of
 
 
-def _is_index(x: Any) -> bool:
-    return isinstance(x, eqx.nn.StateIndex)
-
-
 def _flatten(module: Any) -> tuple[list[tuple[Path, Any]], Any]:
     """The leaves of a module with their paths, state indices whole, and its structure."""
-    flat, tree = jax.tree_util.tree_flatten_with_path(module, is_leaf=_is_index)
+    flat, tree = jax.tree_util.tree_flatten_with_path(module, is_leaf=is_index)
     return [(path_of(keys), leaf) for keys, leaf in flat], tree
 
 
@@ -50,7 +47,7 @@ class EquinoxGuest(Guest):
     ):
         if state is not None and not isinstance(state, eqx.nn.State):
             raise ArgumentError(f"expected an eqx.nn.State, got {type(state).__qualname__}")
-        if state is None and any(_is_index(leaf) for _, leaf in _flatten(module)[0]):
+        if state is None and any(is_index(leaf) for _, leaf in _flatten(module)[0]):
             raise ArgumentError(
                 f"{type(module).__qualname__} is stateful, and its state was not given",
                 remedy="Pass state=, what eqx.nn.make_with_state returned beside the module",
@@ -109,7 +106,7 @@ class EquinoxStructure(Structure):
         self.kinds = {path: _kind(leaf) for path, leaf in flat if eqx.is_array(leaf)}
         self.kinds |= dict.fromkeys(self._state_paths, Kind.STATISTIC)
         static = tuple(
-            (path, "a state" if _is_index(leaf) else leaf)
+            (path, "a state" if is_index(leaf) else leaf)
             for (path, leaf), is_array in zip(self._leaves, self._is_array, strict=True)
             if not is_array
         )
@@ -301,7 +298,7 @@ def _state_paths(flat: list[tuple[Path, Any]], tree: Any) -> list[Path]:
     paths: dict[int, Path] = {
         number: leaf_path
         for path, index in flat
-        if _is_index(index)
+        if is_index(index)
         for leaf_path, number in leaves(path, numbered.get(index))
     }
     return [paths.get(number, ("state", number)) for number in range(tree.num_leaves)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import equinox as eqx
 import jax
 
 from interop.errors import ArgumentError
+from interop.frameworks.equinox import is_index, takes_state
 
 from ...core import Path, path_of, recording
 from ...materialization import Whole, by_path
@@ -44,7 +44,7 @@ class Models(Whole):
         module = eqx.nn.inference_mode(model)
         # A copy, because Equinox marks a state that a call has replaced as used up.
         state = jax.tree.map(lambda x: x, companion)
-        given = {"state": state} if _takes_state(module) else {}
+        given = {"state": state} if takes_state(module) else {}
         with recording() as calls:
             module(*inputs, **given)
         return by_path(calls, self.shims(module), lambda shim: id(shim._shim_link))
@@ -75,26 +75,16 @@ def _is_shim(x: Any) -> bool:
     return isinstance(x, ToEquinox)
 
 
-def _is_index(x: Any) -> bool:
-    return isinstance(x, eqx.nn.StateIndex)
-
-
-def _takes_state(module: Any) -> bool:
-    if isinstance(module, eqx.nn.StatefulLayer):
-        return module.is_stateful()
-    return "state" in inspect.signature(module).parameters
-
-
 def _with_state(model: Any, state: eqx.nn.State | None) -> tuple[Any, eqx.nn.State]:
     """A model and its state: of its own indices as in ``state``, of new ones as they start."""
 
     def started(leaf: Any) -> Any:
-        if not _is_index(leaf):
+        if not is_index(leaf):
             return leaf
         try:
             return eqx.nn.StateIndex(leaf.init if state is None else state.get(leaf))
         except KeyError:
             return eqx.nn.StateIndex(leaf.init)
 
-    fresh = jax.tree.map(started, model, is_leaf=_is_index)
+    fresh = jax.tree.map(started, model, is_leaf=is_index)
     return eqx.nn.make_with_state(lambda: fresh)()
