@@ -95,6 +95,16 @@ def load(
         FileNotFoundError: there is no such file.
         ArgumentError, InteropError: as :func:`interop.load_weights`.
         MissingDependencyError: safetensors is not installed.
+
+    Example:
+        >>> import brainstate, interop, tempfile
+        >>> from pathlib import Path
+        >>> trained, fresh = brainstate.nn.Linear(3, 4), brainstate.nn.Linear(3, 4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     interop.save(Path(folder) / "weights.safetensors", trained)
+        ...     loaded = interop.load(Path(folder) / "weights.safetensors", fresh)
+        >>> bool((loaded.weight.value["weight"] == trained.weight.value["weight"]).all())
+        True
     """
     arrays, units = _read(path)
     given: Mapping[str, Any] = arrays

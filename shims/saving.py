@@ -6,17 +6,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import tempfile
 import zipfile
-from pathlib import Path as FilePath
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from interop.errors import ArgumentError, ConversionError
+from interop.files import write
 from interop.registry import registry
 
 from .core import side_of
@@ -40,7 +40,8 @@ def save_traced(path: str | os.PathLike[str], model: Any) -> None:
             variables)`` for Linen, ``(module, state)`` for an Equinox module with state.
 
     Raises:
-        ArgumentError: ``model`` is something else.
+        ArgumentError: ``model`` is something else, or the folder does not exist.
+        OSError: the file cannot be written; what was there before still is.
     """
     module: Any = model[0] if isinstance(model, tuple) else model
     host = _whole(registry.framework_of(module) or "")
@@ -51,21 +52,15 @@ def save_traced(path: str | os.PathLike[str], model: Any) -> None:
         )
     program, values, training = host.parts(model)
     header = {"format": FORMAT, "training": training, "program": program.header()}
-    folder = FilePath(path).resolve().parent
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-        try:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-                archive.writestr(_HEADER, json.dumps(header))
-                for name, data in program.parts().items():
-                    archive.writestr(name, data)
-                for i, value in enumerate(program.values):
-                    array = np.asarray(key_data(values[value.path]))
-                    archive.writestr(f"value.{i}", array.tobytes())
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(_HEADER, json.dumps(header))
+        for name, data in program.parts().items():
+            archive.writestr(name, data)
+        for i, value in enumerate(program.values):
+            array = np.asarray(key_data(values[value.path]))
+            archive.writestr(f"value.{i}", array.tobytes())
+    write(path, file.getvalue())
 
 
 def load_traced(path: str | os.PathLike[str], into: str) -> Any:
@@ -86,6 +81,17 @@ def load_traced(path: str | os.PathLike[str], into: str) -> Any:
         ArgumentError: the framework is unknown.
         MissingDependencyError, BrokenDependencyError: it cannot be imported, or
             ``flatbuffers`` is missing.
+
+    Example:
+        >>> import brainstate, jax, jax.numpy as jnp, shims, tempfile
+        >>> from pathlib import Path
+        >>> x, shim = jnp.ones((5, 3)), shims.ToNNX(brainstate.nn.Linear(3, 4))
+        >>> traced = shim.materialize(method="trace", sample_input=x)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     shims.save_traced(Path(folder) / "block.traced", traced)
+        ...     module = shims.load_traced(Path(folder) / "block.traced", into="equinox")
+        >>> bool(jnp.allclose(module(x), traced(x)))
+        True
     """
     registry.adapter(into)  # says which package is missing or broken
     host = _whole(into)
