@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from numpy.testing import assert_allclose
 
 from . import live
@@ -172,9 +174,15 @@ def threads(source, host):
     expected, _ = live.truth(live.PARAMS, live.STATS, X, False)
     if isinstance(host.shim, brainstate.nn.Module):
         host.jit(X)  # its jit keeps tracers in the States while it traces, natively as well
+    compiled = host.jit
+    if isinstance(host.shim, nnx.Module):  # nnx.jit empties and refills any module it is given
+        host.shim.eval()
+        definition, state = nnx.split(host.shim)
+        merged = jax.jit(lambda state, x: nnx.merge(definition, state)(x))
+        compiled = functools.partial(merged, state)
 
     def work(kind):
-        return [np.asarray((host.jit if kind % 2 else host.call)(X)) for _ in range(4)]
+        return [np.asarray((compiled if kind % 2 else host.call)(X)) for _ in range(4)]
 
     with ThreadPoolExecutor(4) as pool:
         outs = [out for found in pool.map(work, range(4)) for out in found]
