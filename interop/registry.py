@@ -90,6 +90,8 @@ class Adapter(abc.ABC):
     """Whether the framework notes beside arrays how to split them."""
     has_identity: ClassVar[bool] = True
     """Whether a module that stands at two places stays one module."""
+    fixed: ClassVar[Mapping[str, Any]] = {}
+    """Options that must keep this value in every layer that has them, as in a rule."""
     companion: ClassVar[str | None] = None
     """The argument of ``convert`` that is the second half of a native pair of values."""
     is_hub: ClassVar[bool] = False
@@ -236,7 +238,7 @@ class Adapter(abc.ABC):
             if layer_type in self.readers:
                 raise ValueError(f"{self.name} reads {layer_type.__qualname__} already")
             self.readers[layer_type] = ReadRule(
-                layer_type, spec_type, read, frozenset(state), dict(fixed or {})
+                layer_type, spec_type, read, frozenset(state), {**self.fixed, **(fixed or {})}
             )
             return read
 

@@ -80,6 +80,7 @@ class Node:
 class Linen(Adapter):
     name = "linen"
     module_type = nn.Module
+    fixed = {"promote_dtype": dtypes.promote_dtype}
     companion = "params"
     has_partitionings = True
 
@@ -608,7 +609,6 @@ def build_sequential(spec, ctx):
     nn.Dense,
     specs.Linear,
     fixed={
-        "promote_dtype": dtypes.promote_dtype,
         "dot_general": None,
         "dot_general_cls": None,
     },
@@ -638,7 +638,6 @@ def build_dense(spec, ctx):
     nn.DenseGeneral,
     specs.LinearGeneral,
     fixed={
-        "promote_dtype": dtypes.promote_dtype,
         "dot_general": None,
         "dot_general_cls": None,
     },
@@ -669,7 +668,7 @@ def build_dense_general(spec, ctx):
     return _node(module, {"kernel": spec.weight, "bias": spec.bias})
 
 
-@adapter.reads(nn.Einsum, specs.Einsum, fixed={"promote_dtype": dtypes.promote_dtype})
+@adapter.reads(nn.Einsum, specs.Einsum)
 def read_einsum(node, ctx):
     m = node.module
     return specs.Einsum(
@@ -766,7 +765,6 @@ def build_attention(spec, ctx):
     nn.Conv,
     specs.Conv,
     fixed={
-        "promote_dtype": dtypes.promote_dtype,
         "conv_general_dilated": None,
         "conv_general_dilated_cls": None,
     },
@@ -793,7 +791,6 @@ def build_conv(spec, ctx):
     nn.ConvLocal,
     specs.ConvLocal,
     fixed={
-        "promote_dtype": dtypes.promote_dtype,
         "conv_general_dilated": None,
         "conv_general_dilated_cls": None,
         "feature_group_count": 1,
@@ -814,9 +811,7 @@ def build_conv_local(spec, ctx):
     return _node(module, {"kernel": spec.weight, "bias": spec.bias})
 
 
-@adapter.reads(
-    nn.ConvTranspose, specs.ConvTranspose, fixed={"promote_dtype": dtypes.promote_dtype}
-)
+@adapter.reads(nn.ConvTranspose, specs.ConvTranspose)
 def read_conv_transpose(node, ctx):
     arrays = node.array("kernel"), node.array("bias")
     return specs.ConvTranspose(**conv_transpose_fields(node.module, *arrays, ctx))

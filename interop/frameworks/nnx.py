@@ -30,6 +30,7 @@ _OF_A_RUN = (nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation)
 class Nnx(Adapter):
     name = "nnx"
     module_type = nnx.Module
+    fixed = {"promote_dtype": dtypes.promote_dtype}
     has_partitionings = True
 
     def containers(self, node):
@@ -203,7 +204,7 @@ def build_sequential(spec, ctx):
     nnx.Linear,
     specs.Linear,
     state=("kernel", "bias"),
-    fixed={"dot_general": jax.lax.dot_general, "promote_dtype": dtypes.promote_dtype},
+    fixed={"dot_general": jax.lax.dot_general},
 )
 def read_linear(m, ctx):
     return specs.Linear(
@@ -235,7 +236,6 @@ def build_linear(spec, ctx):
 _GENERAL = {
     "dot_general": None,
     "dot_general_cls": None,
-    "promote_dtype": dtypes.promote_dtype,
 }
 
 
@@ -286,7 +286,7 @@ def _set_general(layer, spec) -> None:
     nnx.Einsum,
     specs.Einsum,
     state=("kernel", "bias"),
-    fixed={"promote_dtype": dtypes.promote_dtype, "einsum_op": jnp.einsum},
+    fixed={"einsum_op": jnp.einsum},
 )
 def read_einsum(m, ctx):
     return specs.Einsum(
@@ -482,10 +482,7 @@ if _ROPE is not None:
     nnx.Conv,
     specs.Conv,
     state=("kernel", "bias"),
-    fixed={
-        "conv_general_dilated": jax.lax.conv_general_dilated,
-        "promote_dtype": dtypes.promote_dtype,
-    },
+    fixed={"conv_general_dilated": jax.lax.conv_general_dilated},
 )
 def read_conv(m, ctx):
     return specs.Conv(
@@ -608,7 +605,6 @@ def build_conv(spec, ctx):
     nnx.ConvTranspose,
     specs.ConvTranspose,
     state=("kernel", "bias"),
-    fixed={"promote_dtype": dtypes.promote_dtype},
 )
 def read_conv_transpose(m, ctx):
     arrays = _array(m, ctx, "kernel"), _array(m, ctx, "bias")
@@ -695,7 +691,6 @@ def build_conv_transpose(spec, ctx):
     nnx.Embed,
     specs.Embedding,
     state=("embedding",),
-    fixed={"promote_dtype": dtypes.promote_dtype},
 )
 def read_embed(m, ctx):
     weight, dtype = _array(m, ctx, "embedding"), specs.dtype(m.dtype)
@@ -760,13 +755,11 @@ def _norm_dtype(spec, ctx):
     nnx.LayerNorm,
     specs.LayerNorm,
     state=("scale", "bias"),
-    fixed={"promote_dtype": dtypes.promote_dtype},
 )
 @adapter.reads(
     nnx.RMSNorm,
     specs.RMSNorm,
     state=("scale",),
-    fixed={"promote_dtype": dtypes.promote_dtype},
 )
 def read_layer_norm(m, ctx):
     reduction_axes = _axes(m.reduction_axes, "reduction_axes", ctx)
@@ -820,7 +813,6 @@ def _flat(array: Any) -> Any:
     nnx.GroupNorm,
     specs.GroupNorm,
     state=("scale", "bias"),
-    fixed={"promote_dtype": dtypes.promote_dtype},
 )
 def read_group_norm(m, ctx):
     axes = m.reduction_axes
@@ -860,7 +852,7 @@ def build_group_norm(spec, ctx):
     nnx.InstanceNorm,
     specs.GroupNorm,
     state=("scale", "bias"),
-    fixed={"promote_dtype": dtypes.promote_dtype, "feature_axes": -1},
+    fixed={"feature_axes": -1},
 )
 def read_instance_norm(m, ctx):
     return specs.GroupNorm(
@@ -872,7 +864,6 @@ def read_instance_norm(m, ctx):
     nnx.BatchNorm,
     specs.BatchNorm,
     state=("scale", "bias", "mean", "var"),
-    fixed={"promote_dtype": dtypes.promote_dtype},
 )
 def read_batch_norm(m, ctx):
     (axis,) = _axes(m.axis, "axis", ctx)
@@ -924,9 +915,8 @@ def build_dropout(spec, ctx):
     )
 
 
-_CELL = {
+_CELL: dict[str, Any] = {
     "state": ("ii", "if_", "ig", "io", "hi", "hf", "hg", "ho", "dense_i", "dense_h", "rngs"),
-    "fixed": {"promote_dtype": dtypes.promote_dtype},
 }
 
 
