@@ -67,6 +67,14 @@ class Composite(brainstate.nn.Module):
 
     Raises:
         ArgumentError: the sizes or options are wrong.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from interop.composites.brainstate import GRUCell
+        >>> cell = GRUCell(3, 4, use_bias_n=True)
+        >>> cell.init_state(5)
+        >>> cell(jnp.ones((5, 3))).shape
+        (5, 4)
     """
 
     spec_type: ClassVar[type[specs.Spec]]

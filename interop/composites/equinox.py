@@ -26,6 +26,14 @@ class Composite(eqx.nn.StatefulLayer):
 
     Raises:
         ArgumentError: the sizes or options are wrong.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop.composites.equinox import Linear
+        >>> key, mask = jax.random.key(0), jnp.zeros((3, 4))
+        >>> layer = Linear(3, 4, mask=mask, use_bias=False, key=key)
+        >>> float(jnp.abs(layer(jnp.ones(3))).max())
+        0.0
     """
 
     spec_type: ClassVar[type[specs.Spec]]

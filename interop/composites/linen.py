@@ -23,6 +23,13 @@ class Composite(nn.Module):
 
     Raises:
         ArgumentError: the sizes or options are wrong.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop.composites.linen import Linear
+        >>> layer, x = Linear(3, 4, mask=jnp.zeros((3, 4)), use_bias=False), jnp.ones((5, 3))
+        >>> float(jnp.abs(layer.apply(layer.init(jax.random.key(0), x), x)).max())
+        0.0
     """
 
     spec_type: ClassVar[type[specs.Spec]]

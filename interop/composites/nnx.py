@@ -24,6 +24,14 @@ class Composite(nnx.Module):
 
     Raises:
         ArgumentError: the sizes or options are wrong.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from interop.composites.nnx import Linear
+        >>> layer = Linear(3, 4, mask=jnp.zeros((3, 4)), use_bias=False, rngs=nnx.Rngs(0))
+        >>> float(jnp.abs(layer(jnp.ones((5, 3)))).max())
+        0.0
     """
 
     spec_type: ClassVar[type[specs.Spec]]
