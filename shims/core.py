@@ -21,6 +21,7 @@ from importlib import import_module
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -75,6 +76,12 @@ class Kind(Enum):
     STATISTIC = "running statistic"
     HIDDEN = "hidden state"
     BUFFER = "buffer"
+
+    @classmethod
+    def of_parameter(cls, value: Any) -> Kind:
+        """What an array among the parameters is: a buffer where it has no gradient."""
+        is_inexact = jnp.issubdtype(jnp.result_type(value), jnp.inexact)
+        return cls.PARAMETER if is_inexact else cls.BUFFER
 
 
 @dataclass(frozen=True, eq=False)

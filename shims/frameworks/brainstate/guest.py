@@ -44,8 +44,7 @@ StatePath = tuple[str | int, ...]
 
 def _kind(state: brainstate.State, leaf: Any) -> Kind:
     if isinstance(state, brainstate.ParamState):
-        trainable = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-        return Kind.PARAMETER if trainable else Kind.BUFFER
+        return Kind.of_parameter(leaf)
     if isinstance(state, brainstate.BatchState):
         return Kind.STATISTIC
     return Kind.HIDDEN if isinstance(state, brainstate.ShortTermState) else Kind.BUFFER

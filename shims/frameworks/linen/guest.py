@@ -20,7 +20,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from interop.errors import ArgumentError, MissingKeyError
 from interop.frameworks.linen import boxed, is_box, partitioning_of
@@ -37,8 +36,7 @@ _KINDS = {"batch_stats": Kind.STATISTIC, "carry": Kind.HIDDEN, "cache": Kind.BUF
 
 def _kind(path: Any, leaf: Any) -> Kind:
     if path[0] == "params":
-        trainable = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-        return Kind.PARAMETER if trainable else Kind.BUFFER
+        return Kind.of_parameter(leaf)
     return _KINDS.get(path[0], Kind.BUFFER)
 
 

@@ -12,7 +12,6 @@ import inspect
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from interop.errors import ArgumentError, MissingKeyError, UnsupportedStructureError
@@ -38,8 +37,7 @@ _RESULTS = (nnx.Intermediate, nnx.Perturbation)
 
 def _kind(variable: nnx.Variable, leaf: Any) -> Kind:
     if isinstance(variable, nnx.Param):
-        trainable = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-        return Kind.PARAMETER if trainable else Kind.BUFFER
+        return Kind.of_parameter(leaf)
     return Kind.STATISTIC if isinstance(variable, nnx.BatchStat) else Kind.BUFFER
 
 
