@@ -1,1 +1,1 @@
-"""One file a framework: its adapter, with the rules that read and build its layers."""
+"""One file or folder a framework: its adapter, and the rules that read and build its layers."""

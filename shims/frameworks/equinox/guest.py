@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from interop.errors import ArgumentError, MissingKeyError
-from interop.frameworks.equinox import is_index
+from interop.frameworks.equinox.adapter import is_index
 
 from ...core import Call, Guest, Kind, Path, Structure, leaves, path_of
 

@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 
 from interop.errors import ArgumentError
-from interop.frameworks.equinox import is_index, takes_state
+from interop.frameworks.equinox.adapter import is_index, takes_state
 
 from ...core import Path, path_of, recording
 from ...materialization import Whole, by_path

@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 
 from interop.errors import ArgumentError, MissingKeyError
-from interop.frameworks.linen import boxed, is_box, partitioning_of
+from interop.frameworks.linen.adapter import boxed, is_box, partitioning_of
 from interop.partitioning import Partitioning
 
 from ...core import Call, Guest, Kind, Path, Structure, check_partitionings, leaves, path_of

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from interop.errors import ArgumentError, ConversionError, MissingKeyError
-from interop.frameworks.linen import boxed, is_box
+from interop.frameworks.linen.adapter import boxed, is_box
 
 from ...core import (
     Call,

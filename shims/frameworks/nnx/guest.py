@@ -15,7 +15,7 @@ import jax
 from flax import nnx
 
 from interop.errors import ArgumentError, MissingKeyError, UnsupportedStructureError
-from interop.frameworks.nnx import partitioning_of
+from interop.frameworks.nnx.adapter import partitioning_of
 from interop.walk import captured
 
 from ...core import (

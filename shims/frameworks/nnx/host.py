@@ -16,7 +16,7 @@ import jax
 from flax import nnx
 
 from interop.errors import ArgumentError, ConversionError
-from interop.frameworks.nnx import partitioning_of
+from interop.frameworks.nnx.adapter import partitioning_of
 
 from ...core import (
     Call,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from interop.errors import InteropError
-from interop.frameworks.nnx import metadata_of
+from interop.frameworks.nnx.adapter import metadata_of
 from interop.partitioning import Partitioning
 
 from ...core import Cell, Kind, Probe, Views

@@ -1,0 +1,136 @@
+"""What the framework answers about its modules, and what its rules share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import brainstate
+import brainunit
+import jax
+import numpy as np
+from brainstate import nn
+
+from ...composites.brainstate import COMPOSITES, Lambda
+from ...registry import Adapter
+
+_PARAM_TYPES = (brainstate.ParamState, type(nn.LayerNorm((1,)).weight))
+
+
+_OF_A_RUN = (brainstate.ShortTermState, brainstate.random.RandomState)
+
+
+class BrainState(Adapter):
+    name = "brainstate"
+    module_type = brainstate.nn.Module
+    is_hub = True
+
+    def containers(self, node):
+        return [(k, v) for k, v in vars(node).items() if isinstance(v, brainstate.State)]
+
+    def added_state(self, module, rule):
+        held = brainstate.State | brainstate.graph.Node
+        return {k for k, v in vars(module).items() if isinstance(v, held)} - rule.state
+
+    def close(self, built, options):
+        return built if isinstance(built, nn.Module) else Lambda(built)
+
+    def has_children(self, module):
+        return any(path for path in module.nodes() if path)
+
+    def arrays(self, node):
+        masks = (getattr(module, "w_mask", None) for module in node.nodes().values())
+        held = jax.tree.leaves([state.value for state in node.states().values()])
+        return [*held, *(mask for mask in masks if mask is not None)]
+
+    def parameters(self, node):
+        states = node.states(brainstate.ParamState)
+        return {path: state.value for path, state in states.items()}
+
+    def with_parameters(self, node, parameters):
+        copy = brainstate.graph.treefy_merge(*brainstate.graph.treefy_split(node))
+        for path, state in copy.states(brainstate.ParamState).items():
+            state.value = parameters[path]
+        return copy
+
+    def container(self, leaves):
+        found: dict[Any, Any] = {}
+        for path, leaf in leaves.items():
+            if isinstance(path[-1], str) and path[-2:-1] == ("weight",):
+                found.setdefault(path[:-1], {})[path[-1]] = leaf
+            else:
+                found[path] = leaf
+        return found
+
+    def held(self, node):
+        states = node.states().items()
+        return {path: s.value for path, s in states if not isinstance(s, _OF_A_RUN)}
+
+    def hold(self, node, values):
+        states = node.states()
+        for path, value in values.items():
+            states[path].value = value
+        return node
+
+    def run(self, node, inputs, train):
+        copy = brainstate.graph.treefy_merge(*brainstate.graph.treefy_split(node))
+        with brainstate.environ.context(fit=train):
+            return copy(*inputs)
+
+
+adapter = BrainState()
+
+
+adapter.ships(COMPOSITES)
+
+
+def arrays_of(layer, ctx, name: str = "weight", **shapes: tuple[int, ...]) -> dict[str, Any]:
+    """The arrays that a state of the layer packs, by name, with their canonical shapes."""
+    state = getattr(layer, name)
+    if state is None:
+        return {}
+    if type(state) not in _PARAM_TYPES:
+        ctx.refuse(
+            "param_type",
+            type(state).__qualname__,
+            "it may be trained in its own way, or not at all",
+        )
+    arrays = state.value if isinstance(state.value, dict) else {name: state.value}
+    for key, value in arrays.items():
+        if isinstance(value, brainunit.Quantity) and not value.is_unitless:
+            ctx.refuse(
+                f"{name}[{key!r}]",
+                value.unit,
+                "only BrainState computes with units",
+                "Divide the weight by its unit first, or wrap the layer live with shims.wrap",
+            )
+        if np.size(value) != math.prod(shapes[key]):
+            ctx.refuse(
+                f"{name}[{key!r}].shape",
+                np.shape(value),
+                f"one value is used for several of {shapes[key]}",
+                "Initialise the layer with an array of the full shape",
+            )
+    return {k: reshape(brainunit.get_magnitude(v), shapes[k]) for k, v in arrays.items()}
+
+
+def real(value: Any) -> float:
+    """A hyperparameter that the layer rounded to its dtype, as the number its user wrote."""
+    array = np.asarray(value)
+    return float(str(array)) if array.dtype == np.float32 else float(array)
+
+
+def reshape(array: Any, shape: Any) -> Any:
+    """``array`` itself where its shape agrees."""
+    return array if array is None or array.shape == tuple(shape) else array.reshape(shape)
+
+
+def check_one_dtype(weight, bias, ctx):
+    if bias is not None and bias.dtype != weight.dtype:
+        ctx.refuse(
+            "bias.dtype",
+            bias.dtype,
+            f"BrainState adds the bias after the product in {weight.dtype}, where others "
+            f"promote both first",
+            "Cast the bias to the weight's dtype",
+        )

@@ -1,0 +1,21 @@
+"""Equinox. Modules are immutable trees that see one example; ``Linear`` stores ``(out, in)``.
+
+Running statistics live in an ``eqx.nn.State`` outside the module. Train or evaluation mode is
+the field ``inference`` of each layer. A tree has no identity: a layer that stands at two places
+is two layers once the tree is updated. ``BatchNorm(mode="batch")`` stores its statistics
+without the debiasing that it divides out, ``1 - momentum**counter``, in inference.
+"""
+
+from . import (
+    attention,
+    contractions,
+    convolutions,
+    functions,
+    linear,
+    norms,
+    recurrent,
+    sequential,
+)
+from .adapter import adapter
+
+__all__ = ["adapter"]

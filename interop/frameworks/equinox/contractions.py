@@ -1,0 +1,15 @@
+"""Contractions of several axes."""
+
+from __future__ import annotations
+
+from ... import specs
+from .adapter import adapter
+from .linear import build_linear
+
+
+@adapter.builds(specs.LinearGeneral)
+def build_linear_general(spec, ctx):
+    plain = spec.as_linear()
+    if plain is None:
+        ctx.refuse("out_features", spec.out_shape, "only one axis of features is native")
+    return build_linear(plain, ctx)

@@ -1,0 +1,93 @@
+"""Linear layers and embeddings."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+
+import equinox as eqx
+import jax
+
+from ... import specs
+from .adapter import Node, adapter, check_one_dtype, make
+
+
+@adapter.reads(eqx.nn.Linear, specs.Linear)
+def read_linear(node, ctx):
+    m = node.module
+    for option in ("in_features", "out_features"):
+        if getattr(m, option) == "scalar":
+            ctx.refuse(option, "scalar", "other frameworks have no axis-less input or output")
+    if m.weight is None:
+        return ctx.refuse(
+            "weight", None, "the array is missing", "Put partitions together with eqx.combine"
+        )
+    check_one_dtype(m.weight, m.bias, ctx)
+    return specs.Linear(weight=m.weight.T, bias=m.bias)
+
+
+@adapter.builds(specs.Linear)
+def build_linear(spec, ctx):
+    check_one_dtype(spec.weight, spec.bias, ctx)
+    if ctx.shape is not None and len(ctx.shape) != 1:
+        ctx.refuse("sample_input", ctx.shape, "Equinox's Linear takes examples of one axis")
+    n_in, n_out = spec.weight.shape
+    return make(
+        eqx.nn.Linear,
+        weight=spec.weight.T,
+        bias=spec.bias,
+        in_features=n_in,
+        out_features=n_out,
+        use_bias=spec.bias is not None,
+    )
+
+
+@adapter.reads(eqx.nn.MLP, specs.Sequential)
+def read_mlp(node, ctx):
+    m = node.module
+    for option in ("in_size", "out_size"):
+        if getattr(m, option) == "scalar":
+            ctx.refuse(option, "scalar", "other frameworks have no axis-less input or output")
+    layers = list(m.layers)
+    if m.scan and m.depth > 0:  # the layers within are one, with an axis more
+        layers[1:2] = [
+            jax.tree.map(operator.itemgetter(i), m.layers[1]) for i in range(m.depth - 1)
+        ]
+    first, *rest = [
+        ctx.read(Node(layer, node.state), f"{ctx.path}.layers[{i}]")
+        for i, layer in enumerate(layers)
+    ]
+    parts = [first]
+    for layer in rest:
+        parts += [_read_neuron(node, ctx, "activation"), layer]
+    default = inspect.signature(eqx.nn.MLP).parameters["final_activation"].default
+    if m.depth > 0 and m.final_activation is not default:  # else it is not applied
+        parts.append(_read_neuron(node, ctx, "final_activation"))
+    return specs.Sequential(layers=tuple(parts))
+
+
+def _read_neuron(node, ctx, name: str) -> specs.Spec:
+    """A function that is applied to each neuron by itself."""
+    fn = getattr(node.module, name)
+    if any(map(eqx.is_array, jax.tree.leaves(fn))):
+        ctx.refuse(name, fn, "only one without weights converts")
+    path = f"{ctx.path}.{name}"
+    layer = fn if isinstance(fn, eqx.Module) else eqx.nn.Lambda(fn)
+    spec = ctx.read(Node(layer, node.state), path)
+    if isinstance(spec, specs.Function) and spec.per_example:
+        return ctx.read(Node(eqx.nn.Lambda(jax.vmap(spec.fn)), node.state), path)
+    if not spec.is_elementwise:
+        ctx.refuse(name, fn, "it is applied to one number at a time")
+    return spec
+
+
+@adapter.reads(eqx.nn.Embedding, specs.Embedding)
+def read_embedding(node, ctx):
+    return specs.Embedding(weight=node.module.weight)
+
+
+@adapter.builds(specs.Embedding)
+def build_embedding(spec, ctx):
+    if ctx.shape:
+        ctx.refuse("sample_input", ctx.shape, "Equinox's Embedding takes one index at a time")
+    return eqx.nn.Embedding(weight=spec.weight)

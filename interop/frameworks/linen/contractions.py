@@ -1,0 +1,71 @@
+"""Contractions of several axes."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+
+from ... import specs
+from .adapter import adapter, node_of
+from .norms import unpack
+from .variables import axes_of, equation_of
+
+
+@adapter.reads(
+    nn.DenseGeneral,
+    specs.LinearGeneral,
+    fixed={
+        "dot_general": None,
+        "dot_general_cls": None,
+    },
+)
+def read_dense_general(node, ctx):
+    m = node.module
+    return specs.LinearGeneral(
+        weight=node.array("kernel"),
+        bias=node.array("bias"),
+        axes=axes_of(m.axis),
+        batch_axes=len(axes_of(m.batch_dims)),
+        dtype=specs.dtype(m.dtype),
+        precision=m.precision,
+    )
+
+
+@adapter.builds(specs.LinearGeneral, carries=("axes", "batch_axes", "dtype", "precision"))
+def build_dense_general(spec, ctx):
+    module = nn.DenseGeneral(
+        unpack(spec.out_shape),
+        axis=unpack(spec.axes),
+        batch_dims=tuple(range(spec.batch_axes)),
+        use_bias=spec.bias is not None,
+        dtype=spec.dtype,
+        param_dtype=spec.weight.dtype,
+        precision=spec.precision,
+    )
+    return node_of(module, {"kernel": spec.weight, "bias": spec.bias})
+
+
+@adapter.reads(nn.Einsum, specs.Einsum)
+def read_einsum(node, ctx):
+    m = node.module
+    return specs.Einsum(
+        equation=equation_of(m),
+        weight=node.array("kernel"),
+        bias=node.array("bias"),
+        dtype=specs.dtype(m.dtype),
+        precision=m.precision,
+        preferred_element_type=specs.dtype(m.preferred_element_type),
+    )
+
+
+@adapter.builds(specs.Einsum, carries=("dtype", "precision", "preferred_element_type"))
+def build_einsum(spec, ctx):
+    module = nn.Einsum(
+        spec.weight.shape,
+        spec.equation,
+        use_bias=spec.bias is not None,
+        dtype=spec.dtype,
+        param_dtype=spec.weight.dtype,
+        precision=spec.precision,
+        preferred_element_type=spec.preferred_element_type,
+    )
+    return node_of(module, {"kernel": spec.weight, "bias": spec.bias})

@@ -1,0 +1,49 @@
+"""Linear layers and embeddings."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+
+from ... import specs
+from .adapter import adapter, node_of
+
+
+@adapter.reads(
+    nn.Dense,
+    specs.Linear,
+    fixed={
+        "dot_general": None,
+        "dot_general_cls": None,
+    },
+)
+def read_dense(node, ctx):
+    return specs.Linear(
+        weight=node.array("kernel"),
+        bias=node.array("bias"),
+        dtype=specs.dtype(node.module.dtype),
+        precision=node.module.precision,
+    )
+
+
+@adapter.builds(specs.Linear, carries=("leading_shape", "dtype", "precision"))
+def build_dense(spec, ctx):
+    module = nn.Dense(
+        spec.weight.shape[1],
+        use_bias=spec.bias is not None,
+        dtype=spec.dtype,
+        param_dtype=spec.weight.dtype,
+        precision=spec.precision,
+    )
+    return node_of(module, {"kernel": spec.weight, "bias": spec.bias})
+
+
+@adapter.reads(nn.Embed, specs.Embedding, fixed={"promote_dtype": nn.Embed.promote_dtype})
+def read_embed(node, ctx):
+    weight, dtype = node.array("embedding"), specs.dtype(node.module.dtype)
+    return specs.Embedding(weight=weight, dtype=None if dtype == weight.dtype else dtype)
+
+
+@adapter.builds(specs.Embedding, carries=("dtype",))
+def build_embed(spec, ctx):
+    module = nn.Embed(*spec.weight.shape, dtype=spec.dtype, param_dtype=spec.weight.dtype)
+    return node_of(module, {"embedding": spec.weight})

@@ -1,0 +1,302 @@
+"""What variables a module needs, compared with those given before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from ... import formulas
+from ...composites.linen import COMPOSITES
+from ...errors import (
+    ConversionError,
+    UnsupportedLayerError,
+    UnsupportedStructureError,
+)
+from ...registry import Adapter
+
+Key = tuple[str, ...]
+
+
+# The shape of each array: a number is fixed, a name is any size, the same wherever it stands.
+_VARIABLES: dict[type, Any] = {
+    nn.Dense: lambda m: {
+        ("params", "kernel"): ("in", m.features),
+        ("params", "bias"): (m.features,) if m.use_bias else None,
+    },
+    nn.Conv: lambda m: {
+        ("params", "kernel"): (*kernel_size(m), "in", m.features),
+        ("params", "bias"): (m.features,) if m.use_bias else None,
+    },
+    nn.DenseGeneral: lambda m: _general_variables(m),
+    nn.Einsum: lambda m: {
+        ("params", "kernel"): tuple(m.shape),
+        ("params", "bias"): _einsum_bias(m) if m.use_bias else None,
+    },
+    nn.MultiHeadDotProductAttention: lambda m: _attention_variables(m),
+    nn.MultiHeadAttention: lambda m: _attention_variables(m),
+    nn.SelfAttention: lambda m: _attention_variables(m),
+    nn.SimpleCell: lambda m: _cell_variables(m),
+    nn.LSTMCell: lambda m: _cell_variables(m),
+    nn.OptimizedLSTMCell: lambda m: _cell_variables(m),
+    nn.GRUCell: lambda m: _cell_variables(m) | {("params", "hn", "bias"): (m.features,)},
+    nn.MGUCell: lambda m: {
+        **_cell_variables(m),
+        ("params", "hn", "bias"): (m.features,) if m.reset_gate else None,
+    },
+    nn.ConvLSTMCell: lambda m: {
+        ("params", "ih", "kernel"): (*axes_of(m.kernel_size), "in", 4 * m.features),
+        ("params", "hh", "kernel"): (*axes_of(m.kernel_size), m.features, 4 * m.features),
+        ("params", "ih", "bias"): (4 * m.features,) if m.use_bias else None,
+        ("params", "hh", "bias"): (4 * m.features,) if m.use_bias else None,
+    },
+    nn.ConvLocal: lambda m: {
+        ("params", "kernel"): (*_places(m), "rows", m.features),
+        ("params", "bias"): (*_places(m), m.features) if m.use_bias else None,
+    },
+    nn.ConvTranspose: lambda m: {
+        ("params", "kernel"): (
+            *kernel_size(m),
+            *((m.features, "in") if m.transpose_kernel else ("in", m.features)),
+        ),
+        ("params", "bias"): (m.features,) if m.use_bias else None,
+    },
+    nn.Embed: lambda m: {("params", "embedding"): (m.num_embeddings, m.features)},
+    nn.LayerNorm: lambda m: {
+        ("params", "scale"): _feature_names(m) if m.use_scale else None,
+        ("params", "bias"): _feature_names(m) if m.use_bias else None,
+    },
+    nn.RMSNorm: lambda m: {("params", "scale"): _feature_names(m) if m.use_scale else None},
+    nn.GroupNorm: lambda m: {
+        ("params", "scale"): ("features",) if m.use_scale else None,
+        ("params", "bias"): ("features",) if m.use_bias else None,
+    },
+    nn.InstanceNorm: lambda m: {
+        ("params", "scale"): _feature_names(m) if m.use_scale else None,
+        ("params", "bias"): _feature_names(m) if m.use_bias else None,
+    },
+    nn.BatchNorm: lambda m: {
+        ("params", "scale"): ("features",) if m.use_scale else None,
+        ("params", "bias"): ("features",) if m.use_bias else None,
+        ("batch_stats", "mean"): ("features",),
+        ("batch_stats", "var"): ("features",),
+    },
+    nn.Dropout: lambda m: {},
+}
+
+
+def _composite_variables(m: Any) -> dict[Key, Any]:
+    empty = m.skeleton.empty
+    parts = {"params": m.skeleton.trained(empty), "batch_stats": m.skeleton.buffers(empty)}
+    return {key: leaf.shape for key, leaf in _flatten(parts, ())}
+
+
+def _general_variables(m: nn.DenseGeneral) -> dict[Key, Any]:
+    batch = tuple(f"batch axis {axis}" for axis in axes_of(m.batch_dims))
+    inputs, outputs = tuple(f"axis {axis}" for axis in axes_of(m.axis)), axes_of(m.features)
+    return {
+        ("params", "kernel"): (*batch, *inputs, *outputs),
+        ("params", "bias"): (*batch, *outputs) if m.use_bias else None,
+    }
+
+
+def _einsum_bias(m: nn.Einsum) -> tuple[int, ...]:
+    return formulas.einsum_bias_shape(equation_of(m), tuple(m.shape))
+
+
+def equation_of(m: nn.Einsum) -> str:
+    if m.einsum_str is None:
+        _refuse(m, "einsum_str", "the equation is then an argument of each call")
+    return m.einsum_str
+
+
+def _refuse(m: nn.Module, option: str, reason: str) -> NoReturn:
+    raise UnsupportedLayerError(
+        type(m),
+        f"{option}={getattr(m, option)!r}: {reason}",
+        path="model",
+        option=option,
+        value=getattr(m, option),
+    )
+
+
+def _attention_variables(m: nn.MultiHeadDotProductAttention) -> dict[Key, Any]:
+    if m.decode:
+        _refuse(m, "decode", "other frameworks have no place for a cache of keys")
+    heads = m.num_heads
+    depth = "depth" if m.qkv_features is None else m.qkv_features // heads
+    found: dict[Key, Any] = {
+        ("params", "out", "kernel"): (heads, depth, m.out_features or "out"),
+        ("params", "out", "bias"): (m.out_features or "out",),
+    }
+    for part in ("query", "key", "value"):
+        found["params", part, "kernel"] = (f"in of {part}", heads, depth)
+        found["params", part, "bias"] = (heads, depth)
+        found["params", f"{part}_ln", "scale"] = (depth,)
+    return {
+        key: shape
+        for key, shape in found.items()
+        if (m.use_bias or key[-1] != "bias")
+        and (key[-1] != "scale" or (m.normalize_qk and key[1] != "value_ln"))
+    }
+
+
+# A cell's gates by name, and which parts have the biases: that of the input, or the state.
+_GATES: dict[type, tuple[Sequence[str], str]] = {
+    nn.SimpleCell: (("",), "i"),
+    nn.LSTMCell: ("ifgo", "h"),
+    nn.OptimizedLSTMCell: ("ifgo", "h"),
+    nn.GRUCell: ("rzn", "i"),
+    nn.MGUCell: ("fn", "i"),
+}
+
+
+def gates_of(m: Any) -> tuple[Sequence[str], str]:
+    return next(_GATES[cls] for cls in type(m).__mro__ if cls in _GATES)
+
+
+def _cell_variables(m: Any) -> dict[Key, Any]:
+    gates, biased = gates_of(m)
+    found: dict[Key, Any] = {}
+    for gate in gates:
+        found["params", f"i{gate}", "kernel"] = ("in", m.features)
+        found["params", f"h{gate}", "kernel"] = (m.features, m.features)
+        found["params", f"{biased}{gate}", "bias"] = (m.features,)
+    return found
+
+
+_SUBMODULES = {nn.RNN: ("cell",), nn.Bidirectional: ("forward_rnn", "backward_rnn")}
+
+
+def _declared(
+    adapter: Adapter, module: Any, path: str, seen: set[int]
+) -> dict[Key, Any] | None:
+    """The shapes of a module's arrays; None where its reader was registered by a user.
+
+    A module that stands at two places has its arrays at the first.
+    """
+    if id(module) in seen:
+        return {}
+    seen.add(id(module))
+    layer_type = adapter.reader(module, path).layer_type
+    if layer_type in COMPOSITES:
+        return _composite_variables(module)
+    if layer_type not in _SUBMODULES:
+        return _VARIABLES[layer_type](module) if layer_type in _VARIABLES else None
+    found: dict[Key, Any] = {}
+    for name in _SUBMODULES[layer_type]:
+        below = _declared(adapter, getattr(module, name), f"{path}.{name}", seen) or {}
+        for (collection, *rest), shape in below.items():
+            own = shape and tuple(f"{n} of {name}" if isinstance(n, str) else n for n in shape)
+            found[(collection, name, *rest)] = own
+    return found
+
+
+def kernel_size(m: nn.Conv | nn.ConvLocal | nn.ConvTranspose) -> tuple[int, ...]:
+    return axes_of(m.kernel_size)
+
+
+def _places(m: nn.ConvLocal) -> tuple[str, ...]:
+    return tuple(f"place {i}" for i in range(len(kernel_size(m))))
+
+
+def _feature_names(m: nn.LayerNorm | nn.RMSNorm | nn.InstanceNorm) -> tuple[str, ...]:
+    return tuple(f"axis {axis}" for axis in axes_of(m.feature_axes))
+
+
+def axes_of(axes: Any) -> tuple[int, ...]:
+    return (axes,) if isinstance(axes, int) else tuple(axes)
+
+
+def check_variables(adapter: Adapter, model: nn.Module, variables: Mapping[str, Any]) -> None:
+    """Compare keys and shapes of the whole model, and report all that is wrong together.
+
+    Raises:
+        ConversionError: keys are missing or unexpected, or shapes differ.
+        UnsupportedStructureError: one module is used in two different stacks.
+        UnmappedLayerError, UnsupportedLayerError: a layer does not convert anyway.
+    """
+    wanted: dict[Key, tuple[int | str, ...]] = {}
+    parents: dict[int, Any] = {}
+    given = dict(_flatten(variables, ()))
+    for module, scope, parent in leaves_of(model, (), None):
+        places = "".join(f"[{name.removeprefix('layers_')}]" for name in scope)
+        declared = _declared(adapter, module, f"model{places}", set())
+        if declared is None:  # it checks them by itself
+            given = {k: v for k, v in given.items() if k[1 : 1 + len(scope)] != scope}
+            continue
+        shapes = {key: shape for key, shape in declared.items() if shape is not None}
+        if shapes and parents.setdefault(id(module), parent) is not parent:
+            raise UnsupportedStructureError(
+                f"one {type(module).__qualname__} is used in two different stacks",
+                path="model",
+                remedy="Use it twice in one stack, or wrap the model live with shims.wrap",
+            )
+        for (collection, *names), shape in shapes.items():
+            key = (collection, *scope, *names)
+            wanted[key] = tuple(
+                n if isinstance(n, int) else f"{n} of {'/'.join(scope)}" for n in shape
+            )
+    mismatched = _mismatches(wanted, given)
+    if wanted.keys() == given.keys() and not mismatched:
+        return
+    has_collections = "params" in variables or not wanted
+    raise ConversionError(
+        "the variables do not fit the module",
+        path="model",
+        missing=["/".join(k) for k in sorted(wanted.keys() - given.keys())],
+        unexpected=["/".join(k) for k in sorted(given.keys() - wanted.keys())],
+        mismatched=mismatched,
+        remedy=None if has_collections else 'Pass the collections: {"params": ...}',
+    )
+
+
+def leaves_of(module: Any, scope: Key, parent: Any) -> Iterator[tuple[nn.Module, Key, Any]]:
+    """Every layer below ``module`` once a stack, with the scope of its variables."""
+    if not isinstance(module, nn.Sequential):
+        if isinstance(module, nn.Module):
+            yield module, scope, parent
+        return
+    seen: set[int] = set()
+    for i, layer in enumerate(module.layers):
+        if id(layer) not in seen:
+            seen.add(id(layer))
+            yield from leaves_of(layer, (*scope, f"layers_{i}"), module)
+
+
+def _flatten(tree: Any, path: Key) -> Iterator[tuple[Key, Any]]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _flatten(value, (*path, str(key)))
+    else:
+        yield path, tree
+
+
+def _mismatches(
+    wanted: Mapping[Key, tuple[int | str, ...]], given: Mapping[Key, Any]
+) -> list[str]:
+    sizes: dict[int | str, int] = {}
+    lines: list[str] = []
+    for key in sorted(wanted.keys() & given.keys()):
+        array, where = given[key], "/".join(key)
+        known = [sizes.get(n, n) for n in wanted[key]]
+        if isinstance(array, nn.meta.AxisMetadata):
+            lines.append(f"{where} is boxed in {type(array).__name__} (use nn.unbox)")
+        elif not isinstance(array, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+            lines.append(f"{where} is a {type(array).__qualname__}, not an array")
+        elif _fits(array.shape, known):
+            sizes |= zip(wanted[key], array.shape, strict=True)
+        else:
+            shown = ", ".join(str(n).partition(" of ")[0] for n in known)
+            comma = "," if len(known) == 1 else ""
+            lines.append(f"{where} has shape {array.shape}, wanted ({shown}{comma})")
+    return lines
+
+
+def _fits(shape: tuple[int, ...], known: list[int | str]) -> bool:
+    return len(shape) == len(known) and all(
+        size == n or isinstance(n, str) for size, n in zip(shape, known, strict=True)
+    )

@@ -1,0 +1,200 @@
+"""What the framework answers about its modules, and what its rules share."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import nnx
+from flax.nnx.nn import dtypes
+
+from ... import specs
+from ...composites.nnx import COMPOSITES
+from ...errors import ArgumentError
+from ...partitioning import Partitioning
+from ...registry import Adapter
+
+_OF_A_RUN = (nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation)
+
+
+class Nnx(Adapter):
+    name = "nnx"
+    module_type = nnx.Module
+    fixed = {"promote_dtype": dtypes.promote_dtype}
+    has_partitionings = True
+
+    def containers(self, node):
+        return [(k, v) for k, v in vars(node).items() if isinstance(v, nnx.Variable)]
+
+    def added_state(self, module, rule):
+        held = nnx.Variable | nnx.Pytree
+        return {k for k, v in vars(module).items() if isinstance(v, held)} - rule.state
+
+    def has_children(self, module):
+        return any(path for path, _ in nnx.iter_modules(module))
+
+    def arrays(self, node):
+        masks = (getattr(module, "mask", None) for _, module in nnx.iter_modules(node))
+        return [
+            *jax.tree.leaves(nnx.state(node)),
+            *(mask for mask in masks if mask is not None),
+        ]
+
+    def partitionings(self, node):
+        return [
+            (".".join(map(str, path)), variable.get_raw_value(), found)
+            for path, variable in _variables(node)
+            if (found := partitioning_of(variable)) is not None
+        ]
+
+    def partition(self, built, partitionings):
+        placed: set[int] = set()
+        for _, variable in _variables(built) if isinstance(built, nnx.Module) else ():
+            if (key := id(variable.get_raw_value())) in partitionings:
+                variable.set_metadata(**metadata_of(partitionings[key]))
+                placed.add(key)
+        return built, placed
+
+    def parameters(self, node):
+        return nnx.state(node, nnx.Param)
+
+    def with_parameters(self, node, parameters):
+        definition, _, rest = nnx.split(node, nnx.Param, ...)
+        return nnx.merge(definition, parameters, rest, copy=True)
+
+    def container(self, leaves):
+        return nnx.from_flat_state([(path, nnx.Param(leaf)) for path, leaf in leaves.items()])
+
+    def held(self, node):
+        return {path: variable.get_value() for path, variable in _lasting(node).items()}
+
+    def hold(self, node, values):
+        variables = _lasting(node)
+        for path, value in values.items():
+            variables[path].set_value(value)
+        return node
+
+    def run(self, node, inputs, train):
+        model = nnx.clone(node)
+        if train:
+            model.train()
+        else:
+            model.eval()
+        return model(*inputs)
+
+    def read_function(self, fn):
+        return read_pool(fn)
+
+    def build_composite(self, cls, spec, ctx):
+        return cls(spec, rngs=ctx.options.get("rngs"), deterministic=True)
+
+    def close(self, built, options):
+        rngs = options.get("rngs")
+        if rngs is not None and not isinstance(rngs, nnx.Rngs | nnx.RngStream):
+            raise ArgumentError(
+                f"rngs must be an nnx.Rngs, got {type(rngs).__qualname__}",
+                remedy="Pass rngs=nnx.Rngs(seed)",
+            )
+        return built if isinstance(built, nnx.Module) else nnx.Sequential(built)
+
+
+adapter = Nnx()
+
+
+adapter.ships(COMPOSITES)
+
+
+def _variables(node: nnx.Module) -> list[tuple[Any, nnx.Variable]]:
+    flat: Any = nnx.to_flat_state(nnx.state(node))
+    return [(path, v) for path, v in flat if isinstance(v, nnx.Variable)]
+
+
+_PARTITIONING = {"out_sharding", "mesh", "sharding_rules"}
+
+
+_BOXES = (nn.Partitioned, nn.LogicallyPartitioned)
+
+
+def partitioning_of(variable: nnx.Variable) -> Partitioning | None:
+    """What a Variable's metadata say of how to split its array; None where they don't."""
+    metadata = variable.get_metadata()
+    names, mesh = metadata.get("out_sharding"), metadata.get("mesh")
+    if isinstance(names, jax.sharding.NamedSharding):
+        names, mesh = names.spec, names.mesh
+    if not isinstance(names, tuple | list | jax.sharding.PartitionSpec) or not tuple(names):
+        return None
+    rules, box = metadata.get("sharding_rules"), metadata.get("linen_meta_type")
+    logical = bool(rules) or (box is not None and issubclass(box, nn.LogicallyPartitioned))
+    return Partitioning.of(variable.get_raw_value(), names, mesh, logical, rules)
+
+
+def metadata_of(partitioning: Partitioning | None) -> dict[str, Any]:
+    """The same as a Variable's metadata, as ``nnx.bridge`` writes them."""
+    if partitioning is None:
+        return {}
+    metadata: dict[str, Any] = {"out_sharding": partitioning.names}
+    if partitioning.mesh is not None:
+        metadata["mesh"] = partitioning.mesh
+    if partitioning.logical:
+        metadata["sharding_rules"] = partitioning.rules
+        metadata["linen_meta_type"] = nn.LogicallyPartitioned
+    return metadata
+
+
+def _lasting(node: nnx.Module) -> dict[tuple[Any, ...], nnx.Variable]:
+    """The Variables that outlast a run, by path, each once."""
+    found = nnx.to_flat_state(nnx.state(node))
+    return {path: v for path, v in found if not isinstance(v, _OF_A_RUN)}
+
+
+def array_of(layer, ctx, name: str, wanted: type[nnx.Variable] = nnx.Param) -> Any:
+    """The array of the layer's variable of that name, or None."""
+    variable = getattr(layer, name)
+    if variable is None:
+        return None
+    if type(variable) is not wanted:
+        ctx.refuse(
+            name,
+            type(variable).__qualname__,
+            f"only an nnx.{wanted.__name__} converts; another kind may be trained in its own "
+            f"way, or not at all",
+        )
+    known = set(nnx.Variable.required_metadata)
+    if partitioning_of(variable) is not None:
+        known |= _PARTITIONING
+        if variable.get_metadata().get("linen_meta_type") in _BOXES:
+            known.add("linen_meta_type")
+    metadata = {k: v for k, v in variable.get_metadata().items() if k not in known and v}
+    if metadata:
+        ctx.refuse(f"{name} metadata", metadata, "other frameworks have no place for it")
+    return variable.get_raw_value()
+
+
+class _NoRngs:
+    """Stands for the ``nnx.Rngs`` of a layer whose initialisers return given arrays."""
+
+    def params(self) -> None:
+        """No key: nothing is drawn."""
+
+
+NO_RNGS: Any = _NoRngs()
+
+
+def returns(array: Any) -> Any:
+    return lambda *_: array
+
+
+def read_pool(fn: Any) -> specs.Pool | None:
+    """Flax's ``max_pool`` or ``avg_pool`` with its options in a ``functools.partial``."""
+    if not isinstance(fn, functools.partial) or fn.args:
+        return None
+    if fn.func not in (nnx.max_pool, nnx.avg_pool) or "window_shape" not in fn.keywords:
+        return None
+    options: dict[str, Any] = {"strides": None, "padding": "VALID", "count_include_pad": True}
+    options |= fn.keywords
+    window = options["window_shape"]
+    strides = options["strides"] or (1,) * len(window)
+    mean = fn.func is nnx.avg_pool
+    return specs.pool(mean, options["count_include_pad"], window, strides, options["padding"])

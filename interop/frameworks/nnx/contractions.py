@@ -1,0 +1,95 @@
+"""Contractions of several axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ... import specs
+from .adapter import NO_RNGS, adapter, array_of, returns
+
+_GENERAL = {
+    "dot_general": None,
+    "dot_general_cls": None,
+}
+
+
+@adapter.reads(nnx.LinearGeneral, specs.LinearGeneral, state=("kernel", "bias"), fixed=_GENERAL)
+def read_linear_general(m, ctx):
+    return specs.LinearGeneral(
+        weight=array_of(m, ctx, "kernel"),
+        bias=array_of(m, ctx, "bias"),
+        axes=m.axis,
+        batch_axes=len(m.batch_axis),
+        dtype=specs.dtype(m.dtype),
+        precision=m.precision,
+        preferred_element_type=specs.dtype(m.preferred_element_type),
+    )
+
+
+_CONTRACTION = ("dtype", "precision", "preferred_element_type")
+
+
+ZEROS: Any = jax.nn.initializers.zeros  # every array is replaced
+
+
+@adapter.builds(specs.LinearGeneral, carries=("axes", "batch_axes", *_CONTRACTION))
+def build_linear_general(spec, ctx):
+    layer = nnx.LinearGeneral(
+        spec.in_shape,
+        spec.out_shape,
+        axis=spec.axes,
+        batch_axis=dict(enumerate(spec.batch_shape)),
+        use_bias=spec.bias is not None,
+        dtype=spec.dtype,
+        param_dtype=spec.weight.dtype,
+        kernel_init=ZEROS,
+        bias_init=ZEROS,
+        precision=spec.precision,
+        preferred_element_type=spec.preferred_element_type,
+        rngs=NO_RNGS,
+    )
+    set_general(layer, spec)
+    return layer
+
+
+def set_general(layer, spec) -> None:
+    layer.kernel.set_value(spec.weight)
+    if spec.bias is not None:
+        layer.bias.set_value(spec.bias)
+
+
+@adapter.reads(
+    nnx.Einsum,
+    specs.Einsum,
+    state=("kernel", "bias"),
+    fixed={"einsum_op": jnp.einsum},
+)
+def read_einsum(m, ctx):
+    return specs.Einsum(
+        equation=m.einsum_str,
+        weight=array_of(m, ctx, "kernel"),
+        bias=array_of(m, ctx, "bias"),
+        dtype=specs.dtype(m.dtype),
+        precision=m.precision,
+        preferred_element_type=specs.dtype(m.preferred_element_type),
+    )
+
+
+@adapter.builds(specs.Einsum, carries=_CONTRACTION)
+def build_einsum(spec, ctx):
+    return nnx.Einsum(
+        spec.equation,
+        spec.weight.shape,
+        None if spec.bias is None else spec.bias.shape,
+        dtype=spec.dtype,
+        param_dtype=spec.weight.dtype,
+        precision=spec.precision,
+        kernel_init=returns(spec.weight),
+        bias_init=returns(spec.bias),
+        preferred_element_type=spec.preferred_element_type,
+        rngs=NO_RNGS,
+    )

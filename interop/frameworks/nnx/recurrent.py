@@ -1,0 +1,212 @@
+"""Recurrent cells and networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ... import formulas, specs
+from .adapter import NO_RNGS, adapter, array_of, returns
+
+_CELL: dict[str, Any] = {
+    "state": ("ii", "if_", "ig", "io", "hi", "hf", "hg", "ho", "dense_i", "dense_h", "rngs"),
+}
+
+
+@adapter.reads(nnx.SimpleCell, specs.SimpleCell, **_CELL)
+def read_simple_cell(m, ctx):
+    arrays = _dense_arrays([m.dense_i], [m.dense_h], ctx, bias=m.dense_i)
+    return specs.SimpleCell(**arrays, **cell_fields(m, *arrays.values()), residual=m.residual)
+
+
+@adapter.reads(nnx.GRUCell, specs.GRUCell, **_CELL)
+def read_gru_cell(m, ctx):
+    arrays = _dense_arrays([m.dense_i], [m.dense_h], ctx, bias=m.dense_i)
+    return specs.GRUCell(**arrays, bias_n=None, **cell_fields(m, *arrays.values()))
+
+
+@adapter.reads(nnx.LSTMCell, specs.LSTMCell, **_CELL)
+@adapter.reads(nnx.OptimizedLSTMCell, specs.LSTMCell, **_CELL)
+def read_lstm_cell(m, ctx):
+    if isinstance(m, nnx.OptimizedLSTMCell):
+        inputs, hidden = [m.dense_i], [m.dense_h]
+    else:
+        inputs, hidden = [m.ii, m.if_, m.ig, m.io], [m.hi, m.hf, m.hg, m.ho]
+    arrays = _dense_arrays(inputs, hidden, ctx)
+    arrays["bias"] = joined([array_of(layer, ctx, "bias") for layer in hidden], ctx)
+    return specs.LSTMCell(**arrays, **cell_fields(m, *arrays.values()))
+
+
+def _dense_arrays(inputs, hidden, ctx, bias: Any = None) -> dict[str, Any]:
+    kernels = [[array_of(layer, ctx, "kernel") for layer in part] for part in (inputs, hidden)]
+    found = {"weight_x": joined(kernels[0], ctx), "weight_h": joined(kernels[1], ctx)}
+    return found if bias is None else found | {"bias": array_of(bias, ctx, "bias")}
+
+
+def joined(arrays: list[Any], ctx) -> Any:
+    """The arrays of a cell's gates side by side."""
+    found = {str(array.dtype) for array in arrays}
+    if len(found) > 1:
+        ctx.refuse("param_dtype", sorted(found), "the gates of a cell convert in one dtype")
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=-1)
+
+
+def cell_fields(m, *arrays: Any) -> dict[str, Any]:
+    """The options of a cell, None for the usual ones, which Flax spells alike in both."""
+    usual = specs.common_dtype(*arrays)
+    fields = {
+        "activation": None if m.activation_fn in (jnp.tanh, jax.nn.tanh) else m.activation_fn,
+        "dtype": specs.plain_dtype(m.dtype, *arrays),
+        "carry_init": formulas.carry_init(m.carry_init, m.param_dtype, usual),
+    }
+    if hasattr(m, "gate_fn"):
+        fields["gate"] = None if m.gate_fn is jax.nn.sigmoid else m.gate_fn
+    return fields
+
+
+def cell_options(spec) -> dict[str, Any]:
+    """The same options, as both constructors take them, but ``carry_init``."""
+    options = {
+        "activation_fn": spec.activation or jnp.tanh,
+        "dtype": spec.dtype,
+        "param_dtype": spec.weight_h.dtype,
+    }
+    return options | ({"gate_fn": spec.gate or jax.nn.sigmoid} if hasattr(spec, "gate") else {})
+
+
+def _cell(cls: Any, spec, **options: Any) -> Any:
+    """A cell of that class for a spec's sizes and options; every array is to be replaced."""
+    empty = returns(jnp.zeros(()))
+    cell = cls(
+        *spec.in_shape,
+        spec.hidden,
+        **cell_options(spec),
+        **options,
+        kernel_init=empty,
+        recurrent_kernel_init=empty,
+        bias_init=empty,
+        rngs=NO_RNGS,
+    )
+    cell.carry_init = spec.carry_init  # as an argument, it warns
+    return cell
+
+
+_CARRIED = ("activation", "dtype", "carry_init")
+
+
+def check_bias(bias: Any, ctx) -> None:
+    """Refuse a cell without a bias."""
+    if bias is None:
+        ctx.refuse("use_bias", False, "Flax's cells have a bias")
+
+
+@adapter.builds(specs.SimpleCell, carries=(*_CARRIED, "residual"))
+def build_simple_cell(spec, ctx):
+    check_bias(spec.bias, ctx)
+    return _with_dense(_cell(nnx.SimpleCell, spec, residual=spec.residual), spec)
+
+
+@adapter.builds(specs.GRUCell, carries=(*_CARRIED, "gate"))
+def build_gru_cell(spec, ctx):
+    check_bias(spec.bias, ctx)
+    if spec.bias_n is not None:
+        ctx.refuse("bias_n", spec.bias_n, "nnx has no bias in the product with the state")
+    return _with_dense(_cell(nnx.GRUCell, spec), spec)
+
+
+def _with_dense(cell: Any, spec) -> Any:
+    cell.dense_i.kernel.set_value(spec.weight_x)
+    cell.dense_i.bias.set_value(spec.bias)
+    cell.dense_h.kernel.set_value(spec.weight_h)
+    return cell
+
+
+@adapter.builds(specs.LSTMCell, carries=(*_CARRIED, "gate"))
+def build_lstm_cell(spec, ctx):
+    check_bias(spec.bias, ctx)
+    cell = _cell(nnx.LSTMCell, spec)
+    inputs, hidden = (cell.ii, cell.if_, cell.ig, cell.io), (cell.hi, cell.hf, cell.hg, cell.ho)
+    for i, parts in enumerate(gates(spec.weight_x, spec.weight_h, spec.bias, number=4)):
+        inputs[i].kernel.set_value(parts[0])
+        hidden[i].kernel.set_value(parts[1])
+        hidden[i].bias.set_value(parts[2])
+    return cell
+
+
+def gates(*arrays: Any, number: int) -> list[tuple[Any, ...]]:
+    """The part of each array that is of one gate, in order."""
+    if number == 1:
+        return [arrays]
+    return list(zip(*(jnp.split(array, number, axis=-1) for array in arrays), strict=True))
+
+
+_RNN = ("time_major", "return_carry", "reverse", "keep_order", "unroll")
+
+
+@adapter.reads(
+    nnx.RNN,
+    specs.RNN,
+    state=("cell", "rngs", "state_axes"),
+    fixed={"state_axes": nnx.StateAxes({...: nnx.Carry}), "broadcast_rngs": None},
+)
+def read_rnn(m, ctx):
+    cell = read_cell(m.cell, m.cell, ctx)
+    return specs.RNN(cell=cell, **{name: getattr(m, name) for name in _RNN})
+
+
+def read_cell(node: Any, cell: Any, ctx) -> Any:
+    """The spec of the cell that a layer runs."""
+    spec = ctx.read(node, f"{ctx.path}.cell")
+    if not isinstance(spec, specs.Cell):
+        ctx.refuse("cell", cell, "its reader does not say that it is a recurrent cell")
+    return spec
+
+
+@adapter.builds(specs.RNN, carries=_RNN)
+def build_rnn(spec, ctx):
+    return nnx.RNN(ctx.build(spec.cell), **{name: getattr(spec, name) for name in _RNN})
+
+
+@adapter.reads(
+    nnx.Bidirectional, specs.Bidirectional, state=("forward_rnn", "backward_rnn", "rngs")
+)
+def read_bidirectional(m, ctx):
+    parts = {name: (getattr(m, name), getattr(m, name)) for name in RNNS}
+    return specs.Bidirectional(**read_rnns(parts, ctx), **bidirectional_fields(m))
+
+
+RNNS = ("forward_rnn", "backward_rnn")
+
+
+def read_rnns(parts: dict[str, tuple[Any, Any]], ctx) -> dict[str, Any]:
+    """The specs of both directions, from their nodes and modules by name."""
+    found = {name: ctx.read(node, f"{ctx.path}.{name}") for name, (node, _) in parts.items()}
+    for name, spec in found.items():
+        if not isinstance(spec, specs.RNN):
+            ctx.refuse(name, parts[name][1], "only an RNN converts here")
+    return found
+
+
+def bidirectional_fields(m) -> dict[str, Any]:
+    """The options, None for the usual merge, which Flax spells alike in NNX and in Linen."""
+    is_usual = m.merge_fn is type(m).merge_fn
+    return {
+        "merge": None if is_usual else m.merge_fn,
+        "time_major": m.time_major,
+        "return_carry": m.return_carry,
+    }
+
+
+def bidirectional_options(spec) -> dict[str, Any]:
+    """The same options, as both constructors take them."""
+    merge = {} if spec.merge is None else {"merge_fn": spec.merge}
+    return merge | {"time_major": spec.time_major, "return_carry": spec.return_carry}
+
+
+@adapter.builds(specs.Bidirectional, carries=("merge", "time_major", "return_carry"))
+def build_bidirectional(spec, ctx):
+    parts = [ctx.build(getattr(spec, name)) for name in RNNS]
+    return nnx.Bidirectional(*parts, **bidirectional_options(spec))

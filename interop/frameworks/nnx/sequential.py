@@ -1,0 +1,18 @@
+"""Stacks."""
+
+from __future__ import annotations
+
+from flax import nnx
+
+from ... import specs
+from .adapter import adapter
+
+
+@adapter.reads(nnx.Sequential, specs.Sequential, state=("layers",))
+def read_sequential(m, ctx):
+    return specs.Sequential(layers=ctx.read_all(m.layers))
+
+
+@adapter.builds(specs.Sequential)
+def build_sequential(spec, ctx):
+    return nnx.Sequential(*[ctx.build(layer) for layer in spec.layers])
