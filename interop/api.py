@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from . import specs
 from .errors import ArgumentError, InteropError
@@ -19,6 +19,7 @@ __all__ = [
     "convert_from",
     "convert_with",
     "keywords_of",
+    "no_module",
     "open_model",
     "sample_shape",
     "supported_layers",
@@ -28,10 +29,11 @@ __all__ = [
 
 def convert_from(source: str, model: Any, to: str, **keywords: Any) -> Any:
     """:func:`convert_with`, for a model that must be one of ``source``'s."""
-    _check_instance(model)
-    if not isinstance(model, registry.adapter(source).module_type):
+    registry.adapter(source)  # says which package is missing or broken
+    found = adapter_of(model).name
+    if found != source:
         raise ArgumentError(
-            f"expected a {source} module, got {type(model).__qualname__}",
+            f"expected a module of {source}, got one of {found}",
             path="model",
             remedy="interop.convert finds the source framework by itself",
         )
@@ -66,16 +68,15 @@ def _explain(*args: Any, **keywords: Any) -> Any:
 def _convert(
     model: Any, to: str, params: Any, state: Any, sample_input: Any, options: Mapping[str, Any]
 ) -> Any:
-    _check_instance(model)
-    target = registry.adapter(to)
     adapter = adapter_of(model)
+    target = registry.adapter(to)
     shape = sample_shape(sample_input)
     node = adapter.open(model, params, state)
     adapter.check(node)
     reading = Reading(adapter, registry)
     spec = reading.read(node, "model")
     there = crossed(spec, reading.origins, shape, adapter, target)
-    building = Building(target, reading.origins, there.sample, options)
+    building = Building(target, reading.origins, there, options)
     built = carry(adapter, node, target, building.build(there.spec))
     return target.close(built, options)
 
@@ -86,16 +87,42 @@ def adapter_of(model: Any) -> Adapter:
     Raises:
         ArgumentError: it is a class, or a module of none.
     """
-    _check_instance(model)
     source = registry.framework_of(model)
     if source is None:
-        raise ArgumentError(
-            f"{type(model).__module__}.{type(model).__qualname__} is not a module of "
-            f"{', '.join(registry.names())}",
-            path="model",
-            remedy="Pass an instance of one of their modules",
-        )
+        raise no_module(model, path="model")
     return registry.adapter(source)
+
+
+def no_module(found: Any, path: str | None = None) -> ArgumentError:
+    """The error for what is no module of any framework; it tells what may have been meant."""
+    cls = cast(Any, type(found))
+    if isinstance(found, type) and registry.framework_of_class(found) is not None:
+        return ArgumentError(
+            f"{found.__qualname__} is a class, not an instance",
+            path=path,
+            remedy=f"Build it first: {found.__qualname__}(...)",
+        )
+    remedy = "Pass an instance of one of their modules"
+    if isinstance(found, Mapping):
+        remedy = "Weights alone do not tell how they are used: pass the module that has them"
+    elif isinstance(found, list | tuple):
+        remedy = _unpacked(cast("tuple[Any, ...]", found)) or remedy
+    return ArgumentError(
+        f"{cls.__module__}.{cls.__qualname__} is not a module of {', '.join(registry.names())}",
+        path=path,
+        remedy=remedy,
+    )
+
+
+def _unpacked(parts: tuple[Any, ...]) -> str | None:
+    """What to do with modules in a list, or with one and what belongs to it."""
+    sources = [source for part in parts if (source := registry.framework_of(part)) is not None]
+    if not sources:
+        return None
+    companion = registry.adapter(sources[0]).companion
+    if companion is not None and len(sources) == 1:
+        return f"Pass the module by itself, and what belongs to it as {companion}="
+    return "Put the layers into one Sequential"
 
 
 def keywords_of(model: Any) -> tuple[Any, dict[str, Any]]:
@@ -124,15 +151,6 @@ def unchecked(model: Any) -> tuple[Adapter, Any]:
     module, keywords = keywords_of(model)
     adapter = adapter_of(module)
     return adapter, adapter.open(module, keywords.get("params"), keywords.get("state"))
-
-
-def _check_instance(model: Any) -> None:
-    if isinstance(model, type):
-        raise ArgumentError(
-            f"{model.__qualname__} is a class, not an instance",
-            path="model",
-            remedy=f"Build it first: {model.__qualname__}(...)",
-        )
 
 
 def sample_shape(sample_input: Any) -> specs.Shape | None:

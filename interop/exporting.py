@@ -138,8 +138,13 @@ def shapes_of(inputs: tuple[Any, ...], size: Any) -> Any:
         ArgumentError: there are none, they have units, or are batches of different sizes.
     """
     leaves = jax.tree.leaves(inputs, is_leaf=is_quantity)
+    if not leaves:
+        raise ArgumentError(
+            "the model's inputs are missing",
+            remedy="Pass a batch for each argument; only shapes and dtypes matter",
+        )
     sizes = {jnp.shape(x)[0] for x in leaves if not is_quantity(x) and jnp.ndim(x)}
-    if not leaves or any(map(is_quantity, leaves)) or (size is not None and len(sizes) != 1):
+    if any(map(is_quantity, leaves)) or (size is not None and len(sizes) != 1):
         raise ArgumentError(
             f"inputs must be plain arrays, batches of one size; got sizes {sorted(sizes)}",
             remedy='Pass one batch for each argument; with batch="fixed", sizes may differ',

@@ -72,12 +72,16 @@ class Crossed:
         spec: the model for the target's order of axes.
         sample: the shape of one example there, or None.
         places: how the data lie there before each layer, and after the last one.
+        given: the shape of one example as the source takes it, or None.
+        channels_first: whether the source takes the channels of an example first.
         origins: for each layer that was changed, by its ``id``: what it was, and the change.
     """
 
     spec: specs.Spec
     sample: specs.Shape | None
     places: tuple[Place, ...]
+    given: specs.Shape | None
+    channels_first: bool
     origins: dict[int, tuple[specs.Spec, Change]] = field(default_factory=dict[int, Any])
 
 
@@ -151,7 +155,7 @@ def cross(
         moved.append(crossing.pass_through(i))
         places.append(crossing.place)
     spec = crossing.rebuild(root, iter(moved))
-    return Crossed(spec, sample, tuple(places), crossing.changes)
+    return Crossed(spec, sample, tuple(places), shape, not to_first, crossing.changes)
 
 
 def crossed(
@@ -163,7 +167,8 @@ def crossed(
 ) -> Crossed:
     """:func:`cross`, where the frameworks differ in their order of axes; else ``root``."""
     if source.channels_first == target.channels_first:
-        return Crossed(root, shape, (Place(),) * (len(list(_leaves(root))) + 1))
+        places = (Place(),) * (len(list(_leaves(root))) + 1)
+        return Crossed(root, shape, places, shape, source.channels_first)
     first, name = target.channels_first, target.name
     return cross(root, origins, shape, to_first=first, target=name)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import difflib
 import functools
 import importlib
 import importlib.metadata
@@ -321,13 +322,10 @@ class Adapter(abc.ABC):
                 path=path,
                 remedy=f"Wrap it live: {_live(path)}; or convert its parts one by one",
             )
-        return UnmappedLayerError(
-            cls,
-            self.name,
-            path=path,
-            verb="read",
-            remedy=f"Register a reader for it, or wrap it live: {_live(path)}",
-        )
+        remedy = f"Register a reader for it, or wrap it live: {_live(path)}"
+        if callable(getattr(cls, "materialize", None)):
+            remedy = "Replace what is live by native layers first: shims.materialize(model)"
+        return UnmappedLayerError(cls, self.name, path=path, verb="read", remedy=remedy)
 
     def builder(self, spec: Spec, found: type, path: str) -> BuildRule:
         """The rule for ``spec``, which came from a layer of class ``found``.
@@ -410,9 +408,11 @@ class Registry:
             BrokenDependencyError: its package is installed and cannot be imported.
         """
         if not isinstance(cast(Any, name), str) or name not in self.names():
+            close = difflib.get_close_matches(str(name).lower(), self.names(), 1, 0.45)
+            meant = f"Did you mean {close[0]!r}? " if close else ""
             raise ArgumentError(
                 f"unknown framework {name!r}",
-                remedy=f"Known are: {', '.join(map(repr, self.names()))}",
+                remedy=f"{meant}Known are: {', '.join(map(repr, self.names()))}",
             )
         if name not in self._adapters:
             self._adapters[name] = self._load(name)

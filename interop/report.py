@@ -286,7 +286,7 @@ class _Trial(Building):
     """A building that goes on after a problem, and takes down what became of each layer."""
 
     def __init__(self, target: Adapter, survey: _Survey, there: Crossed):
-        super().__init__(target, survey.origins, there.sample, {})
+        super().__init__(target, survey.origins, there, {})
         self.rows: list[Row] = []
         self._survey, self._there = survey, there
         self._rowed: set[int] = set()

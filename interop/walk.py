@@ -21,7 +21,7 @@ from .errors import (
     UnsupportedLayerError,
     UnsupportedStructureError,
 )
-from .layout import Flow
+from .layout import Crossed, Flow
 from .registry import Adapter, BuildRule, ReadRule, Registry
 
 __all__ = ["Building", "Reading"]
@@ -120,7 +120,7 @@ class Reading:
             raise UnsupportedStructureError(
                 f"{type(fn).__qualname__} is neither a module nor callable",
                 path=path,
-                remedy="Leave it out",
+                remedy="Put back what was filtered out" if fn is None else "Leave it out",
             )
         return specs.Function(fn=fn, per_example=per_example)
 
@@ -178,14 +178,15 @@ class Building:
         self,
         adapter: Adapter,
         origins: Mapping[int, Origin],
-        shape: specs.Shape | None,
+        there: Crossed | None,
         options: Mapping[str, Any],
     ):
-        self.adapter, self.options, self.sample = adapter, options, shape
+        self.adapter, self.options, self._there = adapter, options, there
+        self.sample = None if there is None else there.sample
         self.path = "model"
         self.found: type = object
         self._origins = dict(origins)
-        self._flow = Flow(shape, adapter.channels_first, self._origins)
+        self._flow = Flow(self.sample, adapter.channels_first, self._origins)
         self._built: dict[int, Any] = {}
         self._levels = 0
         self._held: set[int] = set()
@@ -306,19 +307,24 @@ class Building:
         )
 
     def _check_sample(self, spec: specs.Spec) -> None:
-        if self.sample is None or spec.in_features is None or not self.shape:
+        there = self._there
+        if there is None or spec.in_features is None or not (self.sample and self.shape):
             return
         moves = spec.space or (spec.has_channels and len(self.shape) > 1)
         axis = 0 if self.adapter.channels_first and moves else -1
         space = f"{spec.space} axes of space and " if spec.space else ""
         misfits = spec.space and len(self.shape) != spec.space + 1
         if misfits or self.shape[axis] != spec.in_features:
+            first, shape = there.channels_first, self.shape
+            if moves and first != self.adapter.channels_first:
+                shape = specs.move_channels(shape, to_first=first)
+            order = f"its channels {'first' if first else 'last'}, " if moves else ""
             self.refuse(
                 "sample_input",
-                self.sample,
-                f"an example has shape {self.shape} here, and this layer takes "
+                there.given,
+                f"an example has shape {shape} here, and this layer takes "
                 f"{space}{spec.in_features} features",
-                "Pass one example as the model takes it, without its batch axis",
+                f"Pass one example as the model takes it, {order}without its batch axis",
             )
 
     def _check_options(self, spec: specs.Spec, rule: BuildRule) -> None:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from interop.api import convert_with
+from interop.api import convert_with, no_module
 from interop.errors import ArgumentError, ConversionError, UnsupportedStructureError
 from interop.partitioning import Partitioning
 from interop.registry import registry
@@ -511,11 +511,17 @@ class LiveGuest(Guest):
         return {cell.path: cell.get() for cell in self.cells()}
 
 
-def guest_of(module: Any, **options: Any) -> Guest:
+def guest_of(module: Any, host: str | None = None, **options: Any) -> Guest:
     """The guest side of ``module``'s framework.
 
-    Args, Raises: as ``check_guest`` has them.
+    Args, Raises: as ``check_guest`` has them; and ``ArgumentError`` for a module of ``host``,
+    which needs no shim there.
     """
+    if host is not None and registry.framework_of(module) == host:
+        raise ArgumentError(
+            f"{type(module).__qualname__} is a module of {host} already",
+            remedy="Use it as it is; shims.wrap returns such a module unchanged",
+        )
     make, given = check_guest(module, options)
     return make(module, **given)
 
@@ -535,17 +541,9 @@ def check_guest(
             does not belong to that framework.
         UnsupportedStructureError: that framework's modules cannot be guests.
     """
-    if isinstance(module, type):
-        raise ArgumentError(
-            f"{module.__qualname__} is a class, not an instance",
-            remedy=f"Build it first: {module.__qualname__}(...)",
-        )
     framework = registry.framework_of(module)
     if framework is None:
-        raise ArgumentError(
-            f"{type(module).__module__}.{type(module).__qualname__} is not a module of "
-            f"{', '.join(registry.names())}"
-        )
+        raise no_module(module)
     make = side_of(framework, "guest")
     if make is None:
         raise UnsupportedStructureError(

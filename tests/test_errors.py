@@ -13,6 +13,7 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import interop
+import shims
 
 from .cases import BIAS, WEIGHT, array
 from .conftest import Framework
@@ -55,6 +56,43 @@ BAD_ARGUMENTS = {
         lambda: interop.convert(LINEAR, to="torch"),
         (interop.ArgumentError, ValueError, None, ["'torch'", "'linen'", "'nnx'"]),
     ),
+    "a framework's nickname": (
+        lambda: interop.convert(LINEAR, to="eqx"),
+        (interop.ArgumentError, ValueError, None, ["'eqx'", "Did you mean 'equinox'?"]),
+    ),
+    "a pair where a module is wanted": (
+        lambda: interop.to_nnx((nn.Dense(4), variables(**ARRAYS))),
+        (interop.ArgumentError, TypeError, "model", ["tuple", "module by itself", "params="]),
+    ),
+    "a pair of a module and its state": (
+        lambda: interop.from_equinox(STATEFUL),
+        (interop.ArgumentError, TypeError, "model", ["tuple", "module by itself", "state="]),
+    ),
+    "the layers in a list": (
+        lambda: interop.to_nnx([LINEAR, brainstate.nn.ReLU()]),
+        (interop.ArgumentError, TypeError, "model", ["list", "Sequential"]),
+    ),
+    "weights without their module": (
+        lambda: to_brainstate(nnx.state(nnx.Linear(3, 4, rngs=RNGS))),
+        (interop.ArgumentError, TypeError, "model", ["State", "module that has them"]),
+    ),
+    "params before the module": (
+        lambda: interop.from_linen(variables(**ARRAYS), nn.Dense(4)),
+        (interop.ArgumentError, TypeError, "model", ["dict", "module that has them"]),
+    ),
+    "a module of variables to to_nnx, which takes none": (
+        lambda: interop.to_nnx(nn.Dense(4)),
+        (
+            interop.ArgumentError,
+            TypeError,
+            "model",
+            ["keep their weights outside", "model.init(...)", "interop.convert"],
+        ),
+    ),
+    "no inputs to export": (
+        lambda: interop.export(LINEAR),
+        (interop.ArgumentError, TypeError, None, ["inputs are missing", "a batch for each"]),
+    ),
     "an unknown framework to supported_layers": (
         lambda: interop.supported_layers("torch"),
         (interop.ArgumentError, ValueError, None, ["'torch'"]),
@@ -69,7 +107,7 @@ BAD_ARGUMENTS = {
             interop.ArgumentError,
             TypeError,
             "model",
-            ["expected a nnx module", "interop.convert"],
+            ["expected a module of nnx, got one of brainstate", "interop.convert"],
         ),
     ),
     "params for a model that holds its weights": (
@@ -98,7 +136,7 @@ BAD_ARGUMENTS = {
     ),
     "no params for linen": (
         lambda: interop.from_linen(nn.Dense(4), None),
-        (interop.ArgumentError, TypeError, "model", ["NoneType", '{"params": ...}']),
+        (interop.ArgumentError, TypeError, "model", ["none were given", '{"params": ...}']),
     ),
     "a key for rngs": (
         lambda: interop.to_nnx(LINEAR, rngs=KEY),
@@ -125,7 +163,41 @@ BAD_ARGUMENTS = {
         lambda: interop.convert(
             nnx.Conv(3, 4, (3, 3), rngs=RNGS), to="equinox", sample_input=(3, 8, 8)
         ),
-        (interop.UnsupportedLayerError, NotImplementedError, "model", ["3 features"]),
+        (
+            interop.UnsupportedLayerError,
+            NotImplementedError,
+            "model",
+            ["shape (3, 8, 8) here", "3 features", "its channels last"],
+        ),
+    ),
+    "sample_input: channels last for a model that has them first": (
+        lambda: interop.from_equinox(eqx.nn.Conv2d(3, 4, 3, key=KEY), sample_input=(8, 8, 3)),
+        (
+            interop.UnsupportedLayerError,
+            NotImplementedError,
+            "model",
+            ["sample_input=(8, 8, 3)", "shape (8, 8, 3) here", "its channels first"],
+        ),
+    ),
+    "sample_input: forgotten": (
+        lambda: interop.from_nnx(nnx.Conv(3, 4, (3, 3), rngs=RNGS)),
+        (
+            interop.MissingShapeError,
+            ValueError,
+            "model",
+            ["fixes the input shape of Conv", "sample_input=(28, 28, 1)"],
+        ),
+    ),
+    "sample_input: with the batch axis": (
+        lambda: interop.from_nnx(
+            nnx.Conv(3, 4, (3, 3), rngs=RNGS), sample_input=jnp.ones((2, 8, 8, 3))
+        ),
+        (
+            interop.UnsupportedLayerError,
+            NotImplementedError,
+            "model",
+            ["2 axes of space", "without its batch axis"],
+        ),
     ),
     "sample_input: an empty axis": (
         lambda: interop.convert(LINEAR, to="nnx", sample_input=(0, 3)),
@@ -278,6 +350,24 @@ UNSUPPORTED = {
             ["weight=None", "eqx.combine"],
         ),
     ),
+    "a filtered model": (
+        lambda: interop.from_equinox(eqx.filter(eqx.nn.MLP(3, 4, 2, 1, key=KEY), eqx.is_array)),
+        (
+            interop.UnsupportedStructureError,
+            NotImplementedError,
+            "model.activation",
+            ["NoneType", "Put back what was filtered out"],
+        ),
+    ),
+    "a live shim inside": (
+        lambda: interop.from_nnx(nnx.Sequential(jnp.sin, shims.ToNNX(LINEAR))),
+        (
+            interop.UnmappedLayerError,
+            LookupError,
+            "model[1]",
+            ["ToNNX", "shims.materialize(model)"],
+        ),
+    ),
     "a function that does not take the shape": (
         lambda: to_brainstate(
             nnx.Sequential(nnx.Linear(3, 4, rngs=RNGS), reshaped, nnx.BatchNorm(9, rngs=RNGS))
@@ -400,6 +490,161 @@ VARIABLES = {
         ["unexpected batch_stats/mean"],
     ),
 }
+
+
+X = jnp.ones((5, 3))
+DROPOUT = brainstate.nn.Dropout(0.5)
+NORM = brainstate.nn.BatchNorm0d((3,))
+IMAGES = jnp.ones((2, 8, 8, 3))
+
+# What people get wrong with live shims: (call, class of the error, words in the message)
+MISTAKES = {
+    "a class": (lambda: shims.ToNNX(brainstate.nn.Linear), interop.ArgumentError, ["Build it"]),
+    "a class into wrap": (
+        lambda: shims.wrap(nnx.Linear, into="linen"),
+        interop.ArgumentError,
+        ["Linear is a class", "Build it first: Linear(...)"],
+    ),
+    "a function": (
+        lambda: shims.ToNNX(jnp.sin),
+        interop.ArgumentError,
+        ["is not a module of", "Pass an instance"],
+    ),
+    "another framework's module": (
+        lambda: shims.FromNNX(eqx.nn.Linear(3, 4, key=KEY)),
+        interop.ArgumentError,
+        ["expected a module of nnx, got one of equinox", "shims.wrap"],
+    ),
+    "a module of the host": (
+        lambda: shims.ToNNX(nnx.Linear(3, 4, rngs=RNGS)),
+        interop.ArgumentError,
+        ["Linear is a module of nnx already", "Use it as it is"],
+    ),
+    "a module of the host, linen": (
+        lambda: shims.ToLinen(nn.Dense(4)),
+        interop.ArgumentError,
+        ["Dense is a module of linen already"],
+    ),
+    "a Linen module without variables": (
+        lambda: shims.FromLinen(nn.Dense(4)),
+        interop.ArgumentError,
+        ["none were given", "module.init(...)", '{"params": ...}'],
+    ),
+    "params without the collection": (
+        lambda: shims.ToNNX(nn.Dense(4), params=ARRAYS),
+        interop.ArgumentError,
+        ["['bias', 'kernel']", '{"params": ...}'],
+    ),
+    "a stateful Equinox module without its state": (
+        lambda: shims.FromEquinox(STATEFUL[0]),
+        interop.ArgumentError,
+        ["state was not given", "eqx.nn.make_with_state"],
+    ),
+    "a pair of a module and its state": (
+        lambda: shims.FromEquinox(STATEFUL),
+        interop.ArgumentError,
+        ["module by itself", "state="],
+    ),
+    "a stateful shim without make_with_state": (
+        lambda: shims.ToEquinox(NORM)(X[0]),
+        interop.ArgumentError,
+        ["running statistics", "eqx.nn.make_with_state(shims.ToEquinox)", "state="],
+    ),
+    "no key, nnx": (
+        lambda: shims.ToNNX(DROPOUT)(X),
+        interop.MissingKeyError,
+        ["draws random numbers", "rngs=nnx.Rngs(seed)", ".eval()"],
+    ),
+    "no key, equinox": (
+        lambda: shims.ToEquinox(DROPOUT)(X[0]),
+        interop.MissingKeyError,
+        ["draws random numbers", "key=", "eqx.nn.inference_mode"],
+    ),
+    "no mode, linen": (
+        lambda: shims.ToLinen(DROPOUT).init(KEY, X),
+        interop.ArgumentError,
+        ["gives no mode", "deterministic=True or False"],
+    ),
+    "one example for a batch": (
+        lambda: shims.FromEquinox(eqx.nn.Linear(3, 4, key=KEY))(X[0]),
+        ValueError,
+        ["mapped over the 1 leading axes of (3,)", "examples of ()", "set batch_axes"],
+    ),
+    "channels last": (
+        lambda: shims.FromEquinox(eqx.nn.Conv2d(3, 4, 3, key=KEY))(IMAGES),
+        ValueError,
+        ["of (2, 8, 8, 3)", "examples of (8, 8, 3)", "channels first"],
+    ),
+    "one part of the variables written back": (
+        lambda: shims.ToLinen(LINEAR).write_back(variables(weight={"bias": BIAS})),
+        interop.ConversionError,
+        ["missing params/weight/weight", "all collections that init returned"],
+    ),
+    "forward logic of its own, to materialize": (
+        lambda: shims.ToNNX(Own()).materialize(),
+        interop.UnsupportedStructureError,
+        ["forward logic is its own", 'method="trace"'],
+    ),
+    "an argument of another framework": (
+        lambda: shims.ToNNX(LINEAR, batch_axes=1),
+        interop.ArgumentError,
+        ["brainstate modules do not take batch_axes", "Leave"],
+    ),
+    "a seed for rngs": (
+        lambda: shims.ToNNX(DROPOUT, rngs=0),
+        interop.ArgumentError,
+        ["rngs must be an nnx.Rngs, got int", "rngs=nnx.Rngs(seed)"],
+    ),
+    "a model for a shim": (
+        lambda: shims.explain(LINEAR),
+        interop.ArgumentError,
+        ["not a live shim", "shims.wrap", "interop.explain"],
+    ),
+    "one example for a batch, to compare": (
+        lambda: interop.compare(LINEAR, interop.to_equinox(LINEAR), X[0]),
+        interop.ArgumentError,
+        ["fails on inputs of shape (3,)", "(batch, *example)"],
+    ),
+}
+
+
+class Own(brainstate.nn.Module):
+    """Forward logic that is no stack."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = brainstate.nn.Linear(3, 3)
+
+    def update(self, x):
+        return x + self.inner(x)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_common_mistake_is_named_with_its_remedy(name):
+    call, cls, words = MISTAKES[name]
+    with pytest.raises(cls) as e:
+        call()
+    message = "\n".join([str(e.value), *getattr(e.value, "__notes__", [])])
+    assert [word for word in words if word not in message] == []
+    assert not isinstance(e.value, interop.InteropError) or e.value.remedy
+
+
+def test_frozen_dicts_are_as_good_as_dicts():
+    dense, given = nn.Dense(4), variables(**ARRAYS)
+    frozen, expected = FrozenDict(given), X @ WEIGHT + BIAS
+    hosts = [shims.FromLinen(dense, frozen), shims.ToNNX(dense, params=frozen)]
+    hosts.append(jax.vmap(shims.ToEquinox(dense, params=frozen)))
+    for host in [interop.from_linen(dense, frozen), *hosts]:
+        np.testing.assert_allclose(host(X), expected, rtol=1e-5)
+    module, loaded = interop.load_weights((dense, frozen), interop.weights((dense, given)))
+    assert isinstance(loaded, FrozenDict)
+    assert loaded["params"]["kernel"] is WEIGHT
+    links = interop.mapping((dense, frozen), interop.from_linen(dense, given))
+    assert links.apply(frozen["params"])[("weight",)]["weight"] is WEIGHT
+    shim = shims.ToLinen(LINEAR)
+    shim.write_back(FrozenDict(shim.init(KEY, X)))
+    frozen = FrozenDict(shim.init(KEY, X))
+    np.testing.assert_array_equal(shim.apply(frozen, X), LINEAR(X))
 
 
 @pytest.mark.parametrize("name", BAD_ARGUMENTS | UNSUPPORTED)

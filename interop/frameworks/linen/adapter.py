@@ -53,11 +53,12 @@ class Linen(Adapter):
     def open(self, model, params, state):
         super().open(model, None, state)
         if not isinstance(params, Mapping):
+            got = "none were given" if params is None else f"got {type(params).__qualname__}"
             raise ArgumentError(
-                f"linen models keep their weights outside: expected a mapping of variables, "
-                f"got {type(params).__qualname__}",
+                f"linen models keep their weights outside, and {got}",
                 path="model",
-                remedy='Pass what model.init(...) returned, {"params": ...}',
+                remedy='Pass what model.init(...) returned, {"params": ...}: as params= of '
+                "interop.convert, or as the pair (model, variables) where no such argument is",
             )
         return Node(model, _unboxed(params), given=params)
 
@@ -178,7 +179,9 @@ def _boxed_as(given: Any, tree: Any) -> Any:
     def box(old: Any, new: Any) -> Any:
         return old.replace_boxed(new) if is_box(old) and not is_box(new) else new
 
-    return jax.tree.map(box, given, tree, is_leaf=is_box)
+    boxes, structure = jax.tree.flatten(given, is_leaf=is_box)
+    leaves = jax.tree.leaves(tree, is_leaf=is_box)  # in dicts where ``given`` has frozen ones
+    return structure.unflatten(map(box, boxes, leaves))
 
 
 def _unboxed(tree: Any) -> Any:

@@ -232,11 +232,27 @@ class EquinoxStructure(Structure):
         if key is None and "key" in parameters:
             key = _key(call)
         mapped = self._mapped(one_example, axes)
-        out, state = mapped(call.args, kwargs, self._split(key, call.args, axes), state)
+        keys = self._split(key, call.args, axes)
+        try:
+            out, state = mapped(call.args, kwargs, keys, state)
+        except (TypeError, ValueError) as e:
+            e.add_note(self._seen(call.args, axes))
+            raise
         new = dict(values)
         if state is not None:
             new |= zip(self._state_paths, jax.tree.leaves(state), strict=True)
         return out, new, self
+
+    def _seen(self, args: Any, axes: int) -> str:
+        """For the traceback of a call that failed: what the module was given."""
+        shapes = [jax.numpy.shape(x) for x in jax.tree.leaves(args) if eqx.is_array_like(x)]
+        examples = ", ".join(str(shape[axes:]) for shape in shapes)
+        return (
+            f"{self.guest_type.__qualname__} was mapped over the {axes} leading axes of "
+            f"{', '.join(map(str, shapes))}, and saw examples of {examples}. As an Equinox "
+            f"module it takes one example, of images with the channels first: give the shim "
+            f"a batch of such, or set batch_axes."
+        )
 
     def _mapped(self, function: Callable[..., Any], axes: int) -> Callable[..., Any]:
         each: Any = _leading_axis

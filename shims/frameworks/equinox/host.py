@@ -165,7 +165,7 @@ class ToEquinox(eqx.nn.StatefulLayer):
         params: Any = None,
         copy: bool = False,
     ):
-        guest: Guest = guest_of(module, params=params)
+        guest: Guest = guest_of(module, host="equinox", params=params)
         structure, values = guest.structure(), first_values(guest, copy=copy)
         check_names(structure, host=object, keywords=_KEYWORDS, methods=_METHODS, paths=())
         check_places(structure)

@@ -158,6 +158,7 @@ class ToLinen(nn.Module):
         if not isinstance(module, _Held):  # as a clone has it
             guest = guest_of(
                 module,
+                host="linen",
                 params=params,
                 state=state,
                 batch_axes=batch_axes,

@@ -196,6 +196,7 @@ class ToNNX(nnx.Module):
     ):
         guest = guest_of(
             module,
+            host="nnx",
             params=params,
             state=state,
             batch_axes=batch_axes,
