@@ -20,6 +20,7 @@ from .conftest import NAMES, Framework
 
 # Sizes and options for the constructor of each composite, and the shape of an input.
 MADE = {
+    "AllToAll": ((3, 4), {"one_weight": True, "include_self": False}, (5, 3)),
     "Bidirectional": (
         (RNN.shaped(GRUCell.shaped(3, 4)), RNN.shaped(LSTMCell.shaped(3, 2))),
         {"merge": None},
@@ -42,6 +43,8 @@ MADE = {
     "ConvLocal": (((5, 7, 4), 6, (3, 2)), {"strides": (2, 1)}, (2, 5, 7, 4)),
     "ConvTranspose": ((4, 6, (3, 2)), {"groups": 2, "strides": (2, 1)}, (2, 5, 7, 4)),
     "ScaledWSConv": ((4, 6, (3, 2)), {"groups": 2, "padding": "SAME"}, (2, 5, 7, 4)),
+    "ScaledWSLinear": ((3, 4), {"epsilon": 0.3, "use_bias": False}, (5, 3)),
+    "SignedLinear": ((3, 4), {"sign": 1 - np.arange(12).reshape(3, 4) % 3}, (5, 3)),
     "Linear": ((3, 4), {"mask": np.arange(12).reshape(3, 4) % 2}, (5, 3)),
     "LinearGeneral": (((2, 3), 4), {"axes": (-3, -1)}, (6, 2, 5, 3)),
     "MultiHeadAttention": ((4, 8), {"num_kv_heads": 2, "normalize_qk": True}, (2, 5, 8)),

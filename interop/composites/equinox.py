@@ -148,6 +148,7 @@ def _layer(spec_type: type[specs.Spec]) -> Any:
     return COMPOSITES[-1]
 
 
+AllToAll = _layer(specs.AllToAll)
 BatchNorm = _layer(specs.BatchNorm)
 Bidirectional = _layer(specs.Bidirectional)
 Conv = _layer(specs.Conv)
@@ -168,5 +169,7 @@ RMSNorm = _layer(specs.RMSNorm)
 RNN = _layer(specs.RNN)
 RotaryEmbedding = _layer(specs.RotaryEmbedding)
 ScaledWSConv = _layer(specs.ScaledWSConv)
+ScaledWSLinear = _layer(specs.ScaledWSLinear)
+SignedLinear = _layer(specs.SignedLinear)
 SimpleCell = _layer(specs.SimpleCell)
 URLSTMCell = _layer(specs.URLSTMCell)

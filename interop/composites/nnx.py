@@ -122,6 +122,7 @@ def _layer(spec_type: type[specs.Spec]) -> Any:
     return COMPOSITES[-1]
 
 
+AllToAll = _layer(specs.AllToAll)
 BatchNorm = _layer(specs.BatchNorm)
 Conv = _layer(specs.Conv)
 ConvLSTMCell = _layer(specs.ConvLSTMCell)
@@ -140,5 +141,7 @@ MultiHeadAttention = _layer(specs.MultiHeadAttention)
 RMSNorm = _layer(specs.RMSNorm)
 RotaryEmbedding = _layer(specs.RotaryEmbedding)
 ScaledWSConv = _layer(specs.ScaledWSConv)
+ScaledWSLinear = _layer(specs.ScaledWSLinear)
+SignedLinear = _layer(specs.SignedLinear)
 SimpleCell = _layer(specs.SimpleCell)
 URLSTMCell = _layer(specs.URLSTMCell)

@@ -26,7 +26,7 @@ from .functions import (
     tanh_shrink,
     threshold,
 )
-from .layers import dropout, linear, promote
+from .layers import all_to_all, dropout, linear, promote
 from .norms import moments, normalize
 from .recurrent import (
     Filled,
@@ -42,6 +42,7 @@ from .recurrent import (
 )
 
 __all__ = [
+    "all_to_all",
     "attention",
     "einsum",
     "einsum_bias_shape",

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["dropout", "linear", "promote"]
+__all__ = ["all_to_all", "dropout", "linear", "promote"]
 
 Array = Any
 DType = Any
@@ -57,6 +57,35 @@ def linear(
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
+    return y if bias is None else y + bias
+
+
+def all_to_all(
+    x: Array, weight: Array, bias: Array | None = None, *, out: int, include_self: bool = True
+) -> jax.Array:
+    """``x @ weight + bias``, where all elements of the weight may be one.
+
+    Args:
+        x: ``(*batch, in)``.
+        weight: ``(in, out)``, or ``()`` for all of them.
+        bias: ``(out,)``, or None.
+        out: the number of neurons of the output.
+        include_self: whether the diagonal of the weight takes part.
+
+    Returns:
+        An array ``(*batch, out)``. For one weight, with its diagonal and without a bias, all
+        its elements would be the same: it is ``(*batch, 1)``, or ``()`` where ``x`` has one
+        axis.
+    """
+    if weight.ndim == 0:
+        y = jnp.sum(x, axis=-1, keepdims=x.ndim > 1)
+        if not include_self:
+            own = x[..., :out]
+            rest = [(0, 0)] * (x.ndim - 1) + [(0, out - own.shape[-1])]
+            y = y - jnp.pad(own, rest)
+        y = weight * y
+    else:
+        y = x @ (weight if include_self else jnp.fill_diagonal(weight, 0, inplace=False))
     return y if bias is None else y + bias
 
 

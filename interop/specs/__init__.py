@@ -23,6 +23,7 @@ from .base import (
     plain_dtype,
     promoted_dtype,
 )
+from .connections import AllToAll
 from .contractions import Einsum, LinearGeneral
 from .convolutions import (
     Conv,
@@ -33,7 +34,7 @@ from .convolutions import (
     flipped,
 )
 from .functions import Activation, Dropout, Flatten, Function
-from .linear import Embedding, Linear
+from .linear import Embedding, Linear, ScaledWSLinear, SignedLinear
 from .norms import BatchNorm, GroupNorm, LayerNorm, Norm, RMSNorm
 from .recurrent import (
     RNN,
@@ -50,6 +51,7 @@ from .spatial import Pool, pool
 
 __all__ = [
     "Activation",
+    "AllToAll",
     "Array",
     "BatchNorm",
     "Bidirectional",
@@ -80,8 +82,10 @@ __all__ = [
     "RotaryEmbedding",
     "Run",
     "ScaledWSConv",
+    "ScaledWSLinear",
     "Sequential",
     "Shape",
+    "SignedLinear",
     "SimpleCell",
     "Spec",
     "URLSTMCell",

@@ -184,6 +184,15 @@ class Einsum(Spec):
         return True
 
     @property
+    def scales(self) -> bool:
+        """Whether it multiplies the last axes of ``x`` with the weight, element by element."""
+        operands, result = self.equation.replace(" ", "").split("->")
+        x, weight = operands.split(",")
+        letters = x.replace("...", "")
+        is_plain = x == result and len(set(letters)) == len(letters)
+        return is_plain and letters.endswith(weight) and x.endswith(weight) and weight != ""
+
+    @property
     def mixes_examples(self) -> bool:
         operands, result = self.equation.replace(" ", "").split("->")
         x, weight = operands.split(",")

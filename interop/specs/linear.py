@@ -15,10 +15,7 @@ import numpy as np
 from .. import formulas
 from .base import Array, DType, Run, Shape, Spec, mismatches_of, rows
 
-__all__ = [
-    "Embedding",
-    "Linear",
-]
+__all__ = ["Embedding", "Linear", "ScaledWSLinear", "SignedLinear"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -48,13 +45,17 @@ class Linear(Spec):
     def apply(self, run: Run, x: Array) -> Array:
         return formulas.linear(
             x,
-            self.weight,
+            self.plain_weight(),
             self.bias,
             mask=self.mask,
             dtype=self.dtype,
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
         )
+
+    def plain_weight(self) -> Array:
+        """The weight that the input is multiplied with, but for the mask."""
+        return self.weight
 
     @classmethod
     def shaped(
@@ -92,6 +93,82 @@ class Linear(Spec):
     def mismatches(self) -> list[str]:
         out = self.weight.shape[1:]
         return mismatches_of(weight=(self.weight, None), bias=(self.bias, out))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ScaledWSLinear(Linear):
+    """:class:`Linear` whose weight is standardised first, for each output.
+
+    ``gain * (weight - mean) / sqrt(max(var * in, epsilon))`` takes the place of the weight:
+    Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization", ICML
+    2021. A mask is multiplied with the result.
+
+    Shapes:
+        gain    (out,) or None
+        others  as in ``Linear``
+    """
+
+    gain: Array | None
+    epsilon: float
+
+    trained = ("weight", "bias", "gain")
+
+    def plain_weight(self) -> Array:
+        return formulas.standardized(self.weight, self.gain, epsilon=self.epsilon)
+
+    def mismatches(self) -> list[str]:
+        out = self.weight.shape[1:]
+        return super().mismatches() + mismatches_of(gain=(self.gain, out))
+
+    @classmethod
+    def shaped(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        use_gain: bool = True,
+        epsilon: float = 1e-4,
+        param_dtype: DType = jnp.float32,
+        **options: Any,
+    ) -> Self:
+        return super().shaped(
+            in_features,
+            out_features,
+            use_bias=use_bias,
+            param_dtype=param_dtype,
+            gain=jax.ShapeDtypeStruct((out_features,), param_dtype) if use_gain else None,
+            epsilon=epsilon,
+            **options,
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SignedLinear(Linear):
+    """:class:`Linear` with the signs of its weights given: ``y = x @ (abs(weight) * sign)``.
+
+    Neurons that only excite, or only inhibit, have such weights: Song et al., "Training
+    Excitatory-Inhibitory Recurrent Neural Networks for Cognitive Tasks", PLoS Computational
+    Biology 12 (2016).
+
+    Shapes:
+        sign    (in, out), or None for positive weights; not trained
+        others  as in ``Linear``
+    """
+
+    sign: Array | None = None
+
+    def plain_weight(self) -> Array:
+        weight = jnp.abs(self.weight)
+        return weight if self.sign is None else weight * self.sign
+
+    def with_rows(self, order: np.ndarray[Any, Any]) -> Spec:
+        sign = None if self.sign is None else self.sign[order]
+        return replace(super().with_rows(order), sign=sign)
+
+    def mismatches(self) -> list[str]:
+        shape = self.weight.shape
+        return super().mismatches() + mismatches_of(sign=(self.sign, shape))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

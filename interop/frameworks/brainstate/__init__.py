@@ -5,7 +5,16 @@ Dropout's ``prob`` is the probability to keep. Normalisation layers round ``epsi
 ``momentum`` to their dtype and cast their result to it.
 """
 
-from . import contractions, convolutions, functions, linear, norms, recurrent, sequential
+from . import (
+    connections,
+    contractions,
+    convolutions,
+    functions,
+    linear,
+    norms,
+    recurrent,
+    sequential,
+)
 from .adapter import adapter
 
 __all__ = ["adapter"]

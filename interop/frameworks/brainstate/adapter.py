@@ -8,6 +8,7 @@ from typing import Any
 import brainstate
 import brainunit
 import jax
+import jax.numpy as jnp
 import numpy as np
 from brainstate import nn
 
@@ -111,7 +112,9 @@ def arrays_of(layer, ctx, name: str = "weight", **shapes: tuple[int, ...]) -> di
                 f"one value is used for several of {shapes[key]}",
                 "Initialise the layer with an array of the full shape",
             )
-    return {k: reshape(brainunit.get_magnitude(v), shapes[k]) for k, v in arrays.items()}
+    arrays = {key: brainunit.get_magnitude(value) for key, value in arrays.items()}
+    arrays = {k: v if hasattr(v, "shape") else jnp.asarray(v) for k, v in arrays.items()}
+    return {k: reshape(v, shapes[k]) for k, v in arrays.items()}
 
 
 def real(value: Any) -> float:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import string
+
+from brainstate import nn
+
 from ... import specs
-from .adapter import adapter
+from .adapter import adapter, arrays_of, check_one_dtype
 from .linear import build_linear
 
 
@@ -13,3 +17,20 @@ def build_linear_general(spec, ctx):
     if plain is None:
         ctx.refuse("out_features", spec.out_shape, "only one axis of features is native")
     return build_linear(plain, ctx)
+
+
+@adapter.reads(nn.OneToOne, specs.Einsum, state=("weight",))
+def read_one_to_one(m, ctx):
+    arrays = arrays_of(m, ctx, weight=tuple(m.in_size), bias=tuple(m.in_size))
+    weight, bias = arrays["weight"], arrays.get("bias")
+    check_one_dtype(weight, bias, ctx)
+    axes = string.ascii_lowercase[: weight.ndim]
+    return specs.Einsum(equation=f"...{axes},{axes}->...{axes}", weight=weight, bias=bias)
+
+
+@adapter.builds(specs.Einsum)
+def build_one_to_one(spec, ctx):
+    if not spec.scales:
+        ctx.refuse("equation", spec.equation, "only products element by element are native")
+    check_one_dtype(spec.weight, spec.bias, ctx)
+    return nn.OneToOne(spec.weight.shape, w_init=spec.weight, b_init=spec.bias)

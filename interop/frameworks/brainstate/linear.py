@@ -2,30 +2,90 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 from brainstate import nn
 
 from ... import specs
-from .adapter import adapter, arrays_of, check_one_dtype
+from .adapter import adapter, arrays_of, check_one_dtype, reshape
 
 
 @adapter.reads(nn.Linear, specs.Linear, state=("weight",))
 def read_linear(m, ctx):
+    fields = _fields(m, ctx)
+    return specs.Linear(**fields, mask=_factors(m, ctx, "w_mask"))
+
+
+@adapter.reads(nn.ScaledWSLinear, specs.ScaledWSLinear, state=("weight",))
+def read_scaled_linear(m, ctx):
+    fields = _fields(m, ctx)
+    fields.setdefault("gain", None)
+    return specs.ScaledWSLinear(**fields, epsilon=m.eps, mask=_factors(m, ctx, "w_mask"))
+
+
+@adapter.reads(nn.SignedWLinear, specs.SignedLinear, state=("weight",))
+def read_signed_linear(m, ctx):
+    if len(m.in_size) > 1:
+        ctx.refuse("in_size", m.in_size, "BrainState's weight then has all these axes")
+    return specs.SignedLinear(**_fields(m, ctx), sign=_factors(m, ctx, "w_sign"))
+
+
+def _fields(m, ctx) -> dict[str, Any]:
+    """The arrays, and the axes of an example before the last."""
     n_in, n_out = m.in_size[-1], m.out_size[-1]
-    arrays = arrays_of(m, ctx, weight=(n_in, n_out), bias=(n_out,))
-    weight, bias = arrays["weight"], arrays.get("bias")
-    check_one_dtype(weight, bias, ctx)
-    return specs.Linear(
-        weight=weight, bias=bias, mask=m.w_mask, leading_shape=tuple(m.in_size[:-1])
-    )
+    arrays = arrays_of(m, ctx, weight=(n_in, n_out), bias=(n_out,), gain=(n_out,))
+    arrays.setdefault("bias", None)
+    check_one_dtype(arrays["weight"], arrays["bias"], ctx)
+    return arrays | {"leading_shape": tuple(m.in_size[:-1])}
+
+
+def _factors(m, ctx, name: str) -> Any:
+    """What the layer multiplies its weight with, for each of its elements; or None."""
+    value, shape = getattr(m, name), (m.in_size[-1], m.out_size[-1])
+    if value is None or np.shape(value) == shape:
+        return value
+    if np.ndim(value) > 2:
+        ctx.refuse(name, value, f"the weight has the shape {shape}")
+    is_array = hasattr(value, "dtype")  # a number does not promote the weight
+    weight = m.weight.value["weight"] if isinstance(m.weight.value, dict) else m.weight.value
+    array = np.asarray(value, value.dtype if is_array else weight.dtype)
+    return np.broadcast_to(array, shape)
 
 
 @adapter.builds(specs.Linear, carries=("mask", "leading_shape"))
 def build_linear(spec, ctx):
-    weight, bias = spec.weight, spec.bias
-    check_one_dtype(weight, bias, ctx)
+    return _build_linear(nn.Linear, spec, ctx, b_init=spec.bias, w_mask=spec.mask)
+
+
+@adapter.builds(specs.ScaledWSLinear, carries=("mask", "leading_shape"))
+def build_scaled_linear(spec, ctx):
+    options = {"b_init": spec.bias, "w_mask": spec.mask, "eps": spec.epsilon}
+    has_gain = spec.gain is not None
+    layer = _build_linear(nn.ScaledWSLinear, spec, ctx, ws_gain=has_gain, **options)
+    if has_gain:
+        gain = reshape(spec.gain, (1, spec.gain.shape[0]))
+        layer.weight.value = {**layer.weight.value, "gain": gain}
+    return layer
+
+
+@adapter.builds(specs.SignedLinear, carries=("sign",))
+def build_signed_linear(spec, ctx):
+    if spec.bias is not None:
+        ctx.refuse("use_bias", True, "BrainState's SignedWLinear has none")
+    return nn.SignedWLinear(*spec.weight.shape, w_init=spec.weight, w_sign=spec.sign)
+
+
+def _build_linear(cls, spec, ctx, **options: Any) -> Any:
+    check_one_dtype(spec.weight, spec.bias, ctx)
+    return cls(*sizes_of(spec, ctx), w_init=spec.weight, **options)
+
+
+def sizes_of(spec, ctx) -> tuple[Any, Any]:
+    """The sizes of an example at the input and at the output of a :class:`specs.Linear`."""
     leading = ctx.shape[:-1] if ctx.shape else spec.leading_shape
-    in_size, out_size = (*leading, weight.shape[0]), (*leading, weight.shape[1])
-    return nn.Linear(in_size, out_size, w_init=weight, b_init=bias, w_mask=spec.mask)
+    n_in, n_out = spec.weight.shape
+    return (*leading, n_in), (*leading, n_out)
 
 
 @adapter.reads(

@@ -8,6 +8,7 @@ without the debiasing that it divides out, ``1 - momentum**counter``, in inferen
 
 from . import (
     attention,
+    connections,
     contractions,
     convolutions,
     functions,

@@ -9,6 +9,7 @@ under the name of its first place. Train or evaluation mode is a field of each l
 
 from . import (
     attention,
+    connections,
     contractions,
     convolutions,
     functions,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 
 from ... import specs
@@ -59,6 +61,10 @@ def read_einsum(node, ctx):
 
 @adapter.builds(specs.Einsum, carries=("dtype", "precision", "preferred_element_type"))
 def build_einsum(spec, ctx):
+    # The initialiser runs in each call, for its shape; the default needs two axes.
+    short: dict[str, Any] = {}
+    if spec.weight.ndim < 2:
+        short["kernel_init"] = nn.initializers.ones
     module = nn.Einsum(
         spec.weight.shape,
         spec.equation,
@@ -67,5 +73,6 @@ def build_einsum(spec, ctx):
         param_dtype=spec.weight.dtype,
         precision=spec.precision,
         preferred_element_type=spec.preferred_element_type,
+        **short,
     )
     return node_of(module, {"kernel": spec.weight, "bias": spec.bias})

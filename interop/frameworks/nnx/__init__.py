@@ -7,6 +7,7 @@ its operands are cast to before anything else, and the dtype of its result.
 
 from . import (
     attention,
+    connections,
     contractions,
     convolutions,
     functions,

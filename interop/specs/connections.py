@@ -1,0 +1,90 @@
+"""Connections between groups of neurons."""
+
+# jax.numpy declares some of its types only in part.
+# pyright: reportUnknownMemberType=false
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from .. import formulas
+from .base import Array, DType, Run, Shape, Spec, mismatches_of, shape_of
+from .linear import Linear
+
+__all__ = ["AllToAll"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AllToAll(Spec):
+    """``y = x @ weight + bias``, or the same with one weight for all connections.
+
+    Shapes, with ``in, out = sizes``:
+        x       (*batch, in)
+        weight  (in, out), or () for all of them
+        bias    (out,) or None
+        y       (*batch, out); or (*batch, 1) where all its elements would be the same, and ()
+                for an ``x`` of one axis
+
+    Options: ``include_self`` tells whether there are connections from each neuron to that of
+    the same number. ``leading_shape`` is as in ``Linear``.
+    """
+
+    weight: Array
+    bias: Array | None
+    sizes: tuple[int, int]
+    include_self: bool = True
+    leading_shape: Shape = ()
+
+    trained = ("weight", "bias")
+
+    def apply(self, run: Run, x: Array) -> Array:
+        return formulas.all_to_all(
+            x, self.weight, self.bias, out=self.sizes[1], include_self=self.include_self
+        )
+
+    @classmethod
+    def shaped(
+        cls,
+        in_features: int,
+        out_features: int,
+        *,
+        one_weight: bool = False,
+        use_bias: bool = False,
+        param_dtype: DType = jnp.float32,
+        **options: Any,
+    ) -> Self:
+        shape = () if one_weight else (in_features, out_features)
+        options["sizes"] = in_features, out_features
+        return cls(
+            weight=jax.ShapeDtypeStruct(shape, param_dtype),
+            bias=jax.ShapeDtypeStruct((out_features,), param_dtype) if use_bias else None,
+            **options,
+        )
+
+    def as_linear(self) -> Linear | None:
+        """The same layer as a :class:`Linear`, if it is a plain one."""
+        if self.weight.ndim == 0 or not self.include_self:
+            return None
+        return Linear(weight=self.weight, bias=self.bias, leading_shape=self.leading_shape)
+
+    @property
+    def holds_state(self) -> bool:
+        return True
+
+    @property
+    def in_features(self) -> int:
+        return self.sizes[0]
+
+    def output_shape(self, shape: Shape | None) -> Shape | None:
+        example = shape or (*self.leading_shape, self.sizes[0])
+        return shape_of(functools.partial(self.apply, Run()), example)
+
+    def mismatches(self) -> list[str]:
+        shape = () if self.weight.ndim == 0 else self.sizes
+        bias = (self.sizes[1],)
+        return mismatches_of(weight=(self.weight, shape), bias=(self.bias, bias))

@@ -1,0 +1,227 @@
+"""Linear layers of every kind, embeddings and connections, in all directions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import brainstate
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from brainstate.nn import AllToAll, Linear, OneToOne, ScaledWSLinear, SignedWLinear
+from flax import nnx
+
+import interop
+from interop.registry import registry
+
+from .cases import BIAS, WEIGHT, X, array
+from .conftest import NAMES, Framework
+from .pairs import assert_same_arrays
+
+GAIN, FACTORS = array(4, seed=20), array(3, seed=21)
+MASK = np.arange(12, dtype=np.float32).reshape(3, 4) % 3
+SIGN = 1 - MASK  # 1, 0 and -1
+ONE = jnp.float32(0.7)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a framework with given arrays, and what it computes of them and ``x``.
+
+    ``native`` are the targets that have such a layer, with its class there.
+    """
+
+    framework: str
+    build: Callable[[], Any]
+    truth: Callable[..., Any]
+    arrays: dict[str, Any]
+    native: dict[str, type] = field(default_factory=dict)
+    x: Any = field(default_factory=lambda: X)
+
+
+# -- hand-written truth: NumPy and float64 --
+
+
+def standardized(weight, gain, epsilon):
+    spread = ((weight - weight.mean(0)) ** 2).sum(0)  # variance times number of elements
+    return gain * (weight - weight.mean(0)) / np.sqrt(np.maximum(spread, epsilon))
+
+
+def sums(x, weight, out, include_self):
+    """Each output is the weighted sum of the other neurons' inputs, added one by one."""
+    y = np.zeros((len(x), out))
+    for i, j in np.ndindex(x.shape[1], out):
+        w = weight if np.ndim(weight) == 0 else weight[i, j]
+        y[:, j] += x[:, i] * w * (include_self or i != j)
+    return y
+
+
+def scaled_layer():
+    layer = ScaledWSLinear(3, 4, w_init=WEIGHT, b_init=BIAS, w_mask=MASK, eps=3.0)
+    layer.weight.value = {**layer.weight.value, "gain": GAIN[None]}
+    return layer
+
+
+LAYERS = {
+    "scaled": Layer(
+        "brainstate",
+        scaled_layer,
+        lambda x, w, b, g: x @ (standardized(w, g, 3.0) * MASK) + b,
+        {"w": WEIGHT, "b": BIAS, "g": GAIN},
+    ),
+    "signed": Layer(
+        "brainstate",
+        lambda: SignedWLinear(3, 4, w_init=WEIGHT, w_sign=SIGN),
+        lambda x, w: x @ (np.abs(w) * SIGN),
+        {"w": WEIGHT},
+    ),
+    "positive": Layer(
+        "brainstate",
+        lambda: SignedWLinear(3, 4, w_init=WEIGHT),
+        lambda x, w: x @ np.abs(w),
+        {"w": WEIGHT},
+    ),
+    "all to all": Layer(
+        "brainstate",
+        lambda: AllToAll(3, 4, w_init=WEIGHT, b_init=BIAS),
+        lambda x, w, b: sums(x, w, 4, True) + b,
+        {"w": WEIGHT, "b": BIAS},
+        {"equinox": eqx.nn.Linear, "linen": nn.Dense, "nnx": nnx.Linear},
+    ),
+    "all to others": Layer(
+        "brainstate",
+        lambda: AllToAll(4, 3, w_init=WEIGHT.T, include_self=False),
+        lambda x, w: sums(x, w, 3, False),
+        {"w": WEIGHT.T},
+        x=array(5, 4),
+    ),
+    "one weight": Layer(
+        "brainstate",
+        lambda: AllToAll(3, 4, w_init=ONE, include_self=False, b_init=BIAS),
+        lambda x, w, b: sums(x, w, 4, False) + b,
+        {"w": ONE, "b": BIAS},
+    ),
+    "one weight for fewer": Layer(
+        "brainstate",
+        lambda: AllToAll(4, 3, w_init=ONE, include_self=False),
+        lambda x, w: sums(x, w, 3, False),
+        {"w": ONE},
+        x=array(5, 4),
+    ),
+    "one weight for one sum": Layer(
+        "brainstate",
+        lambda: AllToAll(3, 4, w_init=ONE),
+        lambda x, w: sums(x, w, 1, True),
+        {"w": ONE},
+    ),
+    "one to one": Layer(
+        "brainstate",
+        lambda: OneToOne(3, w_init=FACTORS, b_init=BIAS[:3]),
+        lambda x, w, b: x * w + b,
+        {"w": FACTORS, "b": BIAS[:3]},
+        {"linen": nn.Einsum, "nnx": nnx.Einsum},
+    ),
+    "many to many": Layer(
+        "brainstate",
+        lambda: OneToOne((2, 3), w_init=array(2, 3)),
+        lambda x, w: x * w,
+        {"w": array(2, 3)},
+        {"linen": nn.Einsum, "nnx": nnx.Einsum},
+        x=array(5, 2, 3),
+    ),
+}
+
+
+def slopes(layer, x):
+    """The gradient of the sum of squares with respect to each array, by differences."""
+    arrays = {name: np.float64(a) for name, a in layer.arrays.items()}
+    found = {name: np.zeros(a.shape) for name, a in arrays.items()}
+    for name, slope in found.items():
+        for place in np.ndindex(slope.shape):
+            ends = []
+            for step in (1e-6, -1e-6):
+                moved = np.array(arrays[name])
+                moved[place] += step
+                ends.append((layer.truth(x, **(arrays | {name: moved})) ** 2).sum())
+            slope[place] = (ends[0] - ends[1]) / 2e-6
+    return [np.squeeze(slope) for slope in found.values()]
+
+
+def gradients(fw, model, x):
+    grads = fw._gradients(model, x)
+    grads = grads[1] if isinstance(grads, tuple) else grads
+    return [np.squeeze(leaf) for leaf in jax.tree.leaves(grads)]
+
+
+def part(model):
+    return model[0] if isinstance(model, tuple) else model
+
+
+CASES = [
+    pytest.param(layer, goal, id=f"{name}-{goal}")
+    for name, layer in LAYERS.items()
+    for goal in NAMES
+]
+
+
+@pytest.mark.parametrize(("layer", "goal"), CASES)
+def test_a_layer_computes_its_formula_and_its_gradient_in_every_framework(layer, goal):
+    source, fw = Framework(layer.framework), Framework(goal)
+    model = layer.build()
+    shape = layer.x.shape[1:]
+    converted = model
+    if fw.name != source.name:
+        converted = fw.convert_from(source, model, sample_input=shape)
+        if goal in layer.native:
+            assert type(part(converted)) is layer.native[goal]
+        else:
+            assert type(part(converted)) in registry.adapter(goal).composites.values()
+        back = source.convert_from(fw, converted, sample_input=shape)
+        if goal not in layer.native or layer.native[goal] in (nn.Einsum, nnx.Einsum):
+            assert type(part(back)) is type(part(model))
+        assert_same_arrays(held(back), held(model))
+    x = np.float64(layer.x) if jnp.issubdtype(layer.x.dtype, jnp.floating) else layer.x
+    wanted = layer.truth(x, **{name: np.float64(a) for name, a in layer.arrays.items()})
+    found = fw.call(converted, layer.x)
+    assert found.shape == wanted.shape
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    assert_same_arrays(gradients(fw, converted, layer.x), slopes(layer, x))
+
+
+def held(model):
+    return [np.squeeze(array) for array in interop.weights(model).values()]
+
+
+def test_numbers_in_the_place_of_weights_and_masks_keep_the_dtype():
+    x = jnp.asarray(X, jnp.bfloat16)
+    layer = AllToAll(3, 4, w_init=0.7)
+    found = interop.to_nnx(layer)(x)
+    assert found.dtype == layer(x).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, layer(x))
+    masked = Linear(3, 4, w_init=jnp.asarray(WEIGHT, jnp.bfloat16), b_init=None, w_mask=0.3)
+    found = interop.to_nnx(masked)(x)
+    assert found.dtype == masked(x).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, masked(x))
+
+
+def test_what_the_weight_is_multiplied_with_must_have_its_axes():
+    layer = Linear((2, 3), (2, 4), w_mask=jnp.ones((2, 3, 2, 4)))
+    with pytest.raises(interop.UnsupportedLayerError, match="w_mask") as e:
+        interop.to_nnx(layer)
+    assert e.value.option == "w_mask"
+
+
+def test_a_signed_layer_after_flattened_images_has_its_rows_in_the_order_of_equinox():
+    images = array(2, 4, 5, 3)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (60, 4)).astype(np.float32)
+    stack = brainstate.nn.Sequential(
+        brainstate.nn.Conv2d((4, 5, 3), 3, 1, w_init=array(1, 1, 3, 3)),
+        brainstate.nn.Flatten(1),
+        SignedWLinear(60, 4, w_init=array(60, 4), w_sign=signs),
+    )
+    network = interop.convert(stack, to="equinox", sample_input=(4, 5, 3))
+    found = jax.vmap(network)(jnp.moveaxis(images, -1, 1))
+    np.testing.assert_allclose(found, stack(images), rtol=1e-5, atol=1e-5)
