@@ -304,7 +304,8 @@ def from_equinox(
     Args:
         model: a known layer, or nested ``eqx.nn.Sequential``.
         state: the ``eqx.nn.State`` of a model with batch normalisation.
-        sample_input: one example without its batch axis, or its shape.
+        sample_input: one example as the model takes it, or its shape: ``(channels, *space)``,
+            where ``brainstate.interop`` wants ``(*space, channels)``.
 
     Returns:
         A BrainState module that takes batches. Running statistics are the ones that inference

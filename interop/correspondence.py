@@ -495,6 +495,7 @@ def arrays_of(spec: specs.Spec) -> dict[str, Any]:
         return dict(spec.parameters())
     if not dataclasses.is_dataclass(spec):
         return {}
+    spec = spec.joined()
     inner, found = spec.inner(), dict[str, Any]()
     for option in dataclasses.fields(spec):
         if option.name in inner:

@@ -66,11 +66,13 @@ class BuildRule:
         spec_type: the spec's class.
         build: ``(spec, ctx) -> layer``.
         carries: the spec's options that ``build`` can express; any other must be plain.
+        apart: whether it takes arrays whose parts are kept apart, as such.
     """
 
     spec_type: type[Spec]
     build: Callable[[Any, Building], Any]
     carries: frozenset[str]
+    apart: bool = False
 
 
 class Adapter(abc.ABC):
@@ -246,7 +248,7 @@ class Adapter(abc.ABC):
         return register
 
     def builds(
-        self, spec_type: type[Spec], *, carries: Iterable[str] = ()
+        self, spec_type: type[Spec], *, carries: Iterable[str] = (), apart: bool = False
     ) -> Callable[[Function], Function]:
         """Register the decorated ``(spec, ctx) -> layer`` as the builder of ``spec_type``.
 
@@ -257,7 +259,7 @@ class Adapter(abc.ABC):
         def register(build: Function) -> Function:
             if spec_type in self.builders:
                 raise ValueError(f"{self.name} builds {spec_type.__qualname__} already")
-            self.builders[spec_type] = BuildRule(spec_type, build, frozenset(carries))
+            self.builders[spec_type] = BuildRule(spec_type, build, frozenset(carries), apart)
             return build
 
         return register

@@ -222,7 +222,7 @@ class Building:
         try:
             rule = self.adapter.builder(spec, self.found, self.path)
             self._check_options(spec, rule)
-            return rule.build(spec, self)
+            return rule.build(spec if rule.apart else spec.joined(), self)
         except (UnmappedLayerError, UnsupportedLayerError):
             composite = self.adapter.composites.get(type(spec))
             if composite is None or not spec.is_composable:

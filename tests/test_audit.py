@@ -117,9 +117,7 @@ def test_a_conversion_draws_nothing_changes_nothing_and_shares_what_it_can(name,
         and (made == leaf).all()
         and not any(made is own for own in given)  # some may be equal to one another
     ]
-    # a spec has the gates of a cell in one array, and BrainState the two weights of a gate
-    is_joined = any(part in cls.__name__ for part in ("LSTM", "ValinaRNN", "Bidirectional"))
-    assert copied == [] or is_joined
+    assert copied == []
 
 
 def test_a_refusal_draws_nothing_and_changes_nothing(source, target):

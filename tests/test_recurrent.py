@@ -357,3 +357,23 @@ def test_a_conversion_to_the_cell_with_a_random_bias_draws_nothing():
     np.testing.assert_array_equal(
         jax.random.key_data(found), jax.random.key_data(brainstate.random.split_key())
     )
+
+
+def test_gates_that_both_frameworks_keep_apart_are_the_same_arrays():
+    cell = Framework("nnx").lstm(*LSTM)
+    _, variables = interop.to_linen(cell)
+    back = interop.convert(nn.LSTMCell(4), to="nnx", params=variables)
+    names = {"if_" if gate == "if" else gate: gate for gate in variables["params"]}
+    for own, gate in names.items():
+        for kind, held in variables["params"][gate].items():
+            assert held is getattr(getattr(cell, own), kind).get_raw_value()
+            assert held is getattr(getattr(back, own), kind).get_raw_value()
+    assert len(names) == 8
+
+
+def test_a_gate_of_another_size_is_refused_by_name():
+    cell = Framework("nnx").lstm(*LSTM)
+    cell.hg.kernel.set_value(jnp.ones((4, 5)))
+    with pytest.raises(interop.ConversionError, match=r"weight_h\[2\] has shape \(4, 5\)") as e:
+        interop.to_linen(cell)
+    assert e.value.path == "model"

@@ -126,6 +126,7 @@ def split(spec: Spec) -> tuple[Skeleton, Tree]:
     """A spec as its skeleton and its arrays."""
     fields: list[tuple[str, Any]] = []
     arrays: Tree = {}
+    spec = spec.joined()
     for field in dataclasses.fields(spec):
         name, value = field.name, getattr(spec, field.name)
         if not field.init:

@@ -172,6 +172,10 @@ class Spec:
         """The same layer with its arrays as other layers of its kind hold them."""
         return self
 
+    def joined(self) -> Self:
+        """The same layer with one array in each field, where it keeps parts of some apart."""
+        return self
+
     def apply(self, run: Run, *inputs: Any, **options: Any) -> Any:
         """The layer's formula for a batch; a buffer's new value goes to ``run.update``."""
         raise NotImplementedError

@@ -21,6 +21,7 @@ __all__ = [
     "Cell",
     "ConvLSTMCell",
     "GRUCell",
+    "Gates",
     "LSTMCell",
     "MGUCell",
     "RNN",
@@ -30,6 +31,39 @@ __all__ = [
 
 Function = Callable[..., Any]
 State = tuple[Array, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Gates:
+    """An array whose gates are kept apart, as some frameworks hold them.
+
+    Attributes:
+        parts: one array for each gate, in order: the whole has them side by side.
+    """
+
+    parts: tuple[Array, ...]
+
+    @property
+    def shape(self) -> Shape:
+        first = self.parts[0].shape
+        return (*first[:-1], len(self.parts) * first[-1])
+
+    @property
+    def dtype(self) -> DType:
+        return self.parts[0].dtype
+
+    @staticmethod
+    def join(array: Any) -> Any:
+        """An array as a whole."""
+        is_apart = isinstance(array, Gates)
+        return jnp.concatenate(array.parts, axis=-1) if is_apart else array
+
+    @staticmethod
+    def split(array: Array | Gates, number: int) -> tuple[Array, ...]:
+        """An array as that many gates."""
+        if isinstance(array, Gates) and len(array.parts) == number:
+            return array.parts
+        return (array,) if number == 1 else tuple(jnp.split(Gates.join(array), number, axis=-1))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -103,6 +137,9 @@ class Cell(Spec):
 class DenseCell(Cell):
     """A cell that multiplies with matrices, for all of its ``gates`` at once.
 
+    A reader may give any of its arrays as :class:`Gates`; a builder gets whole ones, unless it
+    takes them ``apart``.
+
     Shapes:
         x         (*batch, in)
         state     (*batch, hidden)
@@ -138,13 +175,26 @@ class DenseCell(Cell):
             **options,
         )
 
+    def joined(self) -> Self:
+        arrays = {name: getattr(self, name) for name in self.trained}
+        if not any(isinstance(array, Gates) for array in arrays.values()):
+            return self
+        return replace(self, **{name: Gates.join(array) for name, array in arrays.items()})
+
     def mismatches(self) -> list[str]:
-        columns = self.gates * self.hidden
-        return mismatches_of(
-            weight_x=(self.weight_x, (self.weight_x.shape[0], columns)),
-            weight_h=(self.weight_h, (self.hidden, columns)),
-            bias=(self.bias, ((self.bias_gates or self.gates) * self.hidden,)),
-        )
+        n, gates = self.hidden, self.gates
+        return [
+            *_mismatches("weight_x", self.weight_x, (self.weight_x.shape[0],), gates, n),
+            *_mismatches("weight_h", self.weight_h, (n,), gates, n),
+            *_mismatches("bias", self.bias, (), self.bias_gates or gates, n),
+        ]
+
+
+def _mismatches(name: str, array: Any, rows: Shape, gates: int, hidden: int) -> list[str]:
+    if not isinstance(array, Gates):
+        return mismatches_of(**{name: (array, (*rows, gates * hidden))})
+    parts = {f"{name}[{i}]": (part, (*rows, hidden)) for i, part in enumerate(array.parts)}
+    return mismatches_of(**parts)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -262,7 +312,7 @@ class LSTMCell(DenseCell):
 
     def with_forget_bias(self, value: float) -> LSTMCell:
         """The same layer with another ``forget_bias``; the bias makes up for it."""
-        i, f, g, o = jnp.split(self.bias, 4)  # pyright: ignore[reportArgumentType]
+        i, f, g, o = Gates.split(self.bias, 4)
         bias = jnp.concatenate([i, f + (self.forget_bias - value), g, o])
         return replace(self, bias=bias, forget_bias=value)
 

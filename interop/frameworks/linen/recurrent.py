@@ -64,7 +64,7 @@ def read_simple_cell(node, ctx):
     return specs.SimpleCell(**arrays, **fields, residual=node.module.residual)
 
 
-@adapter.builds(specs.SimpleCell, carries=(*_CARRIED, "residual"))
+@adapter.builds(specs.SimpleCell, carries=(*_CARRIED, "residual"), apart=True)
 def build_simple_cell(spec, ctx):
     check_bias(spec.bias, ctx)
     module = nn.SimpleCell(spec.hidden, **_cell_options(spec), residual=spec.residual)
@@ -78,7 +78,7 @@ def read_lstm_cell(node, ctx):
     return specs.LSTMCell(**arrays, **cell_fields(node.module, *arrays.values()))
 
 
-@adapter.builds(specs.LSTMCell, carries=(*_CARRIED, "gate"))
+@adapter.builds(specs.LSTMCell, carries=(*_CARRIED, "gate"), apart=True)
 def build_lstm_cell(spec, ctx):
     check_bias(spec.bias, ctx)
     module = nn.LSTMCell(spec.hidden, **_cell_options(spec))
@@ -95,8 +95,8 @@ def read_gru_cell(node, ctx):
     return specs.MGUCell(**arrays, **fields, reset_gate=node.module.reset_gate)
 
 
-@adapter.builds(specs.GRUCell, carries=(*_CARRIED, "gate"))
-@adapter.builds(specs.MGUCell, carries=(*_CARRIED, "gate", "reset_gate"))
+@adapter.builds(specs.GRUCell, carries=(*_CARRIED, "gate"), apart=True)
+@adapter.builds(specs.MGUCell, carries=(*_CARRIED, "gate", "reset_gate"), apart=True)
 def build_gru_cell(spec, ctx):
     check_bias(spec.bias, ctx)
     is_gru, wants = isinstance(spec, specs.GRUCell), getattr(spec, "reset_gate", True)

@@ -51,7 +51,7 @@ def joined(arrays: list[Any], ctx) -> Any:
     found = {str(array.dtype) for array in arrays}
     if len(found) > 1:
         ctx.refuse("param_dtype", sorted(found), "the gates of a cell convert in one dtype")
-    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=-1)
+    return arrays[0] if len(arrays) == 1 else specs.Gates(tuple(arrays))
 
 
 def cell_fields(m, *arrays: Any) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def _with_dense(cell: Any, spec) -> Any:
     return cell
 
 
-@adapter.builds(specs.LSTMCell, carries=(*_CARRIED, "gate"))
+@adapter.builds(specs.LSTMCell, carries=(*_CARRIED, "gate"), apart=True)
 def build_lstm_cell(spec, ctx):
     check_bias(spec.bias, ctx)
     cell = _cell(nnx.LSTMCell, spec)
@@ -138,9 +138,7 @@ def build_lstm_cell(spec, ctx):
 
 def gates(*arrays: Any, number: int) -> list[tuple[Any, ...]]:
     """The part of each array that is of one gate, in order."""
-    if number == 1:
-        return [arrays]
-    return list(zip(*(jnp.split(array, number, axis=-1) for array in arrays), strict=True))
+    return list(zip(*(specs.Gates.split(array, number) for array in arrays), strict=True))
 
 
 _RNN = ("time_major", "return_carry", "reverse", "keep_order", "unroll")
