@@ -79,7 +79,10 @@ def to_onnx(
             ) from e
 
     data = in_batches(convert, functools.partial(jax.eval_shape, fn), inputs, batch)
-    _check(runtime.InferenceSession(data), fn, inputs, grow=batch == "symbolic")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # it warns of what it leaves out of a sound graph
+    session = runtime.InferenceSession(data, options)
+    _check(session, fn, inputs, grow=batch == "symbolic")
     write(path, data)
 
 

@@ -69,26 +69,24 @@ class _Tracing:
         self._weights = sum(value.kind is Kind.PARAMETER for value in values)
         self._writes: tuple[Path, ...] = ()
         self._draws = False
+        self.fixed_by: Exception | None = None
 
     def mode(self, args: tuple[Any, ...]) -> Mode:
         """The programs for such arguments: for any batch size if that can be traced."""
         fixed = jax.tree.map(_described, args)
-        open_batch = self._with_open_batch(fixed)
-        if open_batch is not None:
+        for open_batch, hidden in self._with_open_batch(fixed):
             try:
-                return self._exported(open_batch, PLATFORMS)
+                return self._exported(open_batch, hidden)
             except Exception as e:
                 # What a guest does with an unknown size may raise anything. If the fault is
                 # another, tracing with the size that was given raises it too.
-                first = e
-        else:
-            first = None
+                self.fixed_by = self.fixed_by or e
         try:
-            return self._exported(fixed, PLATFORMS)
+            return self._exported(fixed, None)
         except InteropError:
             raise
         except Exception as e:
-            raise self._refusal(fixed, e) from (first or e)
+            raise self._refusal(fixed, e) from (self.fixed_by or e)
 
     def _function(self, *given: Any) -> tuple[Any, list[Any]]:
         """The guest's call as a pure function: data of the values, of the key, arguments."""
@@ -127,20 +125,28 @@ class _Tracing:
                     f"its call changes the parameter {path_text(value.path)}",
                     "Keep what a call changes in a buffer",
                 )
-            if (a.shape, a.dtype) != (b.shape, b.dtype):
+            if not self._stays(value, a, b):
                 raise self._refused(
                     f"its call makes {b.dtype}{list(b.shape)} of {path_text(value.path)}, "
                     f"which was {a.dtype}{list(a.shape)}",
                     "Initialise its state for the batch of sample_input",
                 )
 
-    def _exported(self, args: tuple[Any, ...], platforms: tuple[str, ...]) -> Mode:
-        data = [self._data(value, args) for value in self._values]
+    def _stays(self, value: Value, a: Any, b: Any) -> bool:
+        """Whether the next call can take ``b`` where this one took ``a``."""
+        is_open = value.kind is Kind.HIDDEN and a.ndim and export.is_symbolic_dim(a.shape[0])
+        start = 1 if is_open else 0
+        same_rank = a.ndim == b.ndim
+        return same_rank and a.shape[start:] == b.shape[start:] and a.dtype == b.dtype
+
+    def _exported(self, args: tuple[Any, ...], hidden: Any) -> Mode:
+        """The programs; ``hidden`` is the batch size of hidden state, if that is open."""
+        data = [self._data(value, hidden) for value in self._values]
         key = jax.ShapeDtypeStruct((2,), jnp.uint32)
         flat, tree = jax.tree.flatten(args)
         traced: Any = jax.jit(self._function)
         inputs = [*data, key, *flat]
-        plain = export.export(traced, platforms=platforms)(*data, key, args)
+        plain = export.export(traced, platforms=PLATFORMS)(*data, key, args)
         if leaf := _foreign_node(plain.out_tree):
             raise self._refused(
                 f"it returns a {leaf}, which needs its package to be read",
@@ -154,8 +160,8 @@ class _Tracing:
         levels: list[tuple[export.Exported, ...]] = [
             (
                 plain,
-                self._mapped(function, inputs, 0, platforms),
-                self._mapped(function, inputs, self._weights, platforms),
+                self._mapped(function, inputs, 0),
+                self._mapped(function, inputs, self._weights),
             )
         ]
         for _ in range(ORDERS):
@@ -165,15 +171,13 @@ class _Tracing:
                 *inputs,
                 *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cotangents(outs)),
             ]
-            again = export.export(function, platforms=platforms)(*inputs)
-            levels.append((again, self._mapped(function, inputs, 0, platforms)))
+            again = export.export(function, platforms=PLATFORMS)(*inputs)
+            levels.append((again, self._mapped(function, inputs, 0)))
         return Mode(
             tuple(tuple(map(serialize, level)) for level in levels), self._writes, self._draws
         )
 
-    def _mapped(
-        self, function: Function, inputs: Sequence[Any], kept: int, platforms: tuple[str, ...]
-    ) -> export.Exported:
+    def _mapped(self, function: Function, inputs: Sequence[Any], kept: int) -> export.Exported:
         """``function`` over a leading axis of any size of all but the first ``kept`` inputs."""
         (n,) = export.symbolic_shape("n", scope=_scope(inputs))
         leading = [
@@ -191,20 +195,23 @@ class _Tracing:
 
         axes = [None if i < kept else 0 for i in range(len(inputs))]
         try:
-            return export.export(
-                jax.jit(jax.vmap(function, in_axes=axes)), platforms=platforms
-            )(*leading)
+            many = jax.jit(jax.vmap(function, in_axes=axes))
+            return export.export(many, platforms=PLATFORMS)(*leading)
         except Exception:
             # Such as a convolution with a weight for each example, which wants the number of
             # examples. If the fault is another, this raises it too.
-            return export.export(jax.jit(one_by_one), platforms=platforms)(*leading)
+            return export.export(jax.jit(one_by_one), platforms=PLATFORMS)(*leading)
 
-    def _with_open_batch(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """``args`` with the size of their leading axis left open; None if they have none."""
+    def _with_open_batch(self, args: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
+        """``args`` with the size of their leading axis left open, and that of hidden state.
+
+        Hidden state that a call makes anew may have been for another batch; where that cannot
+        be traced, the sizes are one, or hidden state is for no batch at all.
+        """
         shapes = [x.shape for x in jax.tree.leaves(args) if x.shape]
         if not shapes:
-            return None
-        (b,) = export.symbolic_shape("b")
+            return
+        b, h = export.symbolic_shape("b, h")
         size = shapes[0][0]
 
         def opened(x: Any) -> Any:
@@ -212,14 +219,16 @@ class _Tracing:
                 return x
             return jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype)
 
-        return jax.tree.map(opened, args)
+        opened_args = jax.tree.map(opened, args)
+        has_hidden = any(value.kind is Kind.HIDDEN for value in self._values)
+        for hidden in (h, b, None) if has_hidden else (None,):
+            yield opened_args, hidden
 
-    def _data(self, value: Value, args: tuple[Any, ...]) -> Any:
-        """What describes a value; hidden state has the batch size of the arguments."""
+    def _data(self, value: Value, hidden: Any = None) -> Any:
+        """What describes a value; the leading axis of hidden state is that of its batch."""
         shape: tuple[Any, ...] = value.shape
-        first: Any = next((x.shape[0] for x in jax.tree.leaves(args) if x.shape), 0)
-        if value.kind is Kind.HIDDEN and shape and export.is_symbolic_dim(first):
-            shape = (first, *shape[1:])
+        if value.kind is Kind.HIDDEN and shape and hidden is not None:
+            shape = (hidden, *shape[1:])
         return jax.ShapeDtypeStruct(shape, jnp.dtype(value.dtype))
 
     def _refused(self, problem: str, remedy: str) -> UnsupportedStructureError:
@@ -230,7 +239,7 @@ class _Tracing:
     def _refusal(self, args: tuple[Any, ...], error: Exception) -> Exception:
         """The error for a trace that failed."""
         key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-        data = [self._data(value, args) for value in self._values]
+        data = [self._data(value) for value in self._values]
         try:
             jaxpr = jax.make_jaxpr(self._function)(*data, key, args)
         except Exception:

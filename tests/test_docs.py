@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import os
 import re
@@ -15,6 +16,7 @@ from flax import nnx
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+HAS_ONNX = importlib.util.find_spec("jax2onnx") is not None
 
 
 def printed_by(block: str, scope: dict[str, object]) -> list[str]:
@@ -33,13 +35,27 @@ def promised_by(block: str) -> list[str]:
 
 
 def test_the_readmes_programs_print_what_they_promise():
+    run_readme()
+
+
+def run_readme() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 6
     scope: dict[str, object] = {"__name__": "__main__"}
     for block in blocks:
         promised = promised_by(block)
         assert promised, f"this block promises nothing:\n{block}"
+        if "onnxruntime" in block and not HAS_ONNX:
+            continue  # tests/test_onnx.py runs them all where it is installed
         assert printed_by(block, scope) == promised, block
+
+
+def test_the_readme_shows_each_artefact_in_at_most_five_lines():
+    section = README.partition("## Take it with you\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    for artefact in ("safetensors", "orbax", "jax.export", "to_onnx"):
+        (block,) = (b for b in blocks if artefact in b)
+        assert len([line for line in block.splitlines() if line]) <= 5, block
 
 
 @pytest.mark.skipif(
@@ -94,6 +110,28 @@ def test_equinox_layers_train_inside_brainstate():
     assert "trainable states: 7, of which Equinox's: 6" in text
     assert number(text, "test accuracy") > 93
     assert "its running mean moved: True" in text
+
+
+def test_a_model_of_three_frameworks_is_taken_along_in_four_formats(tmp_path):
+    check_artefacts(run_example("train_mixed_export_pure", "--out", tmp_path))
+
+
+def check_artefacts(text: str) -> None:
+    """Each was loaded without the guests' frameworks, and is as accurate as the model."""
+    assert "model.layers[0]: RowReader, trace" in text
+    assert "model.layers[1]: Linear, structural" in text
+    rows = re.findall(r"^(\S+|\(.*\)) +([\d.]+)% *(.*)$", text, re.MULTILINE)
+    accuracies, imported = {r[1] for r in rows}, {r[0]: r[2] for r in rows}
+    expected = {"(live model)": "", "(materialized)": "", "StableHLO": "jax"}
+    expected |= dict.fromkeys(("safetensors", "orbax"), "flax, jax")
+    if HAS_ONNX:
+        expected["ONNX"] = "onnxruntime"
+    else:
+        assert re.search("^ONNX +not written: .*jax2onnx", text, re.MULTILINE)
+    assert imported == expected
+    assert len(accuracies) == 1
+    assert float(accuracies.pop()) > 96
+    assert float(re.search(r"took (\d+) s", text).group(1)) < 120
 
 
 @pytest.fixture(scope="module")

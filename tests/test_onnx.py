@@ -28,6 +28,7 @@ from .cases import (
     array,
 )
 from .conftest import Framework
+from .test_docs import check_artefacts, run_example, run_readme
 
 INSTALLED = importlib.util.find_spec("jax2onnx") is not None
 needs_onnx = pytest.mark.skipif(
@@ -89,6 +90,16 @@ def test_an_operation_without_a_counterpart_is_named(tmp_path):
     with pytest.raises(interop.UnsupportedStructureError, match="the operation eigh"):
         interop.to_onnx(model, jnp.ones((2, 3, 3)), path=tmp_path / "model", batch="fixed")
     assert list(tmp_path.iterdir()) == []
+
+
+@needs_onnx
+def test_the_readmes_programs_run_with_onnx():
+    run_readme()
+
+
+@needs_onnx
+def test_the_example_takes_its_model_along_in_onnx_as_well(tmp_path):
+    check_artefacts(run_example("train_mixed_export_pure", "--out", tmp_path))
 
 
 @pytest.mark.skipif(INSTALLED, reason="jax2onnx is installed")
