@@ -13,7 +13,7 @@ endif
 
 RUN = $(VENV)/bin/python -m
 
-.PHONY: help demo bench test test-onnx lint types format table clean
+.PHONY: help demo bench test fuzz test-onnx lint types format table clean
 .NOTPARALLEL:
 
 help: ## List the targets
@@ -27,6 +27,9 @@ bench: $(VENV)/installed-test ## Measure speed beside the alternatives; writes t
 
 test: $(VENV)/installed-test ## Run the tests; more pytest options in ARGS
 	$(RUN) pytest -n 2 --dist worksteal $(ARGS)
+
+fuzz: $(VENV)/installed-test ## Convert random models for MINUTES=60, from SEED=0 on
+	$(VENV)/bin/python tests/fuzz.py $(or $(MINUTES),60) $(or $(SEED),0)
 
 test-onnx: ## Run the tests of ONNX, in a virtualenv of their own
 	$(MAKE) $(VENV)-onnx/installed-onnxtest VENV=$(VENV)-onnx

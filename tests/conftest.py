@@ -21,6 +21,16 @@ class Framework:
         self.name = name
         self._module: types.ModuleType = importlib.import_module(f"{models.__name__}.{name}")
 
+    @property
+    def lacks(self):
+        """What the framework lacks, with the reasons."""
+        return self._module.LACKS
+
+    @property
+    def channels_first(self) -> bool:
+        """Whether models take the channels of images before the axes of space."""
+        return getattr(self._module, "CHANNELS_FIRST", False)
+
     def needs(self, feature: str) -> None:
         """Skip the test, with the reason, where the framework lacks ``feature``."""
         if feature in self._module.LACKS:
@@ -32,12 +42,12 @@ class Framework:
 
     def from_channels_last(self, x):
         """A batch in the layout that models of the framework take: images are moved."""
-        moved = x.ndim > 2 and getattr(self._module, "CHANNELS_FIRST", False)
+        moved = x.ndim > 2 and self.channels_first
         return jnp.moveaxis(x, -1, 1) if moved else x
 
     def to_channels_last(self, x):
         """A batch that a model of the framework returned, with its channels last."""
-        moved = x.ndim > 2 and getattr(self._module, "CHANNELS_FIRST", False)
+        moved = x.ndim > 2 and self.channels_first
         return jnp.moveaxis(x, 1, -1) if moved else x
 
     def call(self, model, x, **options):
