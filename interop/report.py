@@ -101,9 +101,11 @@ class Report:
     @property
     def summary(self) -> str:
         """One line: the verdict and the totals."""
-        verdict = "converts" if self.ok else f"does not convert: {_count(self.problems)}"
+        problems = _count(len(self.problems), "problem")
+        verdict = "converts" if self.ok else f"does not convert: {problems}"
         sizes = f"{_size(self.shared) or '0 B'} shared, {_size(self.copied) or '0 B'} copied"
-        return f"{self.source} -> {self.target} {verdict}; {len(self.rows)} layers, {sizes}"
+        layers = _count(len(self.rows), "layer")
+        return f"{self.source} -> {self.target} {verdict}; {layers}, {sizes}"
 
     def __str__(self) -> str:
         width = max(60, min(shutil.get_terminal_size().columns, 160))
@@ -425,5 +427,5 @@ def _size(n: int) -> str:
     return f"{n:.3g} GB"
 
 
-def _count(problems: tuple[InteropError, ...]) -> str:
-    return "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+def _count(n: int, what: str) -> str:
+    return f"1 {what}" if n == 1 else f"{n} {what}s"
