@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
 from importlib import import_module
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ __all__ = [
     "Guest",
     "Kind",
     "LiveGuest",
+    "Looks",
     "Path",
     "Probe",
     "Structure",
@@ -496,8 +497,24 @@ class Guest(ABC):
         """The arrays as they are now, each container once."""
 
 
+class Looks(NamedTuple):
+    """A live guest at one time.
+
+    Attributes:
+        structure: all but its values.
+        cells: its arrays in place, each container once.
+    """
+
+    structure: Structure
+    cells: Sequence[Cell]
+
+
 class LiveGuest(Guest):
     """A guest whose arrays stand in mutable containers."""
+
+    def looks(self) -> Looks:
+        """Structure and cells as they are now; the same object again is as it was."""
+        return Looks(self.structure(), self.cells())
 
     @abstractmethod
     def cells(self) -> Sequence[Cell]:

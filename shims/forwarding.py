@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = [
     "check_names",
     "forwarded",
     "is_method",
+    "parameter_names",
     "refuse_attribute",
     "signature_with",
     "without_self",
@@ -40,6 +42,19 @@ class OfInstance:
         if self._of_class is None:
             raise AttributeError
         return self._of_class
+
+
+_names: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
+
+
+def parameter_names(method: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a method's parameters, as its class defines it."""
+    function = getattr(method, "__func__", method)
+    if not inspect.isfunction(function):
+        return tuple(inspect.signature(function).parameters)
+    if function not in _names:
+        _names[function] = tuple(inspect.signature(function).parameters)
+    return _names[function]
 
 
 def without_self(function: Callable[..., Any]) -> inspect.Signature:

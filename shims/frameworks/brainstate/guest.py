@@ -13,7 +13,7 @@ import dataclasses
 import inspect
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import brainstate
@@ -30,7 +30,7 @@ from ...core import (
     Call,
     Cell,
     Kind,
-    LiveGuest,
+    Looks,
     Path,
     Structure,
     is_traced,
@@ -38,6 +38,7 @@ from ...core import (
     named_paths,
     path_text,
 )
+from ...watching import Watch, WatchedGuest, layout
 
 StatePath = tuple[str | int, ...]
 
@@ -86,32 +87,48 @@ def _forward(cls: type[brainstate.nn.Module]) -> Callable[..., Any]:
     return cls.__call__ if own_call else cls.update
 
 
-class BrainStateGuest(LiveGuest):
+def _watch(nodes: Collection[Any], states: Iterable[brainstate.State]) -> Watch | None:
+    """Tells whether a module still is as it is; None where only the graph library can tell."""
+    is_known = all(isinstance(node, graph.Node) for node in nodes)
+    return Watch(nodes, states, _facts) if is_known else None
+
+
+# What changes in a State as it is used, and is not for its copies.
+_USE = {"_value", "_shim_own", "_level", "_been_writen", "_trace_state"}
+
+
+def _facts(state: brainstate.State) -> Any:
+    noted = tuple(id(value) for name, value in vars(state).items() if name not in _USE)
+    return layout(state.value), noted
+
+
+class BrainStateGuest(WatchedGuest):
     """A BrainState module, seen from a shim."""
 
     cell_types = (brainstate.nn.RNNCell, brainstate.nn.Dynamics)
 
     def __init__(self, module: brainstate.nn.Module):
         self.native = module
+        self._shims: list[Any] = []
+        self._states: list[brainstate.State] = []
 
-    def structure(self):
-        _refresh(self.native)
-        return BrainStateStructure(self.native)
+    def looks(self):
+        for shim in self._shims:
+            shim._shim_refresh()
+        return super().looks()
 
-    def cells(self):
+    def _look(self):
         _refresh(self.native)
-        _, states = graph.flatten(self.native, treefy_state=False)
-        return [
-            _StateCell(
-                leaf_path, _kind(state, leaf), state, index, jax.tree.structure(state.value)
-            )
-            for path, state in states.to_flat().items()
-            for index, (leaf_path, leaf) in enumerate(leaves(path, state.value))
-        ]
+        nodes = [node for _, node in graph.iter_node(self.native)]
+        self._shims = [node for node in nodes if _is_shim(node)]
+        states = graph.flatten(self.native, treefy_state=False)[1].to_flat()
+        self._states = list(states.values())
+        watch = _watch(nodes, self._states)
+        return watch, Looks(BrainStateStructure(self.native), _cells(states))
 
     def call(self, call):
-        _, states = graph.flatten(self.native, treefy_state=False)
-        before = [(state, state.value) for state in states.to_flat().values()]
+        self.looks()
+        before = [(state, state.value) for state in self._states]
         try:
             with _random_from(call.key):
                 return _invoke(self.native, call)
@@ -122,13 +139,23 @@ class BrainStateGuest(LiveGuest):
             raise
 
 
+def _cells(states: Mapping[Path, brainstate.State]) -> list[_StateCell]:
+    return [
+        _StateCell(leaf_path, _kind(state, leaf), state, index, jax.tree.structure(state.value))
+        for path, state in states.items()
+        for index, (leaf_path, leaf) in enumerate(leaves(path, state.value))
+    ]
+
+
+def _is_shim(node: Any) -> bool:
+    return hasattr(type(node), "_shim_refresh")
+
+
 def _refresh(module: brainstate.nn.Module) -> None:
     """Let the shims in a module show their own guests as they are now."""
-    nodes: Any = module.nodes()
-    for node in nodes.values():
-        refresh = getattr(type(node), "_shim_refresh", None)
-        if refresh is not None:
-            refresh(node)
+    for _, node in graph.iter_node(module):
+        if _is_shim(node):
+            node._shim_refresh()
 
 
 def _invoke(module: brainstate.nn.Module, call: Call) -> Any:
@@ -160,8 +187,10 @@ class BrainStateStructure(Structure):
     """The graph definition of a module, and the tree of each state's value."""
 
     def __init__(self, module: brainstate.nn.Module):
-        definition, found = graph.flatten(module, treefy_state=False)
+        numbers = graph.RefMap()
+        definition, found = graph.flatten(module, numbers, treefy_state=False)
         states = found.to_flat()
+        self._numbers = {path: numbers[state] for path, state in states.items()}
         self.guest_type = type(module)
         self.base_type = brainstate.nn.Module
         self.forward = _forward(type(module))
@@ -202,22 +231,39 @@ class BrainStateStructure(Structure):
         return self._hash
 
     def build(self, values):
-        states = {
+        return self._copy(values)[0]
+
+    def _copy(self, values: Mapping[Path, Any]) -> tuple[Any, dict[Path, Any], list[Any]]:
+        """A private copy, its states by path, and its modules."""
+        refs = {
             path: ref.replace(
                 jax.tree.unflatten(tree, [values[leaf] for leaf in self._paths[path]])
             )
             for path, (ref, tree) in self._states.items()
         }
-        flat: Any = states
-        return graph.unflatten(self._definition, brainstate.util.NestedDict.from_flat(flat))
+        flat: Any = refs
+        made: dict[int, Any] = {}
+        module = graph.unflatten(self._definition, flat, index_ref=made)
+        states = {path: made[number] for path, number in self._numbers.items()}
+        nodes = [part for part in made.values() if not isinstance(part, brainstate.State)]
+        return module, states, nodes
 
     def run(self, values, call):
-        module = self.build(values)
-        own = graph.flatten(module, treefy_state=False)[1].to_flat().values()
-        with _random_from(call.key, private={id(state) for state in own}):
+        module, states, nodes = self._copy(values)
+        watch = _watch(nodes, states.values())
+        with _random_from(call.key, private={id(state) for state in states.values()}):
             out = _invoke(module, call)
+            if watch is not None and watch.holds():
+                return out, self._values_of(states), self
             guest = BrainStateGuest(module)
             return out, guest.values(), guest.structure()
+
+    def _values_of(self, states: Mapping[Path, brainstate.State]) -> dict[Path, Any]:
+        """The values that states of this structure hold now, by path."""
+        found: dict[Path, Any] = {}
+        for path, state in states.items():
+            found |= zip(self._paths[path], jax.tree.leaves(state.value), strict=True)
+        return found
 
     def tracing(self):
         return _without_checks()

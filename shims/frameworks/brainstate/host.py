@@ -394,8 +394,8 @@ class Wrapped(brainstate.nn.Module):
 
     def _shim_show(self, guest: LiveGuest) -> None:
         """Show the guest as it is now: its mode and options, and Variables it has replaced."""
-        structure = guest.structure()
-        states = {cell.path: _shown.of(cell) for cell in guest.cells()}
+        structure, cells = guest.looks()
+        states = {cell.path: _shown.of(cell) for cell in cells}
         before = vars(self).get("_shim_structure")
         known = {} if before is None else self._shim_states()
         if (

@@ -198,7 +198,7 @@ class ToEquinox(eqx.nn.StatefulLayer):
         return self.buffers is not None
 
     def __call__(self, *args: Any, state: Any = None, key: Any = None, **kwargs: Any) -> Any:
-        return self._shim_run("__call__", args, kwargs, state=state, key=key)
+        return _ToEquinox._shim_run(self, "__call__", args, kwargs, state=state, key=key)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or "_shim_link" not in vars(self):
@@ -235,16 +235,16 @@ class ToEquinox(eqx.nn.StatefulLayer):
         if state is None and args and isinstance(args[-1], eqx.nn.State):
             args, state = args[:-1], args[-1]
         noted(self, method, args, kwargs)
-        self._shim_check_state(state)
-        values = self._shim_values(state)
+        _ToEquinox._shim_check_state(self, state)
+        values = _ToEquinox._shim_values(self, state)
         structure = self._shim_structure
         cell_args = (*args[1:2], *args[:1], *args[2:])  # the carry first, as a step has it
         is_call = method == "__call__"
         is_step = is_call and structure.takes_carry(cell_args)
         if is_call:
-            self._shim_check_carry(is_step and len(args) > 1)
+            _ToEquinox._shim_check_carry(self, is_step and len(args) > 1)
         else:
-            self._shim_check_method(method)
+            _ToEquinox._shim_check_method(self, method)
         call = Call(
             method,
             cell_args if is_step else args,
@@ -457,6 +457,11 @@ class ToEquinox(eqx.nn.StatefulLayer):
             is_own = structure.kinds[path] is Kind.STATISTIC and path not in structure.named
             if is_own and new.get(path, value) is not value:
                 raise _batch_wanted(structure, path)
+
+
+# Equinox makes a module of each method that is looked up on an instance, so that a call looks
+# them up on the class.
+_ToEquinox: Any = ToEquinox
 
 
 def _batch_wanted(structure: Structure, path: Path) -> ArgumentError:

@@ -8,11 +8,14 @@ buffers like any other: they are copied in and out, and so advance. ``nnx.Interm
 from __future__ import annotations
 
 import dataclasses
-import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 from flax import nnx
+from flax.nnx import graphlib
+from flax.nnx.pytreelib import PytreeState
+from flax.typing import HashableMapping
 
 from interop.errors import ArgumentError, MissingKeyError, UnsupportedStructureError
 from interop.frameworks.nnx.adapter import partitioning_of
@@ -22,7 +25,7 @@ from ...core import (
     Call,
     Cell,
     Kind,
-    LiveGuest,
+    Looks,
     Path,
     Structure,
     check_partitionings,
@@ -30,6 +33,8 @@ from ...core import (
     named_paths,
     path_text,
 )
+from ...forwarding import parameter_names
+from ...watching import Watch, WatchedGuest, layout
 from .views import cell_of
 
 _RESULTS = (nnx.Intermediate, nnx.Perturbation)
@@ -43,7 +48,42 @@ def _kind(variable: nnx.Variable, leaf: Any) -> Kind:
 
 def _variables(module: nnx.Module) -> list[tuple[Path, nnx.Variable]]:
     flat: Any = nnx.to_flat_state(nnx.state(module))
-    return [(path, v) for path, v in flat if not isinstance(v, _RESULTS)]
+    return _lasting(flat)
+
+
+def _watched(module: nnx.Module) -> tuple[Watch | None, list[tuple[Path, nnx.Variable]]]:
+    """What tells whether a module still is as it is, and its Variables, each once.
+
+    It is None where only Flax can tell.
+    """
+    modules, variables, is_known = [], [], True
+    for path, part in nnx.iter_graph(module, graph=True):
+        if isinstance(part, nnx.Variable):
+            variables.append((path, part))
+        elif isinstance(part, nnx.Pytree):
+            modules.append(part)
+        else:
+            is_known = is_known and not graphlib.is_graph_node(part)
+    containers = [variable for _, variable in variables]
+    watch = Watch(modules, containers, _facts, constant=(HashableMapping, PytreeState))
+    return watch if is_known else None, _lasting(variables)
+
+
+def _lasting(variables: Iterable[tuple[Path, Any]]) -> list[tuple[Path, nnx.Variable]]:
+    return [(path, v) for path, v in variables if not isinstance(v, _RESULTS)]
+
+
+def _facts(variable: nnx.Variable) -> Any:
+    metadata = variable.get_metadata()
+    return layout(variable.get_raw_value()), *metadata, *map(id, metadata.values())
+
+
+def _leaves(variables: list[tuple[Path, nnx.Variable]]) -> dict[Path, Any]:
+    return {
+        leaf_path: leaf
+        for path, variable in variables
+        for leaf_path, leaf in leaves(path, variable.get_raw_value())
+    }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,7 +108,7 @@ class _VariableCell(Cell):
         object.__setattr__(self.variable, "_raw_value", jax.tree.unflatten(tree, flat))
 
 
-class NnxGuest(LiveGuest):
+class NnxGuest(WatchedGuest):
     """An NNX module, seen from a shim."""
 
     cell_types = (nnx.RNNCellBase,)
@@ -88,15 +128,14 @@ class NnxGuest(LiveGuest):
         _check_functions(module)
         self.native = module
 
-    def structure(self):
-        return NnxStructure(self.native)
-
-    def cells(self):
-        return [
+    def _look(self):
+        watch, _ = _watched(self.native)
+        cells = [
             _VariableCell(leaf_path, _kind(variable, leaf), variable, index)
             for path, variable in _variables(self.native)
             for index, (leaf_path, leaf) in enumerate(leaves(path, variable.get_raw_value()))
         ]
+        return watch, Looks(NnxStructure(self.native), cells)
 
     def call(self, call):
         values = self.values()
@@ -170,25 +209,27 @@ class NnxStructure(Structure):
         return nnx.merge(self._definition, nnx.from_flat_state(flat))
 
     def run(self, values, call):
-        module = self.build(values)
-        if call.training is not None:
-            (module.train if call.training else module.eval)()
+        module = self._private(values, call.training)
+        watch, variables = _watched(module)
         method = getattr(module, call.method)
-        before = nnx.graphdef(module)
         out = method(*call.args, **self._rngs(method, call), **call.kwargs)
+        if watch is not None and watch.holds():
+            return out, _leaves(variables), self
         nnx.pop(module, nnx.Any(*_RESULTS))
-        if nnx.graphdef(module) != before:
+        if nnx.graphdef(module) != nnx.graphdef(self._private(values, call.training)):
             raise UnsupportedStructureError(
                 f"{self.guest_type.__qualname__}.{call.method} changes attributes or makes "
                 f"Variables, which a private copy would lose",
                 remedy="Call it on the module itself: shim.unwrap()",
             )
-        new = {
-            leaf_path: leaf
-            for path, variable in _variables(module)
-            for leaf_path, leaf in leaves(path, variable.get_raw_value())
-        }
-        return out, new, self
+        return out, _leaves(_variables(module)), self
+
+    def _private(self, values: Any, training: bool | None) -> Any:
+        """A private copy in a mode, or in the guest's own where the host has none."""
+        module = self.build(values)
+        if training is not None:
+            (module.train if training else module.eval)()
+        return module
 
     def initial_carry(self, values, input_shape, key):
         cell: Any = self.build(values)
@@ -196,7 +237,7 @@ class NnxStructure(Structure):
 
     def _rngs(self, method: Any, call: Call) -> dict[str, Any]:
         """The host's key, for a guest that takes ``rngs`` and holds no stream of its own."""
-        takes = "rngs" in inspect.signature(method).parameters
+        takes = "rngs" in parameter_names(method)
         if not takes or "rngs" in call.kwargs or call.training is False or self._has_streams:
             return {}
         try:

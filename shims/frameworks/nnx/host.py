@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,8 +20,8 @@ from interop.frameworks.nnx.adapter import partitioning_of
 
 from ...core import (
     Call,
-    Cell,
     LiveGuest,
+    Looks,
     Path,
     Structure,
     at,
@@ -63,11 +63,13 @@ class _Anchor:
         first: the structure that the shim was made with.
         guest: the live guest, or None.
         views: the Variables that show the live guest's arrays.
+        shown: what the live guest was like when they were placed.
     """
 
     def __init__(self, first: Structure, guest: LiveGuest | None = None):
         self.first, self.guest = first, guest
         self.views: dict[Path, nnx.Variable] = {}
+        self.shown: Looks | None = None
 
     @property
     def structure(self) -> Structure:
@@ -83,9 +85,11 @@ class _Anchor:
 
 
 def _flatten_anchor(anchor: _Anchor) -> tuple[tuple[()], Structure]:
-    guest = anchor.guest
-    if guest is not None:
-        shown = {cell.path: view_of(cell) for cell in guest.cells()}
+    if anchor.guest is None:
+        return (), anchor.first
+    looks = anchor.guest.looks()
+    if looks is not anchor.shown:
+        shown = {cell.path: view_of(cell) for cell in looks.cells}
         if shown.keys() != anchor.views.keys() or any(
             shown[path] is not anchor.views[path] for path in shown
         ):
@@ -94,7 +98,8 @@ def _flatten_anchor(anchor: _Anchor) -> tuple[tuple[()], Structure]:
                 f"last looked, as init_state does",
                 remedy="Call shim.refresh(), or go through the shim: shim.init_state(...)",
             )
-    return (), anchor.structure
+        anchor.shown = looks
+    return (), looks.structure
 
 
 jax.tree_util.register_pytree_node(
@@ -216,7 +221,7 @@ class ToNNX(nnx.Module):
         check_copy(guest, copy=copy)
         if isinstance(guest, LiveGuest):
             type(self)._shim_anchor.link(self, _Anchor(structure, guest))
-            self._shim_show(guest.cells())
+            self._shim_show(guest.looks())
         else:
             self._shim_anchor = _Anchor(structure)
             values, names = first_values(guest, copy=copy), structure.partitionings
@@ -249,7 +254,7 @@ class ToNNX(nnx.Module):
         shim's back, as ``guest.init_state`` does; eager calls of the shim do it themselves.
         """
         if self._shim_anchor.guest is not None:
-            self._shim_show(self._shim_anchor.guest.cells())
+            self._shim_show(self._shim_anchor.guest.looks())
 
     def unwrap(self) -> Any:
         """The guest, with its current weights.
@@ -334,7 +339,7 @@ class ToNNX(nnx.Module):
     def _shim_report(self) -> LinkReport:
         anchor, live = self._shim_anchor, self._shim_anchor.guest is not None
         if live:
-            self._shim_show(anchor.guest.cells())
+            self._shim_show(anchor.guest.looks())
         structure = anchor.structure
         shown = {path: self._shim_variable(path) for path in structure.kinds}
         return report_of(
@@ -384,13 +389,13 @@ class ToNNX(nnx.Module):
         if anchor.guest is None:
             run = self._shim_step if is_step else self._shim_run_copy
             return run(anchor.first, call)
-        self._shim_show(anchor.guest.cells())
+        self._shim_show(anchor.guest.looks())
         try:
             if is_step:
                 return self._shim_step(anchor.structure, call)
             return anchor.guest.call(call)
         finally:
-            self._shim_show(anchor.guest.cells())
+            self._shim_show(anchor.guest.looks())
 
     def _shim_takes_carry(self, args: tuple[Any, ...]) -> bool:
         return False
@@ -441,10 +446,11 @@ class ToNNX(nnx.Module):
             )
         return found
 
-    def _shim_show(self, cells: Sequence[Cell]) -> None:
+    def _shim_show(self, looks: Looks) -> None:
         """Show the guest's arrays as they are now; its states may have been replaced."""
-        shown = {cell.path: view_of(cell) for cell in cells}
         known = self._shim_anchor.views
+        is_shown = looks is self._shim_anchor.shown
+        shown = known if is_shown else {c.path: view_of(c) for c in looks.cells}
         if shown.keys() != known.keys() or any(shown[p] is not known[p] for p in shown):
             self._shim_place(shown)
             self._shim_anchor.views = shown
@@ -454,6 +460,7 @@ class ToNNX(nnx.Module):
                 unexpected=[path_text(path) for path in foreign],
                 remedy="Write its value instead: variable.set_value(...)",
             )
+        self._shim_anchor.shown = looks
 
     def _shim_place(self, variables: Mapping[Path, nnx.Variable]) -> None:
         """Set the attributes that hold ``variables``, and delete those that hold none now."""

@@ -1,0 +1,164 @@
+"""Whether a module that changes in place is as it was: cheaper than to take it apart again."""
+
+# Attributes of modules are of any type.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+
+from __future__ import annotations
+
+import operator
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from .core import Cell, LiveGuest, Looks, Structure
+
+__all__ = ["Watch", "WatchedGuest", "layout"]
+
+_CONSTANT = {type(None), bool, int, float, complex, str, bytes}
+
+
+class Watch:
+    """Modules and their containers of arrays, but not the arrays' values, at one time.
+
+    Attributes are compared by identity, and by their contents too where these can change:
+    items of containers, elements of NumPy arrays, and the hash of what has one of its own.
+
+    Args:
+        modules: every module; their attributes stand in ``vars``.
+        containers: what holds arrays.
+        facts: what counts of a container: equal as long as it is as it was.
+        constant: classes whose instances never change.
+    """
+
+    def __init__(
+        self,
+        modules: Iterable[Any],
+        containers: Iterable[Any],
+        facts: Callable[[Any], Any],
+        constant: Iterable[type] = (),
+    ):
+        self._constant = _CONSTANT.union(constant)
+        modules, self._containers, self._facts = list(modules), list(containers), facts
+        self._dicts: list[dict[Any, Any]] = list(map(vars, modules))
+        self._lists: list[list[Any]] = []
+        self._contents: list[tuple[Callable[[Any], Any], Any, Any]] = []
+        self._known_by_id = set(map(id, (*modules, *self._containers)))
+        for value in list(chain(*map(dict.values, self._dicts))):
+            self._watch(value)
+        self._known = self._found()
+
+    def _watch(self, value: Any) -> None:
+        """Note what can change inside of ``value``."""
+        kind = type(value)
+        is_known = kind in self._constant or id(value) in self._known_by_id
+        if is_known or isinstance(value, jax.Array):
+            return
+        if kind is tuple:
+            parts: Iterable[Any] = value
+        elif kind is list:
+            self._lists.append(value)
+            parts = value
+        elif kind is dict:
+            self._dicts.append(value)
+            parts = value.values()
+        else:
+            parts = self._watch_other(value)
+        for part in parts:
+            self._watch(part)
+
+    def _watch_other(self, value: Any) -> Iterable[Any]:
+        """The same for what is no plain container; the parts that it has."""
+        if isinstance(value, np.ndarray):
+            self._contents.append((_elements, value, _elements(value)))
+        elif not jax.tree_util.all_leaves((value,)):
+            flat, tree = _parts(value)
+            self._contents.append((_parts, value, (flat, tree)))
+            return [part.value for part in flat]
+        elif type(value).__hash__ not in (None, object.__hash__):
+            self._contents.append((_hash, value, _hash(value)))
+        return ()
+
+    def _found(self) -> tuple[Any, ...]:
+        sizes = (*map(len, self._dicts), *map(len, self._lists))
+        values = (*chain(*map(dict.values, self._dicts)), *chain(*self._lists))
+        facts = list(map(self._facts, self._containers))
+        return sizes, tuple(chain(*self._dicts)), values, facts
+
+    def holds(self) -> bool:
+        """Whether all is as it was."""
+        sizes, keys, values, facts = self._found()
+        known = self._known
+        return (
+            sizes == known[0]
+            and keys == known[1]
+            and all(map(operator.is_, values, known[2]))
+            and facts == known[3]
+            and all(look(value) == old for look, value, old in self._contents)
+        )
+
+
+class _Same(NamedTuple):
+    """Compares by identity."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _elements(array: np.ndarray[Any, Any]) -> Any:
+    elements = array.tolist() if array.dtype == object else array.tobytes()
+    return array.shape, array.dtype, elements
+
+
+def _parts(value: Any) -> tuple[list[_Same], Any]:
+    flat, tree = jax.tree.flatten(value, is_leaf=lambda part: part is not value)
+    return list(map(_Same, flat)), tree
+
+
+def _hash(value: Any) -> int | None:
+    try:
+        return hash(value)
+    except TypeError:  # something inside has no hash: it counts by identity
+        return None
+
+
+def layout(value: Any) -> tuple[Any, ...]:
+    """What a tree of arrays is but for their elements and shapes."""
+    if isinstance(value, jax.Array):
+        return (value.dtype,)
+    flat, tree = jax.tree.flatten(value)
+    return tree, *(getattr(leaf, "dtype", type(leaf)) for leaf in flat)
+
+
+class WatchedGuest(LiveGuest):
+    """A live guest that is taken apart again only when it has changed."""
+
+    _last: tuple[Watch | None, Looks] | None = None
+
+    @abstractmethod
+    def _look(self) -> tuple[Watch | None, Looks]:
+        """The guest as it is now, and what tells whether it still is, if anything can.
+
+        The watch has to be made first, so that no change is missed.
+        """
+
+    def looks(self) -> Looks:
+        last = self._last
+        if last is None or last[0] is None or not last[0].holds():
+            last = self._last = self._look()
+        return last[1]
+
+    def structure(self) -> Structure:
+        return self.looks().structure
+
+    def cells(self) -> Sequence[Cell]:
+        return self.looks().cells
