@@ -13,7 +13,6 @@ import os
 from typing import Any
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
@@ -119,10 +118,12 @@ _POOLS: dict[str, tuple[Any, float]] = {
 
 def _evaluate(jaxpr: Any, consts: Any, *args: Any) -> list[Any]:
     """Run a program, its nested ones in place, and pools as joined slices of their input."""
+    from jax.extend.core import Literal  # slow to import
+
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
     def read(variable: Any) -> Any:
-        is_literal = isinstance(variable, jax.extend.core.Literal)
+        is_literal = isinstance(variable, Literal)
         return variable.val if is_literal else values[variable]
 
     for eqn in jaxpr.eqns:

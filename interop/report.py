@@ -6,10 +6,7 @@ import html
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from . import formulas, specs
 from .api import adapter_of, keywords_of, open_model, sample_shape
@@ -19,6 +16,9 @@ from .layout import Crossed, crossed
 from .partitioning import check
 from .registry import Adapter, registry
 from .walk import Building, Reading
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["Report", "Row", "explain"]
 
@@ -108,6 +108,8 @@ class Report:
         return f"{self.source} -> {self.target} {verdict}; {layers}, {sizes}"
 
     def __str__(self) -> str:
+        from rich.console import Console  # slow to import
+
         width = max(60, min(shutil.get_terminal_size().columns, 160))
         console = Console(width=width, color_system=None, force_terminal=False)
         below = [f"- {problem}" for problem in self.problems]
@@ -124,6 +126,8 @@ class Report:
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
     def _table(self, brief: bool) -> Table:
+        from rich.table import Table
+
         rows = [row.cells(brief) for row in self.rows]
         if not brief:
             refused = [row.problem is not None for row in self.rows]
