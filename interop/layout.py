@@ -305,7 +305,7 @@ class _Crossing:
         """The Linear that takes the elements of output ``i`` as they come, if there is one."""
         for j in range(i + 1, len(self.leaves)):
             leaf = self.leaves[j]
-            if isinstance(leaf, specs.Linear) and not leaf.leading_shape:
+            if leaf.takes_rows:
                 return j
             if not leaf.is_elementwise:
                 return None

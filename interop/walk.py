@@ -231,6 +231,21 @@ class Building:
                 self._hold(part)
             return self.adapter.build_composite(composite, spec, self)
 
+    def build_part(self, spec: specs.Spec, kinds: tuple[type, ...]) -> Any:
+        """The native layer for ``spec``, of which the layer being built takes the arrays.
+
+        Raises:
+            UnsupportedLayerError: it is none of ``kinds``, but a composite or a stack.
+        """
+        rule = self.adapter.builder(spec, self.found, self.path)
+        self._check_options(spec, rule)
+        built = rule.build(spec, self)
+        if not isinstance(module := self.adapter.module(built), kinds):
+            name = type(module).__qualname__
+            self.refuse("layer", name, f"{self.adapter.name} needs a native layer here")
+        self._hold(spec)
+        return built
+
     def _hold(self, spec: specs.Spec) -> None:
         """Take it that a composite holds the arrays of ``spec``, and shares them with none."""
         if spec.holds_state and (id(spec) in self._held or id(spec) in self._built):

@@ -13,11 +13,12 @@ from flax import nnx
 
 from interop.correspondence import arrays_of
 from interop.registry import registry
-from interop.specs import RNN, Cell, GRUCell, LSTMCell, Run
+from interop.specs import RNN, Cell, GRUCell, Linear, LSTMCell, Run
 from interop.walk import Reading
 
 from .conftest import NAMES, Framework
 
+LINEAR = Linear.shaped(3, 4)
 # Sizes and options for the constructor of each composite, and the shape of an input.
 MADE = {
     "AllToAll": ((3, 4), {"one_weight": True, "include_self": False}, (5, 3)),
@@ -38,6 +39,8 @@ MADE = {
     "MGUCell": ((3, 4), {"reset_gate": False, "reset_first": True}, (5, 3)),
     "RNN": ((LSTMCell.shaped(3, 4),), {"reverse": True, "unroll": 2}, (5, 6, 3)),
     "SimpleCell": ((3, 4), {"residual": True, "use_bias": False}, (5, 3)),
+    "SpectralNorm": ((LINEAR,), {"steps": 2, "keeps_both": True}, (5, 3)),
+    "WeightNorm": ((LINEAR,), {"axes": (0,), "bias_axes": (), "epsilon": 0.1}, (5, 3)),
     "URLSTMCell": ((3, 4), {"activation": jax.nn.relu}, (5, 3)),
     "Conv": ((4, 6, (3, 2)), {"padding": "SAME", "padding_mode": "REFLECT"}, (2, 5, 7, 4)),
     "ConvLocal": (((5, 7, 4), 6, (3, 2)), {"strides": (2, 1)}, (2, 5, 7, 4)),

@@ -96,8 +96,7 @@ class Composite(brainstate.nn.Module):
         return self.skeleton.merge(jax.tree.map(lambda s: s.value, states, is_leaf=is_state))
 
     def _run(self, spec: specs.Spec) -> specs.Run:
-        has_modes = spec.random or spec.buffers
-        train = bool(has_modes) and brainstate.environ.get("fit", desc="whether layers train")
+        train = spec.has_modes and brainstate.environ.get("fit", desc="whether layers train")
         return specs.Run(train, brainstate.random.split_key)
 
     def update(self, *inputs: Any, **options: Any) -> Any:
@@ -197,4 +196,6 @@ ScaledWSConv = _layer(specs.ScaledWSConv)
 ScaledWSLinear = _layer(specs.ScaledWSLinear)
 SignedLinear = _layer(specs.SignedLinear)
 SimpleCell = _layer(specs.SimpleCell)
+SpectralNorm = _layer(specs.SpectralNorm)
 URLSTMCell = _layer(specs.URLSTMCell)
+WeightNorm = _layer(specs.WeightNorm)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import specs
+from ..errors import ArgumentError
 from . import core
 
 
@@ -80,10 +81,19 @@ class Composite(eqx.nn.StatefulLayer):
         inference: bool | None = None,
         **options: Any,
     ) -> Any:
-        """The layer's output for one example, and the new state if it has buffers."""
+        """The layer's output for one example, and the new state if it has buffers.
+
+        Raises:
+            ArgumentError: it has buffers, and ``state`` is not given.
+        """
         if inputs and isinstance(inputs[-1], eqx.nn.State):
             *rest, state = inputs
             inputs = tuple(rest)
+        if self.buffers is not None and state is None:
+            raise ArgumentError(
+                f"{type(self).__name__} has buffers, and no state was given",
+                remedy="Call it with state=, as eqx.nn.make_with_state makes it",
+            )
         spec, run = self.spec(state), self._run(key, inference)
 
         def formula(*inputs: Any, **options: Any) -> Any:
@@ -172,4 +182,6 @@ ScaledWSConv = _layer(specs.ScaledWSConv)
 ScaledWSLinear = _layer(specs.ScaledWSLinear)
 SignedLinear = _layer(specs.SignedLinear)
 SimpleCell = _layer(specs.SimpleCell)
+SpectralNorm = _layer(specs.SpectralNorm)
 URLSTMCell = _layer(specs.URLSTMCell)
+WeightNorm = _layer(specs.WeightNorm)

@@ -77,8 +77,7 @@ class Composite(nn.Module):
         if deterministic is None:
             deterministic = self.deterministic
         if deterministic is None:
-            has_modes = spec.random or spec.buffers
-            deterministic = not has_modes or nn.merge_param("deterministic", None, None)
+            deterministic = not spec.has_modes or nn.merge_param("deterministic", None, None)
         return specs.Run(not deterministic, lambda: self.make_rng("dropout"))
 
     @nn.compact
@@ -154,4 +153,6 @@ ScaledWSConv = _layer(specs.ScaledWSConv)
 ScaledWSLinear = _layer(specs.ScaledWSLinear)
 SignedLinear = _layer(specs.SignedLinear)
 SimpleCell = _layer(specs.SimpleCell)
+SpectralNorm = _layer(specs.SpectralNorm)
 URLSTMCell = _layer(specs.URLSTMCell)
+WeightNorm = _layer(specs.WeightNorm)

@@ -27,6 +27,7 @@ from .functions import (
     threshold,
 )
 from .layers import all_to_all, dropout, linear, promote
+from .normalized_weights import spectral_norm, unit_norm
 from .norms import moments, normalize
 from .recurrent import (
     Filled,
@@ -68,6 +69,8 @@ __all__ = [
     "moments",
     "normalize",
     "promote",
+    "spectral_norm",
+    "unit_norm",
     "ACTIVATIONS",
     "Batched",
     "Moved",

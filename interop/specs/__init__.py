@@ -35,6 +35,7 @@ from .convolutions import (
 )
 from .functions import Activation, Dropout, Flatten, Function
 from .linear import Embedding, Linear, ScaledWSLinear, SignedLinear
+from .normalized_weights import NormalizedWeight, SpectralNorm, WeightNorm
 from .norms import BatchNorm, GroupNorm, LayerNorm, Norm, RMSNorm
 from .recurrent import (
     RNN,
@@ -78,6 +79,7 @@ __all__ = [
     "MGUCell",
     "MultiHeadAttention",
     "Norm",
+    "NormalizedWeight",
     "Pool",
     "RMSNorm",
     "RNN",
@@ -90,7 +92,9 @@ __all__ = [
     "SignedLinear",
     "SimpleCell",
     "Spec",
+    "SpectralNorm",
     "URLSTMCell",
+    "WeightNorm",
     "common_dtype",
     "dtype",
     "flipped",

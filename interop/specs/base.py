@@ -37,6 +37,7 @@ __all__ = [
     "promoted_dtype",
     "rows",
     "shape_of",
+    "spec_of",
 ]
 
 Array = Any  # jax.Array or numpy.ndarray: a spec holds what the source held
@@ -135,6 +136,21 @@ class Spec:
     @property
     def mixes_examples(self) -> bool:
         """Whether an example's output depends on the rest of its batch, or its place there."""
+        return False
+
+    @property
+    def has_modes(self) -> bool:
+        """Whether training differs from evaluation."""
+        return bool(self.random or self.buffers)
+
+    @property
+    def writes_parameters(self) -> bool:
+        """Whether a call gives its trainable arrays new values."""
+        return False
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether :meth:`with_rows` gives the layer for another order of its inputs."""
         return False
 
     @property
@@ -319,6 +335,22 @@ def mismatches_of(**arrays: tuple[Array | None, Shape | None]) -> list[str]:
         elif array is not None and shape not in (None, array.shape):
             lines.append(f"{name} has shape {array.shape}, wanted {shape}")
     return lines
+
+
+def spec_of(part: Any, wanted: type[Spec]) -> Any:
+    """The spec that a composite holds, or ``part`` itself if it is one.
+
+    Raises:
+        ArgumentError: it is neither, or none of class ``wanted``.
+    """
+    spec = part if isinstance(part, Spec) else getattr(part, "spec", None)
+    spec = spec() if callable(spec) else spec
+    if not isinstance(spec, wanted):
+        raise ArgumentError(
+            f"expected a composite or spec of {wanted.__name__}, got {type(part).__qualname__}",
+            remedy="Convert another framework's layer first, or build it from this package",
+        )
+    return spec
 
 
 def shape_of(fn: Callable[..., Any], example: Shape) -> Shape | None:

@@ -86,6 +86,10 @@ class Linear(Spec):
     def in_features(self) -> int:
         return self.weight.shape[0]
 
+    @property
+    def takes_rows(self) -> bool:
+        return not self.leading_shape
+
     def with_rows(self, order: np.ndarray[Any, Any]) -> Spec:
         mask = None if self.mask is None else self.mask[order]
         return replace(self, weight=rows(self.weight, order), mask=mask)

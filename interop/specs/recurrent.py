@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from .. import formulas
 from ..errors import ArgumentError
-from .base import Array, DType, Run, Shape, Spec, is_wide, mismatches_of
+from .base import Array, DType, Run, Shape, Spec, is_wide, mismatches_of, spec_of
 
 __all__ = [
     "Bidirectional",
@@ -671,7 +671,7 @@ class RNN(Spec):
     @classmethod
     def shaped(cls, cell: Cell, **options: Any) -> Self:
         """``cell`` is a spec or a module that holds one."""
-        return cls(cell=_spec_of(cell, Cell), **options)
+        return cls(cell=spec_of(cell, Cell), **options)
 
     def output_shape(self, shape: Shape | None) -> Shape | None:
         if shape is None or self.time_major or self.return_carry:
@@ -737,7 +737,7 @@ class Bidirectional(Spec):
     @classmethod
     def shaped(cls, forward_rnn: RNN, backward_rnn: RNN, **options: Any) -> Self:
         """Both are specs or modules that hold one."""
-        forward, backward = _spec_of(forward_rnn, RNN), _spec_of(backward_rnn, RNN)
+        forward, backward = spec_of(forward_rnn, RNN), spec_of(backward_rnn, RNN)
         return cls(forward_rnn=forward, backward_rnn=backward, **options)
 
     def output_shape(self, shape: Shape | None) -> Shape | None:
@@ -763,17 +763,6 @@ def _chosen(spec: RNN | Bidirectional, options: dict[str, Any]) -> tuple[bool, .
         getattr(spec, name) if value is None else value
         for name, value in zip(names, given, strict=True)
     )
-
-
-def _spec_of(part: Any, wanted: type[Spec]) -> Any:
-    spec = part if isinstance(part, Spec) else getattr(part, "spec", None)
-    spec = spec() if callable(spec) else spec
-    if not isinstance(spec, wanted):
-        raise ArgumentError(
-            f"expected a composite or spec of {wanted.__name__}, got {type(part).__qualname__}",
-            remedy="Convert another framework's layer first, or build it from this package",
-        )
-    return spec
 
 
 def _as_tuple(state: Any) -> State:

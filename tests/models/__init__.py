@@ -75,9 +75,11 @@ class Constructor:
         options: an `Option`, or the reason why the option is irrelevant.
         images: whether inputs and outputs are images, whose channels each framework has
             where it wants them; ``x`` is in the layout of the layer's own.
+        refused: by target that refuses every instance, the option in the error.
     """
 
     x: tuple[int, ...] | Any
     base: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Option | str] = field(default_factory=dict)
     images: bool = False
+    refused: dict[str, str] = field(default_factory=dict)

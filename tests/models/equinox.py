@@ -353,6 +353,8 @@ _CELL = Constructor(
     },
 )
 
+_WITHIN = "tests/test_normalized_weights.py"
+
 CONSTRUCTORS = {
     eqx.nn.Sequential: "its layers are tested in stacks",
     eqx.nn.Linear: Constructor(
@@ -381,6 +383,27 @@ CONSTRUCTORS = {
             "dtype": Option(jnp.bfloat16),
             "scan": Option(True),
             "key": INITIAL,
+        },
+    ),
+    eqx.nn.SpectralNorm: Constructor(
+        (6, 3),
+        {"layer": eqx.nn.Linear(3, 4, key=_KEY), "weight_name": "weight", "key": _KEY},
+        {
+            "layer": _WITHIN,
+            "weight_name": "a wrong one fails at once: tests/test_normalized_weights.py",
+            "num_power_iterations": Option(3),
+            "eps": Option(2.0),
+            "inference": MODE,
+            "key": INITIAL,
+        },
+    ),
+    eqx.nn.WeightNorm: Constructor(
+        (6, 3),
+        {"layer": eqx.nn.Linear(3, 4, key=_KEY)},
+        {
+            "layer": _WITHIN,
+            "weight_name": Option("bias", refused=ALL),
+            "axis": Option(1),
         },
     ),
     eqx.nn.MultiheadAttention: Constructor(

@@ -185,11 +185,20 @@ def _clone(module, train, memo):
     return module
 
 
+def _modes(module, train):
+    """The arguments of a call that only this layer takes."""
+    return {"update_stats": train} if isinstance(module, nn.SpectralNorm) else {}
+
+
 def run(model, x, train=False, key=None):
     module, variables = model
     rngs = {} if key is None else {"rngs": {"dropout": key}}
     y, changed = _in_mode(module, train, {}).apply(
-        variables, x, mutable=["batch_stats"] if train else [], **rngs
+        variables,
+        x,
+        mutable=["batch_stats"] if train else [],
+        **rngs,
+        **_modes(module, train),
     )
     return y, (module, {**variables, **changed})
 
@@ -253,7 +262,8 @@ def construct(cls, x, **options):
     inputs = [array(*x) if isinstance(x, tuple) else x]
     if isinstance(module, nn.RNNCellBase):
         inputs.insert(0, module.initialize_carry(jax.random.key(0), x))
-    variables = _in_mode(cls(**alone), False, {}).init(jax.random.key(0), *inputs)
+    modes = _modes(module, False)
+    variables = _in_mode(cls(**alone), False, {}).init(jax.random.key(0), *inputs, **modes)
     if "params" in variables:
         variables["params"] = jax.tree.map(
             lambda a: a + array(*a.shape).astype(a.dtype), variables["params"]
@@ -369,6 +379,8 @@ _ATTENTION = _MODULE | {
     ),
     "attn_weights_value_einsum_cls": "it comes with qk_attn_weights_einsum_cls",
 }
+
+_WITHIN = "tests/test_normalized_weights.py"
 
 CONSTRUCTORS = {
     nn.Sequential: "its layers are tested in stacks",
@@ -489,6 +501,35 @@ CONSTRUCTORS = {
             "forward_rnn": "a layer of its own",
             "backward_rnn": "a layer of its own",
             "merge_fn": Option(jnp.subtract),
+        },
+    ),
+    nn.SpectralNorm: Constructor(
+        (6, 3),
+        {"layer_instance": nn.Dense(4)},
+        _MODULE
+        | {
+            "layer_instance": _WITHIN,
+            "n_steps": Option(3),
+            "epsilon": Option(0.1),
+            "dtype": Option(jnp.bfloat16),
+            "param_dtype": Option(jnp.bfloat16, refused=ALL),
+            "error_on_non_matrix": "it fails at once, or changes nothing",
+            "collection_name": Option("other", training=False),
+        },
+    ),
+    nn.WeightNorm: Constructor(
+        (6, 3),
+        {"layer_instance": nn.Dense(4)},
+        _MODULE
+        | {
+            "layer_instance": _WITHIN,
+            "epsilon": Option(0.1),
+            "dtype": Option(jnp.bfloat16),
+            "param_dtype": Option(jnp.bfloat16),
+            "use_scale": Option(False),
+            "scale_init": INITIAL,
+            "feature_axes": Option((0, -1)),
+            "variable_filter": Option({"bias"}),
         },
     ),
     nn.ConvLocal: Constructor(

@@ -421,6 +421,14 @@ _RNN = {
     "rngs": "only a random initial state depends on it",
 }
 
+_WITHIN = "tests/test_normalized_weights.py"
+_PURE = {"equinox": "overwrites", "linen": "overwrites"}
+
+
+def _scales(key, shape):  # a random one fails: NNX gives it no key
+    return jnp.arange(4.0).reshape(shape) - 1.3
+
+
 TRANSPOSED = {
     "kernel_size": Option(3, x=(2, 5, 4)),
     "strides": Option((2, 1)),
@@ -568,6 +576,39 @@ CONSTRUCTORS = {
             "bias_metadata": _note("bias_metadata", "bias"),
         },
         images=True,
+    ),
+    nnx.SpectralNorm: Constructor(
+        (6, 3),
+        {"layer_instance": nnx.Linear(3, 4, rngs=_RNGS), "rngs": _RNGS},
+        {
+            "layer_instance": _WITHIN,
+            "n_steps": Option(3),
+            "epsilon": Option(0.1),
+            "dtype": Option(jnp.bfloat16),
+            # NNX then warns in training, which is an error here
+            "param_dtype": Option(jnp.bfloat16, training=False),
+            "error_on_non_matrix": "it fails at once, or changes nothing",
+            "update_stats": MODE,
+            "rngs": INITIAL,
+        },
+        refused=_PURE,
+    ),
+    nnx.WeightNorm: Constructor(
+        (6, 3),
+        {"layer_instance": nnx.Linear(3, 4, rngs=_RNGS), "rngs": _RNGS},
+        {
+            "layer_instance": _WITHIN,
+            "feature_axes": Option(0),
+            "use_scale": Option(False),
+            "scale_init": Option(_scales),
+            "epsilon": Option(0.1),
+            "dtype": Option(jnp.bfloat16),
+            "param_dtype": INITIAL,
+            "variable_filter": Option(nnx.PathContains("bias")),
+            "promote_dtype": Option(_promote, refused=ALL),
+            "rngs": INITIAL,
+        },
+        refused=_PURE,
     ),
     nnx.LSTMCell: Constructor((6, 3), _CELL, _LSTM),
     nnx.OptimizedLSTMCell: Constructor((6, 3), _CELL, _LSTM),

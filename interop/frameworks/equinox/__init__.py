@@ -13,6 +13,7 @@ from . import (
     convolutions,
     functions,
     linear,
+    normalized_weights,
     norms,
     recurrent,
     sequential,

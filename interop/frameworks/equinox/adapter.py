@@ -62,6 +62,14 @@ class Equinox(Adapter):
                 "an Equinox module sees one example, and this layer depends on the others or "
                 "on their order",
             )
+        if spec.writes_parameters:
+            ctx.refuse(
+                "overwrites",
+                True,
+                "each call gives the layer new parameters, which a function cannot do",
+                "Call it once in evaluation, and convert the layer within, which then holds "
+                "the kernel that was used; or wrap it live with shims.wrap",
+            )
         names = getattr(spec, "axis_name", None)
         if "batch" in (names if isinstance(names, tuple | list) else (names,)):
             ctx.refuse("axis_name", names, "Equinox's layers are mapped over a batch so named")

@@ -14,6 +14,7 @@ from . import (
     convolutions,
     functions,
     linear,
+    normalized_weights,
     norms,
     recurrent,
     sequential,

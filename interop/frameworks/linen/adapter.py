@@ -22,6 +22,11 @@ from ...registry import Adapter
 from ..nnx.adapter import read_pool
 from .variables import check_variables, leaves_of
 
+OVERWRITES = "each call gives the layer new parameters, which a function cannot do"
+OVERWRITTEN = (
+    "Call it once in evaluation, and convert the layer within, which then holds the kernel "
+    "that was used; or wrap it live with shims.wrap"
+)
 # Collections that a call leaves behind; "carry" is what live wrappers call hidden state.
 _OF_A_RUN = ("intermediates", "perturbations", "cache", "carry")
 
@@ -73,6 +78,8 @@ class Linen(Adapter):
         return node.module.skeleton.merge(combine(trained, buffers))
 
     def build_composite(self, cls, spec, ctx):
+        if spec.writes_parameters:
+            ctx.refuse("overwrites", True, OVERWRITES, OVERWRITTEN)
         skeleton, arrays = split(spec)
         trained, buffers = skeleton.trained(arrays), skeleton.buffers(arrays)
         module = cls(skeleton=skeleton, deterministic=not ctx.options.get("train", False))
@@ -218,6 +225,7 @@ _MODES = {
     "train": True,
     "training": True,
     "is_training": True,
+    "update_stats": True,
 }
 
 

@@ -166,13 +166,13 @@ def _part(**arrays: Any) -> dict[str, Any]:
 _RNN = ("time_major", "return_carry", "reverse", "keep_order", "unroll")
 
 
-def _below(node, name: str) -> Node:
+def below(node, name: str) -> Node:
     """The submodule of that name, and its variables."""
     variables = {k: tree[name] for k, tree in node.variables.items() if name in tree}
     return Node(getattr(node.module, name), variables)
 
 
-def _above(module: Any, parts: dict[str, Any], ctx) -> Node:
+def above(module: Any, parts: dict[str, Any], ctx) -> Node:
     """A module with submodules by their names; one that has two names is under the first."""
     variables: dict[str, dict[str, Any]] = {}
     seen: set[int] = set()
@@ -195,7 +195,7 @@ def _above(module: Any, parts: dict[str, Any], ctx) -> Node:
     },
 )
 def read_rnn(node, ctx):
-    cell = read_cell(_below(node, "cell"), node.module.cell, ctx)
+    cell = read_cell(below(node, "cell"), node.module.cell, ctx)
     return specs.RNN(cell=cell, **{name: getattr(node.module, name) for name in _RNN})
 
 
@@ -203,12 +203,12 @@ def read_rnn(node, ctx):
 def build_rnn(spec, ctx):
     cell = ctx.build(spec.cell)
     module = nn.RNN(cell.module, **{name: getattr(spec, name) for name in _RNN})
-    return _above(module, {"cell": cell}, ctx)
+    return above(module, {"cell": cell}, ctx)
 
 
 @adapter.reads(nn.Bidirectional, specs.Bidirectional)
 def read_bidirectional(node, ctx):
-    parts = {name: (_below(node, name), getattr(node.module, name)) for name in RNNS}
+    parts = {name: (below(node, name), getattr(node.module, name)) for name in RNNS}
     return specs.Bidirectional(**read_rnns(parts, ctx), **bidirectional_fields(node.module))
 
 
@@ -216,4 +216,4 @@ def read_bidirectional(node, ctx):
 def build_bidirectional(spec, ctx):
     parts = {name: ctx.build(getattr(spec, name)) for name in RNNS}
     modules = {name: node.module for name, node in parts.items()}
-    return _above(nn.Bidirectional(**modules, **bidirectional_options(spec)), parts, ctx)
+    return above(nn.Bidirectional(**modules, **bidirectional_options(spec)), parts, ctx)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import flax.linen as nn
@@ -91,7 +91,7 @@ _VARIABLES: dict[type, Any] = {
 def _composite_variables(m: Any) -> dict[Key, Any]:
     empty = m.skeleton.empty
     parts = {"params": m.skeleton.trained(empty), "batch_stats": m.skeleton.buffers(empty)}
-    return {key: leaf.shape for key, leaf in _flatten(parts, ())}
+    return {key: leaf.shape for key, leaf in flatten(parts, ())}
 
 
 def _general_variables(m: nn.DenseGeneral) -> dict[Key, Any]:
@@ -168,7 +168,42 @@ def _cell_variables(m: Any) -> dict[Key, Any]:
     return found
 
 
-_SUBMODULES = {nn.RNN: ("cell",), nn.Bidirectional: ("forward_rnn", "backward_rnn")}
+_SUBMODULES = {
+    nn.RNN: ("cell",),
+    nn.Bidirectional: ("forward_rnn", "backward_rnn"),
+    nn.SpectralNorm: ("layer_instance",),
+    nn.WeightNorm: ("layer_instance",),
+}
+
+
+def normalized_by(m: nn.WeightNorm, names: Iterable[str]) -> list[str]:
+    """Those arrays of the layer within, by name, that a ``WeightNorm`` normalises."""
+    parts = m.variable_filter
+    return [n for n in names if not parts or any(p in f"layer_instance/{n}" for p in parts)]
+
+
+def _normalized_variables(m: Any, found: Mapping[Key, Any]) -> dict[Key, Any]:
+    """What is beside the variables of the layer within, given those."""
+    within = ("params", "layer_instance")
+    params = {key[2]: shape for key, shape in found.items() if key[:2] == within and shape}
+    if isinstance(m, nn.WeightNorm):
+        names = normalized_by(m, params) if m.use_scale else []
+        axes = None if m.feature_axes is None else axes_of(m.feature_axes)
+        return {
+            ("params", f"layer_instance/{name}/scale"): [
+                size
+                for i, size in enumerate(params[name])
+                if i in {axis % len(params[name]) for axis in axes or ()}
+            ]
+            for name in names
+        }
+    if m.n_steps < 1 or "kernel" not in params:
+        return {}
+    place = m.collection_name, "layer_instance/kernel"
+    return {
+        (place[0], f"{place[1]}/u"): (1, params["kernel"][-1]),
+        (place[0], f"{place[1]}/sigma"): (),
+    }
 
 
 def _declared(
@@ -187,11 +222,16 @@ def _declared(
     if layer_type not in _SUBMODULES:
         return _VARIABLES[layer_type](module) if layer_type in _VARIABLES else None
     found: dict[Key, Any] = {}
+    wraps = layer_type in (nn.SpectralNorm, nn.WeightNorm)
+    if wraps and type(module.layer_instance) not in _VARIABLES:
+        return None
     for name in _SUBMODULES[layer_type]:
         below = _declared(adapter, getattr(module, name), f"{path}.{name}", seen) or {}
         for (collection, *rest), shape in below.items():
             own = shape and tuple(f"{n} of {name}" if isinstance(n, str) else n for n in shape)
             found[(collection, name, *rest)] = own
+        if wraps:
+            found |= _normalized_variables(module, found)
     return found
 
 
@@ -221,7 +261,7 @@ def check_variables(adapter: Adapter, model: nn.Module, variables: Mapping[str, 
     """
     wanted: dict[Key, tuple[int | str, ...]] = {}
     parents: dict[int, Any] = {}
-    given = dict(_flatten(variables, ()))
+    given = dict(flatten(variables, ()))
     for module, scope, parent in leaves_of(model, (), None):
         places = "".join(f"[{name.removeprefix('layers_')}]" for name in scope)
         declared = _declared(adapter, module, f"model{places}", set())
@@ -267,10 +307,10 @@ def leaves_of(module: Any, scope: Key, parent: Any) -> Iterator[tuple[nn.Module,
             yield from leaves_of(layer, (*scope, f"layers_{i}"), module)
 
 
-def _flatten(tree: Any, path: Key) -> Iterator[tuple[Key, Any]]:
+def flatten(tree: Any, path: Key) -> Iterator[tuple[Key, Any]]:
     if isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield from _flatten(value, (*path, str(key)))
+            yield from flatten(value, (*path, str(key)))
     else:
         yield path, tree
 

@@ -12,6 +12,7 @@ from . import (
     convolutions,
     functions,
     linear,
+    normalized_weights,
     norms,
     recurrent,
     sequential,

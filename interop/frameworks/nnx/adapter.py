@@ -68,12 +68,15 @@ class Nnx(Adapter):
         return nnx.from_flat_state([(path, nnx.Param(leaf)) for path, leaf in leaves.items()])
 
     def held(self, node):
-        return {path: variable.get_value() for path, variable in _lasting(node).items()}
+        return {path: _value(part) for path, part in _lasting(node).items()}
 
     def hold(self, node, values):
-        variables = _lasting(node)
+        held = _lasting(node)
         for path, value in values.items():
-            variables[path].set_value(value)
+            if isinstance(held[path], nnx.Variable):
+                held[path].set_value(value)
+            else:
+                nnx.update(node, nnx.from_flat_state([(path, value)]))
         return node
 
     def run(self, node, inputs, train):
@@ -143,10 +146,14 @@ def metadata_of(partitioning: Partitioning | None) -> dict[str, Any]:
     return metadata
 
 
-def _lasting(node: nnx.Module) -> dict[tuple[Any, ...], nnx.Variable]:
-    """The Variables that outlast a run, by path, each once."""
+def _lasting(node: nnx.Module) -> dict[tuple[Any, ...], Any]:
+    """The Variables and plain arrays that outlast a run, by path, each once."""
     found = nnx.to_flat_state(nnx.state(node))
     return {path: v for path, v in found if not isinstance(v, _OF_A_RUN)}
+
+
+def _value(part: Any) -> Any:
+    return part.get_value() if isinstance(part, nnx.Variable) else part
 
 
 def array_of(layer, ctx, name: str, wanted: type[nnx.Variable] = nnx.Param) -> Any:
