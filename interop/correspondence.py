@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ from .rearrangement import Piece, Rearrangement
 from .registry import Adapter, registry
 from .walk import Reading
 
-__all__ = ["WeightMapping", "arrays_of", "changes_of", "mapping"]
+__all__ = ["WeightMapping", "arrays_of", "changes_of", "mapping", "rebuilt", "stand_ins"]
 
 Shapes = dict[Path, tuple[int, ...]]
 Change = Callable[[specs.Spec, Reading], specs.Spec]
@@ -177,54 +177,6 @@ class WeightMapping:
             other._target_tree,
         )
 
-    @classmethod
-    def identity(cls, framework: str, container: Any) -> WeightMapping:
-        """The mapping of a container of parameters to itself."""
-        shapes = _shapes(container)
-        ids = rearrangement.number(shapes)
-        shifts = {path: np.zeros(shape) for path, shape in shapes.items()}
-        changes = rearrangement.find(shapes, dict(ids), shifts)
-        return cls(framework, framework, shapes, changes, _tree(container), _tree(container))
-
-    def relocated(self, framework: str, container: Any) -> WeightMapping:
-        """This mapping from another container of the source's parameters.
-
-        Args:
-            framework: whose container it is.
-            container: the same parameters at the same paths, as text, or with the name of a
-                collection before them.
-
-        Raises:
-            ConversionError: it holds others.
-        """
-        shapes = _shapes(container)
-        here, own = ({tuple(map(str, path)): path for path in s} for s in (shapes, self.shapes))
-        for prefix in ((), ("params",), ("params", "params")):
-            moved = {(*prefix, *text): path for text, path in own.items()}
-            same = moved.keys() == here.keys()
-            if same and all(shapes[here[t]] == self.shapes[moved[t]] for t in moved):
-                break
-        else:
-            raise ConversionError(
-                f"the parameters of the {framework} container are not those of the source",
-                missing=[name(path) for path in self.shapes],
-                unexpected=[name(path) for path in shapes],
-            )
-        paths = {moved[text]: here[text] for text in moved}
-        changes = tuple(
-            dataclasses.replace(
-                change,
-                pieces=tuple(
-                    dataclasses.replace(piece, source=paths[piece.source])
-                    for piece in change.pieces
-                ),
-            )
-            for change in self.changes
-        )
-        return WeightMapping(
-            framework, self.target, shapes, changes, _tree(container), self._target_tree
-        )
-
     def to_json(self) -> str:
         """The mapping as text, for :meth:`from_json`; it holds no weights."""
         return json.dumps(
@@ -313,6 +265,11 @@ class WeightMapping:
         )
 
 
+stand_ins: list[Callable[[Any, Any, Any], WeightMapping | None]] = []
+"""Asked first for the mapping from ``a`` to ``b`` with a ``sample_input``: each answers for
+models that hold parts which stand for others, and with None for the rest."""
+
+
 def mapping(
     a: Any, b: Any = None, *, to: str | None = None, sample_input: Any = None
 ) -> WeightMapping:
@@ -323,8 +280,10 @@ def mapping(
 
     Args:
         a: a model; ``(module, variables)`` for Linen, ``(model, state)`` for an Equinox model
-            with state. Or a live shim, whose parameters are in its host's container.
-        b: a model of the same layers, of any framework; of a shim, what it materialized to.
+            with state. It may be a live shim, or hold some, whose parameters are in its
+            container as in any optimiser's.
+        b: a model of the same layers, of any framework; of a model with shims, what it
+            materialized to.
         to: instead of ``b``, the framework that ``a`` would be converted to.
         sample_input: one example for ``a`` without its batch axis, or its shape; needed where
             :func:`interop.convert` needs it, such as for a Flatten between layouts.
@@ -353,8 +312,9 @@ def mapping(
             remedy='Write mapping(a, b) or mapping(a, to="...")',
         )
     module, keywords = keywords_of(a)
-    if b is not None and (stands_for := getattr(type(module), "_shim_mapping", None)):
-        return stands_for(a, b, sample_input)
+    for stand_in in stand_ins if b is not None else ():
+        if (found := stand_in(a, b, sample_input)) is not None:
+            return found
     adapter, node = open_model(a)
     if to is not None:
         b = convert_with(module, to, sample_input=sample_input, options={}, **keywords)
@@ -398,9 +358,88 @@ def changes_of(
     return tuple(f"{path}: {how}" for path, how in found if how != "same")
 
 
+def rebuilt(
+    framework: str, container: Any, rebuild: Callable[[Any], Any], target: Any
+) -> WeightMapping:
+    """The mapping from a container of parameters to what a function makes of it.
+
+    Args:
+        framework: whose containers they are.
+        container: the parameters.
+        rebuild: called with such containers, which hold numbers.
+        target: what it would make of ``container``.
+
+    Raises:
+        ConversionError: it does more than move elements and add constants to them, or makes
+            something else than ``target``.
+    """
+    shapes, wanted = _shapes(container), _shapes(target)
+    dtypes = [leaf.dtype for leaf in arrays(container).values()]
+    base = min((_base(dtype) for dtype in dtypes), default=_BASE)
+    ids = rearrangement.number(shapes)
+    size = sum(map(math.prod, shapes.values()))
+
+    def remade(digits: dict[Path, Any]) -> dict[Path, Any]:
+        leaves = [jnp.asarray(d, t) for d, t in zip(digits.values(), dtypes, strict=True)]
+        made = rebuild(jax.tree.unflatten(jax.tree.structure(container), leaves))
+        if _shapes(made) != wanted:
+            raise ConversionError(
+                "the models do not correspond: the first becomes another than the second",
+                missing=[name(path) for path in _shapes(made).keys() - wanted.keys()],
+                unexpected=[name(path) for path in wanted.keys() - _shapes(made).keys()],
+                remedy="Pass what materialize made of the first",
+            )
+        return arrays(made)
+
+    readings = [(n, remade(up), remade(down)) for n, up, down in _digits(ids, size, base)]
+    found, shifts = dict[Path, Any](), dict[Path, Any]()
+    for path in wanted:
+        pairs = [(n, *_as_floats(up[path], down[path])) for n, up, down in readings]
+        numbers, shifts[path] = _decoded(pairs, size, base)
+        if numbers is None:
+            raise ConversionError(
+                "the parameter is not made of elements of the source's", path=name(path)
+            )
+        found[path] = numbers
+    unused = np.ones(size, bool)
+    for numbers in found.values():
+        unused[numbers] = False
+    if unused.any():
+        lost = [name(path) for path, numbers in ids.items() if unused[numbers].any()]
+        raise ConversionError("parameters have no counterpart in the target", missing=lost)
+    changes = rearrangement.find(shapes, found, shifts)
+    return WeightMapping(framework, framework, shapes, changes, _tree(container), _tree(target))
+
+
 # float32 holds every integer up to 16 times this base, and eighths of those up to twice it, so
 # that a reader may add a constant to a digit.
 _BASE = 2**20
+
+
+def _base(dtype: Any) -> int:
+    """The base of digits that arrays of ``dtype`` hold as float32 holds those of ``_BASE``."""
+    return min(_BASE, 2 ** (jnp.finfo(dtype).nmant - 3))
+
+
+def _digits(ids: dict[Path, Any], size: int, base: int) -> Iterator[tuple[int, Any, Any]]:
+    """For each digit of the numbers its scale, the digits, and their complements."""
+    scale = 1
+    while scale < max(size, 2):
+        digits = {path: numbers // scale % base for path, numbers in ids.items()}
+        yield scale, digits, {path: base - 1 - digit for path, digit in digits.items()}
+        scale *= base
+
+
+def _decoded(pairs: list[tuple[int, Any, Any]], size: int, base: int) -> tuple[Any, Any]:
+    """The numbers of an array's elements, or None if they have none, and what is added.
+
+    ``pairs`` has for each digit its scale, what it became, and what its complement became.
+    """
+    shift = (pairs[0][1] + pairs[0][2] - (base - 1)) / 2
+    ids = _number([(scale, up - shift) for scale, up, _ in pairs], base)
+    if ids is None or np.unique(ids).size != ids.size or ids.max(initial=0) >= size:
+        return None, shift
+    return ids, shift
 
 
 class _Numbered:
@@ -419,12 +458,10 @@ class _Numbered:
         }
         self.ids = rearrangement.number(self.shapes)
         self.size = sum(map(math.prod, self.shapes.values()))
-        scale, readings = 1, list[tuple[int, Any, Any]]()
-        while scale < max(self.size, 2):
-            digits = {path: ids // scale % _BASE for path, ids in self.ids.items()}
-            down = {path: _BASE - 1 - digit for path, digit in digits.items()}
-            readings.append((scale, self._read(digits), self._read(down)))
-            scale *= _BASE
+        readings = [
+            (scale, self._read(up), self._read(down))
+            for scale, up, down in _digits(self.ids, self.size, _BASE)
+        ]
         self.layers: list[tuple[str, str, dict[str, Any]]] = []
         for i, (where, kind, _) in enumerate(readings[0][1]):
             arrays_read = [(scale, up[i][2], down[i][2]) for scale, up, down in readings]
@@ -451,9 +488,8 @@ class _Numbered:
             pairs = [(scale, *_as_floats(up[key], down[key])) for scale, up, down in readings]
             if np.array_equal(*pairs[0][1:]):
                 continue  # an array that is no parameter
-            shift = (pairs[0][1] + pairs[0][2] - (_BASE - 1)) / 2
-            ids = _number([(scale, a - shift) for scale, a, _ in pairs])
-            if ids is None or np.unique(ids).size != ids.size or ids.max() >= self.size:
+            ids, shift = _decoded(pairs, self.size, _BASE)
+            if ids is None:
                 raise ConversionError(
                     f"{key} is computed from several weights of the {self.adapter.name} "
                     f"layer, so that its gradient does not tell theirs",
@@ -464,9 +500,9 @@ class _Numbered:
         return fields
 
 
-def _number(digits: list[tuple[int, Any]]) -> Any:
+def _number(digits: list[tuple[int, Any]], base: int) -> Any:
     """The numbers with those digits, each with its scale; None if one is no digit."""
-    if any(((d != np.rint(d)) | (d < 0) | (d >= _BASE)).any() for _, d in digits):
+    if any(((d != np.rint(d)) | (d < 0) | (d >= base)).any() for _, d in digits):
         return None
     return sum(scale * digit.astype(np.int64) for scale, digit in digits)
 

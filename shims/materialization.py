@@ -15,7 +15,7 @@ import jax
 
 from interop.api import unchecked
 from interop.comparison import compare
-from interop.correspondence import WeightMapping, mapping
+from interop.correspondence import WeightMapping, mapping, rebuilt, stand_ins
 from interop.errors import (
     ArgumentError,
     ConversionError,
@@ -36,7 +36,7 @@ from .core import (
 from .program import Program
 from .tracing import trace
 
-__all__ = ["Remake", "Replacement", "Whole", "by_path", "materialize", "shim_mapping"]
+__all__ = ["Remake", "Replacement", "Whole", "by_path", "materialize"]
 
 Call = tuple[tuple[Any, ...], tuple[str, ...]]
 """Arguments of a call, described, and the names of its keyword arguments."""
@@ -73,6 +73,7 @@ class Remake:
         to: the host's framework.
         method, train, copy: as in :func:`materialize`.
         calls: of each shim that was called, by its path, the arguments of the first call.
+        programs: by path, those of shims that were traced before.
         rows: what was done.
     """
 
@@ -82,6 +83,7 @@ class Remake:
     copy: bool
     calls: Mapping[Path, Call]
     whole: Whole
+    programs: Mapping[Path, Program] = field(default_factory=dict[Path, Program])
     rows: list[Replacement] = field(default_factory=list[Replacement])
 
     def __call__(
@@ -109,6 +111,8 @@ class Remake:
         """
         where = f"model.{path_text(path)}" if path else "model"
         name = structure.guest_type.__qualname__
+        if path in self.programs:
+            return self.whole.make(self.programs[path], values, **(traced or {}))
         check_alive(values)
         if self.copy:
             values = {p: jax.numpy.copy(value) for p, value in values.items()}
@@ -367,34 +371,51 @@ def _without_shims(native: Any) -> Any:
     return materialize(native)
 
 
-def shim_mapping(model: Any, other: Any, sample_input: Any) -> WeightMapping:
-    """:func:`interop.mapping` from a shim to what became of it.
-
-    Args:
-        model: the shim, or a pair of it and what its host keeps outside.
-        other: its traced module, or a model of the guest's layers.
-        sample_input: as in ``interop.mapping``.
-
-    Raises:
-        InteropError: they do not correspond.
-    """
-    shim, companion, to, whole = _opened(model, None, None)
-    adapter, node = unchecked(model)
-    container = adapter.parameters(node)
+def _mapping(model: Any, other: Any, sample_input: Any) -> WeightMapping | None:
+    """:func:`interop.mapping` from a model with shims to what became of it; else None."""
+    pair: Any = model if isinstance(model, tuple) else (model,)
+    framework = registry.framework_of(pair[0])
+    if framework is None or side_of(framework, "whole") is None:
+        return None
+    module, companion, to, whole = _opened(model, None, None)
+    shims = whole.shims(module)
+    if not shims:
+        return None
+    remake = Remake(to, "structural", False, False, {}, whole)
     there: Any = other[0] if isinstance(other, tuple) else other
-    if isinstance(there, whole.module_type):
-        links = WeightMapping.identity(to, adapter.parameters(unchecked(other)[1]))
-    else:
-        structure, values = whole.replace(shim, companion, _guest)
-        links = mapping(
-            _without_shims(structure.build(values)), other, sample_input=sample_input
-        )
-    return links.relocated(to, container)
+    is_own = registry.framework_of(there) == to
+    parts = {path: _part(there, path) for path, _ in shims} if is_own else {}
+    traced = {path: part for path, part in parts.items() if isinstance(part, whole.module_type)}
+    remake.programs = {path: part.program for path, part in traced.items()}
+    adapter, node = unchecked(model)
+
+    def rebuild(container: Any) -> Any:
+        numbered = adapter.native(adapter.with_parameters(node, container))
+        inner, beside, *_ = _opened(numbered, None, None)
+        return adapter.parameters(unchecked(whole.replace(inner, beside, remake))[1])
+
+    made = whole.replace(module, companion, remake)
+    own, target = adapter.parameters(node), adapter.parameters(unchecked(made)[1])
+    wanted = adapter.parameters(unchecked(other)[1]) if is_own else None
+    if jax.tree.structure(wanted) == jax.tree.structure(target):
+        return rebuilt(to, own, rebuild, wanted)
+    there_after = mapping(made, other, sample_input=sample_input)
+    return rebuilt(to, own, rebuild, target).then(there_after)
 
 
-def _guest(structure: Structure, values: Any, **_: Any) -> tuple[Structure, Any]:
-    """Stands for a :class:`Remake` where the guest itself is wanted."""
-    return structure, values
+stand_ins.append(_mapping)
+
+
+def _part(model: Any, path: Path) -> Any:
+    """What stands at a shim's path in another model; None where nothing does."""
+    part = model
+    for step in path:
+        is_plain = isinstance(part, list | tuple | Mapping)
+        try:
+            part = part[step] if is_plain else getattr(part, str(step))
+        except (AttributeError, LookupError, TypeError):
+            return None
+    return part
 
 
 def _verify(source: Any, made: Any, inputs: tuple[Any, ...]) -> None:

@@ -53,7 +53,7 @@ from ...forwarding import (
     refuse_attribute,
     signature_with,
 )
-from ...materialization import materialize, shim_mapping
+from ...materialization import materialize
 from ...report import LinkReport
 
 __all__ = ["FromEquinox", "FromLinen", "FromNNX", "Wrapped"]
@@ -324,8 +324,6 @@ class Wrapped(brainstate.nn.Module):
         )
 
     # -- private: every name has the prefix _shim_ --
-
-    _shim_mapping = staticmethod(shim_mapping)
 
     def _shim_held(self) -> tuple[Structure, dict[Path, brainstate.State]]:
         return self._shim_structure, self._shim_states()

@@ -47,7 +47,7 @@ from ...forwarding import (
     signature_with,
     without_self,
 )
-from ...materialization import materialize, shim_mapping
+from ...materialization import materialize
 from ...report import LinkReport
 
 __all__ = ["ToEquinox"]
@@ -362,8 +362,6 @@ class ToEquinox(eqx.nn.StatefulLayer):
             cell.set(values[cell.path])
 
     # -- private: every name has the prefix _shim_ --
-
-    _shim_mapping = staticmethod(shim_mapping)
 
     def _shim_remade(self, remake: Callable[..., Any], state: Any, **facts: Any) -> Any:
         return remake(

@@ -45,7 +45,7 @@ from ...forwarding import (
     signature_with,
     without_self,
 )
-from ...materialization import materialize, shim_mapping
+from ...materialization import materialize
 from ...report import LinkReport
 from .traced import COLLECTIONS
 from .traced import place as place_of
@@ -275,8 +275,6 @@ class ToLinen(nn.Module):
             cell.set(values[cell.path])
 
     # -- private: every name has the prefix _shim_ --
-
-    _shim_mapping = staticmethod(shim_mapping)
 
     @nn.nowrap
     def _shim_remade(

@@ -45,7 +45,7 @@ from ...forwarding import (
     signature_with,
     without_self,
 )
-from ...materialization import materialize, shim_mapping
+from ...materialization import materialize
 from ...report import LinkReport
 from .streams import key_source, named_streams, no_key, stream_of
 from .views import check_link, owned, view_of
@@ -310,8 +310,6 @@ class ToNNX(nnx.Module):
         )
 
     # -- private: every name has the prefix _shim_ --
-
-    _shim_mapping = staticmethod(shim_mapping)
 
     @property
     def _shim_first(self) -> Structure:
