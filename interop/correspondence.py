@@ -463,19 +463,26 @@ class _Numbered:
             for scale, up, down in _digits(self.ids, self.size, _BASE)
         ]
         self.layers: list[tuple[str, str, dict[str, Any]]] = []
-        for i, (where, kind, _) in enumerate(readings[0][1]):
-            arrays_read = [(scale, up[i][2], down[i][2]) for scale, up, down in readings]
-            if fields := self._fields(where, arrays_read):
-                self.layers.append((where, kind, fields))
+        self.frozen = np.zeros(self.size, bool)
+        for i, (where, part) in enumerate(readings[0][1]):
+            arrays_read = [
+                (scale, arrays_of(up[i][1]), arrays_of(down[i][1]))
+                for scale, up, down in readings
+            ]
+            fields = self._fields(where, arrays_read)
+            for key in fields.keys() & set(part.buffers):  # seen here by optimisers in vain
+                self.frozen[fields.pop(key)[0].ravel()] = True
+            if fields:
+                self.layers.append((where, _kind(part), fields))
 
-    def _read(self, digits: dict[Path, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    def _read(self, digits: dict[Path, Any]) -> list[tuple[str, specs.Spec]]:
         numbered = [jnp.asarray(digits[path], jnp.float32) for path in arrays(self.parameters)]
         container = jax.tree.unflatten(jax.tree.structure(self.parameters), numbered)
         reading = Reading(self.adapter, registry)
         node = self.adapter.with_parameters(self._node, container)
         spec = self._change(reading.read(node, "model"), reading)
         return [
-            (reading.origins.get(id(part), ("model", object))[0], _kind(part), arrays_of(part))
+            (reading.origins.get(id(part), ("model", object))[0], part)
             for part in _parts(spec, set())
         ]
 
@@ -557,7 +564,7 @@ def _match(first: _Numbered, second: _Numbered) -> tuple[dict[Path, Any], dict[P
             ids_a, shift_a = a[key]
             ids[ids_b.ravel()] = ids_a.ravel()
             shifts[ids_b.ravel()] = (shift_a - shift_b).ravel()
-    used = np.zeros(first.size, bool)
+    used = first.frozen.copy()
     used[ids[ids >= 0]] = True
     missing = [name(path) for path, part in second.ids.items() if (ids[part] < 0).any()]
     unused = [name(path) for path, part in first.ids.items() if not used[part].all()]

@@ -97,6 +97,8 @@ class Adapter(abc.ABC):
     """Options that must keep this value in every layer that has them, as in a rule."""
     companion: ClassVar[str | None] = None
     """The argument of ``convert`` that is the second half of a native pair of values."""
+    edges: ClassVar[Mapping[type[Spec], str]] = {}
+    """What its layers do at the edge of their inputs, where frameworks differ; for reports."""
     is_hub: ClassVar[bool] = False
     """Whether pairs of rules written for two frameworks go through this one."""
 

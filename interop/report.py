@@ -36,7 +36,8 @@ class Row:
         how: ``"native"``, a class of the target framework; ``"composite"``, a class of this
             library; ``"function"``, a plain callable; ``"refused"``; or ``"unknown"``, if
             that depends on a layer that was refused.
-        changes: what is transposed or moved, one line for each array.
+        changes: what is transposed or moved, one line for each array; and what differs at
+            the edge of the inputs.
         shared, copied: bytes of the arrays that are the source's own objects, and that are not.
         shapes: of one example before and after the layer, where they are known.
         problem: why it is refused, or None.
@@ -350,7 +351,16 @@ class _Trial(Building):
             self._rowed.add(id(spec))
             target, how = self._target(built)
             changes, sizes = self._arrays(spec, built)
+            changes += self._edges(spec, found, how)
             self.rows.append(Row(path, source, target, how, changes, *sizes, shapes))
+
+    def _edges(self, spec: specs.Spec, found: type, how: str) -> tuple[str, ...]:
+        """What the native layers of both frameworks do unlike each other, if both are such."""
+        source, target = self._survey.adapter, self.adapter
+        here, there = source.edges.get(type(spec)), target.edges.get(type(spec))
+        if how != "native" or found in source.composites.values() or here == there:
+            return ()
+        return (f"{source.name}: {here}; {target.name}: {there}",)
 
     def _after_refused(self) -> bool:
         return self.sample is not None and any(row.target is None for row in self.rows)

@@ -46,6 +46,8 @@ MADE = {
     "ConvLocal": (((5, 7, 4), 6, (3, 2)), {"strides": (2, 1)}, (2, 5, 7, 4)),
     "ConvTranspose": ((4, 6, (3, 2)), {"groups": 2, "strides": (2, 1)}, (2, 5, 7, 4)),
     "ScaledWSConv": ((4, 6, (3, 2)), {"groups": 2, "padding": "SAME"}, (2, 5, 7, 4)),
+    "Embedding": ((5, (2, 3)), {"max_norm": 0.5, "norm_type": 1.0}, jnp.arange(4)),
+    "FrozenEmbedding": ((5, 3), {"padding_idx": 2}, jnp.arange(4)),
     "ScaledWSLinear": ((3, 4), {"epsilon": 0.3, "use_bias": False}, (5, 3)),
     "SignedLinear": ((3, 4), {"sign": 1 - np.arange(12).reshape(3, 4) % 3}, (5, 3)),
     "Linear": ((3, 4), {"mask": np.arange(12).reshape(3, 4) % 2}, (5, 3)),
@@ -83,7 +85,7 @@ def make(name, layer):
         if issubclass(cls, nn.RNNCellBase):
             carry = module.initialize_carry(None, x)
             return module, module.init(jax.random.key(0), carry, jnp.ones(x))
-        return module, module.init(jax.random.key(0), jnp.ones(x))
+        return module, module.init(jax.random.key(0), given(x))
     if name == "equinox":
         key = jax.random.key(0)
         module, state = eqx.nn.make_with_state(cls)(*sizes, **options, key=key)
@@ -133,6 +135,8 @@ def held(fw, model):
 
 
 def given(shape):
+    if not isinstance(shape, tuple):
+        return shape
     return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
 

@@ -8,6 +8,7 @@ from .convolutions import (
     standardized,
     transposed_convolution,
 )
+from .embedding import embed
 from .functions import (
     ACTIVATIONS,
     Batched,
@@ -46,6 +47,7 @@ __all__ = [
     "all_to_all",
     "attention",
     "einsum",
+    "embed",
     "einsum_bias_shape",
     "head_norm",
     "linear_general",

@@ -33,8 +33,9 @@ from .convolutions import (
     ScaledWSConv,
     flipped,
 )
+from .embedding import Embedding, FrozenEmbedding
 from .functions import Activation, Dropout, Flatten, Function
-from .linear import Embedding, Linear, ScaledWSLinear, SignedLinear
+from .linear import Linear, ScaledWSLinear, SignedLinear
 from .normalized_weights import NormalizedWeight, SpectralNorm, WeightNorm
 from .norms import BatchNorm, GroupNorm, LayerNorm, Norm, RMSNorm
 from .recurrent import (
@@ -68,6 +69,7 @@ __all__ = [
     "Einsum",
     "Embedding",
     "Flatten",
+    "FrozenEmbedding",
     "Function",
     "GRUCell",
     "Gates",

@@ -66,10 +66,9 @@ class AllToAll(Spec):
             **options,
         )
 
-    def as_linear(self) -> Linear | None:
-        """The same layer as a :class:`Linear`, if it is a plain one."""
+    def canonical(self) -> Spec:
         if self.weight.ndim == 0 or not self.include_self:
-            return None
+            return self
         return Linear(weight=self.weight, bias=self.bias, leading_shape=self.leading_shape)
 
     @property

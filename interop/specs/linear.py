@@ -15,7 +15,7 @@ import numpy as np
 from .. import formulas
 from .base import Array, DType, Run, Shape, Spec, mismatches_of, rows
 
-__all__ = ["Embedding", "Linear", "ScaledWSLinear", "SignedLinear"]
+__all__ = ["Linear", "ScaledWSLinear", "SignedLinear"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -173,28 +173,3 @@ class SignedLinear(Linear):
     def mismatches(self) -> list[str]:
         shape = self.weight.shape
         return super().mismatches() + mismatches_of(sign=(self.sign, shape))
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Embedding(Spec):
-    """``y = weight[x]``, for integers ``x`` in ``[0, number)``.
-
-    Shapes:
-        x       (*batch,)
-        weight  (number, features)
-
-    ``dtype`` is what the result is cast to; None means the weight's.
-    """
-
-    weight: Array
-    dtype: DType | None = None
-
-    @property
-    def holds_state(self) -> bool:
-        return True
-
-    def output_shape(self, shape: Shape | None) -> Shape | None:
-        return None if shape is None else (*shape, self.weight.shape[-1])
-
-    def mismatches(self) -> list[str]:
-        return mismatches_of(weight=(self.weight, None))

@@ -574,7 +574,7 @@ CONSTRUCTORS = {
         | {
             "num_embeddings": SHAPE,
             "features": SHAPE,
-            "dtype": Option(jnp.bfloat16, refused=("brainstate", "equinox")),
+            "dtype": Option(jnp.bfloat16),
             "param_dtype": Option(jnp.bfloat16),
             "embedding_init": INITIAL,
             "promote_dtype": Option(_promote, refused=ALL),

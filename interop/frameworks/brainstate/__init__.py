@@ -9,6 +9,7 @@ from . import (
     connections,
     contractions,
     convolutions,
+    embedding,
     functions,
     linear,
     norms,

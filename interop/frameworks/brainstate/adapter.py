@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from brainstate import nn
 
+from ... import specs
 from ...composites.brainstate import COMPOSITES, Lambda
 from ...registry import Adapter
 
@@ -24,6 +25,7 @@ _OF_A_RUN = (brainstate.ShortTermState, brainstate.random.RandomState)
 class BrainState(Adapter):
     name = "brainstate"
     module_type = brainstate.nn.Module
+    edges = {specs.Embedding: "a too large index gives the last row, without a gradient"}
     is_hub = True
 
     def containers(self, node):

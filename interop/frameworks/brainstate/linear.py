@@ -1,4 +1,4 @@
-"""Linear layers and embeddings."""
+"""Linear layers."""
 
 from __future__ import annotations
 
@@ -86,20 +86,3 @@ def sizes_of(spec, ctx) -> tuple[Any, Any]:
     leading = ctx.shape[:-1] if ctx.shape else spec.leading_shape
     n_in, n_out = spec.weight.shape
     return (*leading, n_in), (*leading, n_out)
-
-
-@adapter.reads(
-    nn.Embedding,
-    specs.Embedding,
-    state=("weight",),
-    fixed={"padding_idx": None, "max_norm": None, "scale_grad_by_freq": False, "freeze": False},
-)
-def read_embedding(m, ctx):
-    if len(m.embedding_size) != 1:
-        ctx.refuse("embedding_size", m.embedding_size, "only vectors convert")
-    return specs.Embedding(**arrays_of(m, ctx, weight=(m.num_embeddings, *m.embedding_size)))
-
-
-@adapter.builds(specs.Embedding)
-def build_embedding(spec, ctx):
-    return nn.Embedding(*spec.weight.shape, embedding_init=spec.weight)

@@ -8,9 +8,9 @@ without the debiasing that it divides out, ``1 - momentum**counter``, in inferen
 
 from . import (
     attention,
-    connections,
     contractions,
     convolutions,
+    embedding,
     functions,
     linear,
     normalized_weights,

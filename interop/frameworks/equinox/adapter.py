@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
+from ... import specs
 from ...composites.equinox import COMPOSITES
 from ...errors import ArgumentError
 from ...parameters import is_quantity, path_of
@@ -32,6 +33,7 @@ class Node:
 class Equinox(Adapter):
     name = "equinox"
     module_type = eqx.Module
+    edges = {specs.Embedding: "a too large index gives the last row"}
     companion = "state"
     per_example = True
     channels_first = True

@@ -1,4 +1,4 @@
-"""Linear layers and embeddings."""
+"""Linear layers."""
 
 from __future__ import annotations
 
@@ -79,15 +79,3 @@ def _read_neuron(node, ctx, name: str) -> specs.Spec:
     if not spec.is_elementwise:
         ctx.refuse(name, fn, "it is applied to one number at a time")
     return spec
-
-
-@adapter.reads(eqx.nn.Embedding, specs.Embedding)
-def read_embedding(node, ctx):
-    return specs.Embedding(weight=node.module.weight)
-
-
-@adapter.builds(specs.Embedding)
-def build_embedding(spec, ctx):
-    if ctx.shape:
-        ctx.refuse("sample_input", ctx.shape, "Equinox's Embedding takes one index at a time")
-    return eqx.nn.Embedding(weight=spec.weight)

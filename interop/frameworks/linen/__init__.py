@@ -9,9 +9,9 @@ under the name of its first place. Train or evaluation mode is a field of each l
 
 from . import (
     attention,
-    connections,
     contractions,
     convolutions,
+    embedding,
     functions,
     linear,
     normalized_weights,

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 from flax.linen import dtypes
 
+from ... import specs
 from ...composites.core import combine, split
 from ...composites.linen import COMPOSITES
 from ...errors import (
@@ -51,6 +52,7 @@ class Node:
 class Linen(Adapter):
     name = "linen"
     module_type = nn.Module
+    edges = {specs.Embedding: "a too large index gives NaN"}
     fixed = {"promote_dtype": dtypes.promote_dtype}
     companion = "params"
     has_partitionings = True

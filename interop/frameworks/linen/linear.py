@@ -1,4 +1,4 @@
-"""Linear layers and embeddings."""
+"""Linear layers."""
 
 from __future__ import annotations
 
@@ -35,15 +35,3 @@ def build_dense(spec, ctx):
         precision=spec.precision,
     )
     return node_of(module, {"kernel": spec.weight, "bias": spec.bias})
-
-
-@adapter.reads(nn.Embed, specs.Embedding, fixed={"promote_dtype": nn.Embed.promote_dtype})
-def read_embed(node, ctx):
-    weight, dtype = node.array("embedding"), specs.dtype(node.module.dtype)
-    return specs.Embedding(weight=weight, dtype=None if dtype == weight.dtype else dtype)
-
-
-@adapter.builds(specs.Embedding, carries=("dtype",))
-def build_embed(spec, ctx):
-    module = nn.Embed(*spec.weight.shape, dtype=spec.dtype, param_dtype=spec.weight.dtype)
-    return node_of(module, {"embedding": spec.weight})

@@ -7,9 +7,9 @@ its operands are cast to before anything else, and the dtype of its result.
 
 from . import (
     attention,
-    connections,
     contractions,
     convolutions,
+    embedding,
     functions,
     linear,
     normalized_weights,

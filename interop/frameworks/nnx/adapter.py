@@ -22,6 +22,7 @@ _OF_A_RUN = (nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation)
 class Nnx(Adapter):
     name = "nnx"
     module_type = nnx.Module
+    edges = {specs.Embedding: "a too large index gives NaN"}
     fixed = {"promote_dtype": dtypes.promote_dtype}
     has_partitionings = True
 

@@ -1,4 +1,4 @@
-"""Linear layers and embeddings."""
+"""Linear layers."""
 
 from __future__ import annotations
 
@@ -38,26 +38,5 @@ def build_linear(spec, ctx):
         preferred_element_type=spec.preferred_element_type,
         kernel_init=returns(spec.weight),
         bias_init=returns(spec.bias),
-        rngs=NO_RNGS,
-    )
-
-
-@adapter.reads(
-    nnx.Embed,
-    specs.Embedding,
-    state=("embedding",),
-)
-def read_embed(m, ctx):
-    weight, dtype = array_of(m, ctx, "embedding"), specs.dtype(m.dtype)
-    return specs.Embedding(weight=weight, dtype=None if dtype == weight.dtype else dtype)
-
-
-@adapter.builds(specs.Embedding, carries=("dtype",))
-def build_embed(spec, ctx):
-    return nnx.Embed(
-        *spec.weight.shape,
-        dtype=spec.dtype,
-        param_dtype=spec.weight.dtype,
-        embedding_init=returns(spec.weight),
         rngs=NO_RNGS,
     )

@@ -1,0 +1,27 @@
+"""Embeddings."""
+
+from __future__ import annotations
+
+from flax import nnx
+
+from ... import specs
+from .adapter import NO_RNGS, adapter, array_of, returns
+
+
+@adapter.reads(nnx.Embed, specs.Embedding, state=("embedding",))
+def read_embed(m, ctx):
+    weight, dtype = array_of(m, ctx, "embedding"), specs.dtype(m.dtype)
+    return specs.Embedding(weight=weight, dtype=None if dtype == weight.dtype else dtype)
+
+
+@adapter.builds(specs.Embedding, carries=("dtype",))
+def build_embed(spec, ctx):
+    if spec.weight.ndim != 2:
+        ctx.refuse("embedding_size", spec.weight.shape[1:], "only vectors are native")
+    return nnx.Embed(
+        *spec.weight.shape,
+        dtype=spec.dtype,
+        param_dtype=spec.weight.dtype,
+        embedding_init=returns(spec.weight),
+        rngs=NO_RNGS,
+    )
