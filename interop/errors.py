@@ -33,6 +33,10 @@ class InteropError(Exception):
         remedy: what to do, or None.
     """
 
+    problem: str
+    path: str | None
+    remedy: str | None
+
     reporter: Callable[[], Any] | None = None
     """Makes ``report``; set by the conversion that failed."""
 
@@ -63,6 +67,9 @@ class MissingDependencyError(InteropError, ImportError):
         package: the package that is missing.
     """
 
+    framework: str
+    package: str
+
     def __init__(self, framework: str, package: str):
         self.framework, self.package = framework, package
         super().__init__(
@@ -78,6 +85,9 @@ class BrokenDependencyError(InteropError, ImportError):
         framework: the framework asked for.
         versions: the installed versions that were found, by package.
     """
+
+    framework: str
+    versions: dict[str, str]
 
     def __init__(self, framework: str, cause: BaseException, versions: dict[str, str]):
         self.framework, self.versions = framework, versions
@@ -97,6 +107,9 @@ class UnmappedLayerError(InteropError, LookupError):
         framework: the framework that has no rule for it.
     """
 
+    found: type
+    framework: str
+
     def __init__(self, found: type, framework: str, *, path: str, verb: str, remedy: str):
         self.found, self.framework = found, framework
         super().__init__(
@@ -113,6 +126,11 @@ class UnsupportedLayerError(InteropError, NotImplementedError):
         option: the constructor option or method that stands in the way, or None.
         value: its value, or None.
     """
+
+    found: type
+    target: str | None
+    option: str | None
+    value: Any
 
     def __init__(
         self,
@@ -143,6 +161,8 @@ class MissingShapeError(InteropError, ValueError):
         found: the class of the layer that needs the shape.
     """
 
+    found: str
+
     def __init__(self, found: str, *, path: str, target: str, reason: str | None = None):
         self.found = found
         reason = reason or f"{target} fixes the input shape of {found} when it is built"
@@ -162,6 +182,10 @@ class ConversionError(InteropError, ValueError):
         unexpected: keys that were given and not wanted.
         mismatched: one line for each array of the wrong shape or dtype.
     """
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[str, ...]
 
     def __init__(
         self,
@@ -195,6 +219,9 @@ class NotEquivalentError(InteropError, AssertionError):
         comparison: what :func:`interop.compare` found.
         beyond: one line for each output or gradient beyond the tolerances.
     """
+
+    comparison: Any
+    beyond: tuple[str, ...]
 
     def __init__(
         self,

@@ -34,6 +34,11 @@ class LayerContext:
         rngs, key: what the caller passed by that name, or None.
     """
 
+    path: str
+    sample_input: Any
+    rngs: Any
+    key: Any
+
     def __init__(self, building: Building):
         self._building = building
         self.path, self.sample_input = building.path, building.sample

@@ -500,4 +500,4 @@ def _versions(error: BaseException) -> dict[str, str]:
     return found
 
 
-registry = Registry(_framework_files)
+registry: Registry = Registry(_framework_files)

@@ -37,6 +37,8 @@ class Reading:
         origins: for each spec made, by its ``id``: where it came from, and from what class.
     """
 
+    path: str
+
     def __init__(self, adapter: Adapter, registry: Registry):
         self.adapter = adapter
         self.path = "model"
@@ -173,6 +175,11 @@ class Building:
         path: where the layer being built was in the source.
         found: its class there.
     """
+
+    adapter: Adapter
+    options: Mapping[str, Any]
+    sample: specs.Shape | None
+    path: str
 
     def __init__(
         self,

@@ -7,14 +7,23 @@ arrays; the shim's containers are views of them. Importing this package imports 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from .api import explain, wrap
+from . import api as _api
+from . import saving as _saving
+from .api import explain
 from .materialization import materialize
 from .report import ArrayRow, LinkReport
-from .saving import load_traced, save_traced
+from .saving import save_traced
 
 if TYPE_CHECKING:
+    import os
+
+    import brainstate
+    import equinox
+    import flax.linen
+    import flax.nnx
+
     from .frameworks.brainstate import FromEquinox, FromLinen, FromNNX
     from .frameworks.equinox import ToEquinox
     from .frameworks.linen import ToLinen
@@ -44,6 +53,182 @@ _FILES = {
     "ToLinen": "linen",
     "ToNNX": "nnx",
 }
+
+
+@overload
+def wrap(
+    module: Any,
+    into: Literal["brainstate"],
+    *,
+    params: Any = ...,
+    state: Any = ...,
+    batch_axes: int | None = ...,
+    axis_name: str | None = ...,
+    carry: Any = ...,
+    copy: bool = ...,
+) -> brainstate.nn.Module: ...
+
+
+@overload
+def wrap(
+    module: Any,
+    into: Literal["nnx"],
+    *,
+    params: Any = ...,
+    state: Any = ...,
+    batch_axes: int | None = ...,
+    axis_name: str | None = ...,
+    carry: Any = ...,
+    copy: bool = ...,
+) -> flax.nnx.Module: ...
+
+
+@overload
+def wrap(
+    module: Any,
+    into: Literal["linen"],
+    *,
+    params: Any = ...,
+    state: Any = ...,
+    batch_axes: int | None = ...,
+    axis_name: str | None = ...,
+    carry: Any = ...,
+    copy: bool = ...,
+) -> flax.linen.Module: ...
+
+
+@overload
+def wrap(
+    module: Any,
+    into: Literal["equinox"],
+    *,
+    params: Any = ...,
+    state: Any = ...,
+    batch_axes: int | None = ...,
+    axis_name: str | None = ...,
+    carry: Any = ...,
+    copy: bool = ...,
+) -> equinox.Module: ...
+
+
+@overload
+def wrap(
+    module: Any,
+    into: str,
+    *,
+    params: Any = ...,
+    state: Any = ...,
+    batch_axes: int | None = ...,
+    axis_name: str | None = ...,
+    carry: Any = ...,
+    copy: bool = ...,
+) -> Any: ...
+
+
+def wrap(
+    module: Any,
+    into: str,
+    *,
+    params: Any = None,
+    state: Any = None,
+    batch_axes: int | None = None,
+    axis_name: str | None = None,
+    carry: Any = None,
+    copy: bool = False,
+) -> Any:
+    """Make ``module`` a live module of another framework.
+
+    Args:
+        module: a module instance of any framework that can be a guest.
+        into: the host framework, such as ``"nnx"``.
+        params: the variables of a Linen module.
+        state: the ``eqx.nn.State`` of a stateful Equinox module.
+        batch_axes: leading axes that an Equinox module is mapped over, 1 by default.
+        axis_name: the name of the first of them.
+        carry: what one example starts from, for an Equinox module that is a recurrent cell of
+            your own: it is called ``module(x, carry)`` and returns ``(carry, output)``.
+            Its input has one feature axis, or ``module.num_feature_axes``.
+        copy: give the host copies of the arrays, so that donating them keeps the module's;
+            not where both sides change in place, and the module has the new values at once.
+
+    Returns:
+        The host's shim class around ``module``, sharing its arrays; ``module`` itself if it
+        is one of the host's already.
+
+    Raises:
+        ArgumentError: ``module`` is a class or no module, the framework is unknown, or an
+            argument does not belong to the pair.
+        UnsupportedStructureError: the pair has no live shim.
+        MissingDependencyError, BrokenDependencyError: the host cannot be imported.
+
+    Example:
+        >>> import brainstate, shims
+        >>> shims.wrap(brainstate.nn.Linear(3, 4), into="nnx").weight["weight"].shape
+        (3, 4)
+    """
+    return _api.wrap_into(
+        module,
+        into,
+        copy=copy,
+        params=params,
+        state=state,
+        batch_axes=batch_axes,
+        axis_name=axis_name,
+        carry=carry,
+    )
+
+
+@overload
+def load_traced(
+    path: str | os.PathLike[str], into: Literal["brainstate"]
+) -> brainstate.nn.Module: ...
+
+
+@overload
+def load_traced(path: str | os.PathLike[str], into: Literal["nnx"]) -> flax.nnx.Module: ...
+
+
+@overload
+def load_traced(
+    path: str | os.PathLike[str], into: Literal["linen"]
+) -> tuple[flax.linen.Module, dict[str, Any]]: ...
+
+
+@overload
+def load_traced(path: str | os.PathLike[str], into: str) -> Any: ...
+
+
+def load_traced(path: str | os.PathLike[str], into: str) -> Any:
+    """Read a traced module into a framework: the one it was saved from, or any other.
+
+    Only that framework is imported.
+
+    Args:
+        path: a file that :func:`save_traced` wrote.
+        into: the framework, such as ``"nnx"``.
+
+    Returns:
+        The native module, in the mode in which it was saved: ``(module, variables)`` for Linen,
+        ``(module, state)`` for an Equinox module with state.
+
+    Raises:
+        ConversionError: the file is damaged, or no such file.
+        ArgumentError: the framework is unknown.
+        MissingDependencyError, BrokenDependencyError: it cannot be imported, or
+            ``flatbuffers`` is missing.
+
+    Example:
+        >>> import brainstate, jax, jax.numpy as jnp, shims, tempfile
+        >>> from pathlib import Path
+        >>> x, shim = jnp.ones((5, 3)), shims.ToNNX(brainstate.nn.Linear(3, 4))
+        >>> traced = shim.materialize(method="trace", sample_input=x)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     shims.save_traced(Path(folder) / "block.traced", traced)
+        ...     module = shims.load_traced(Path(folder) / "block.traced", into="equinox")
+        >>> bool(jnp.allclose(module(x), traced(x)))
+        True
+    """
+    return _saving.load_into(path, into)
 
 
 def __getattr__(name: str) -> Any:

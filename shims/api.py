@@ -10,7 +10,7 @@ from interop.registry import registry
 from .core import check_guest, side_of
 from .report import LinkReport
 
-__all__ = ["explain", "wrap"]
+__all__ = ["explain", "wrap_into"]
 
 
 def explain(shim: Any) -> LinkReport:
@@ -42,57 +42,11 @@ def explain(shim: Any) -> LinkReport:
     return report(shim)
 
 
-def wrap(
-    module: Any,
-    into: str,
-    *,
-    params: Any = None,
-    state: Any = None,
-    batch_axes: int | None = None,
-    axis_name: str | None = None,
-    carry: Any = None,
-    copy: bool = False,
-) -> Any:
-    """Make ``module`` a live module of another framework.
-
-    Args:
-        module: a module instance of any framework that can be a guest.
-        into: the host framework, such as ``"nnx"``.
-        params: the variables of a Linen module.
-        state: the ``eqx.nn.State`` of a stateful Equinox module.
-        batch_axes: leading axes that an Equinox module is mapped over, 1 by default.
-        axis_name: the name of the first of them.
-        carry: what one example starts from, for an Equinox module that is a recurrent cell of
-            your own: it is called ``module(x, carry)`` and returns ``(carry, output)``.
-            Its input has one feature axis, or ``module.num_feature_axes``.
-        copy: give the host copies of the arrays, so that donating them keeps the module's;
-            not where both sides change in place, and the module has the new values at once.
-
-    Returns:
-        The host's shim class around ``module``, sharing its arrays; ``module`` itself if it
-        is one of the host's already.
-
-    Raises:
-        ArgumentError: ``module`` is a class or no module, the framework is unknown, or an
-            argument does not belong to the pair.
-        UnsupportedStructureError: the pair has no live shim.
-        MissingDependencyError, BrokenDependencyError: the host cannot be imported.
-
-    Example:
-        >>> import brainstate, shims
-        >>> shims.wrap(brainstate.nn.Linear(3, 4), into="nnx").weight["weight"].shape
-        (3, 4)
-    """
+def wrap_into(module: Any, into: str, *, copy: bool, **options: Any) -> Any:
+    """:func:`wrap`; ``options`` are those of the guests' frameworks."""
     adapter = registry.adapter(into)
     if isinstance(module, adapter.module_type):
         return module
-    options = {
-        "params": params,
-        "state": state,
-        "batch_axes": batch_axes,
-        "axis_name": axis_name,
-        "carry": carry,
-    }
     _, given = check_guest(module, options)  # refuses what cannot be wrapped at all
     host = side_of(into, "host")
     if host is None:

@@ -22,7 +22,7 @@ from interop.registry import registry
 from .core import side_of
 from .program import Program, key_data
 
-__all__ = ["load_traced", "save_traced"]
+__all__ = ["load_into", "save_traced"]
 
 FORMAT = 1
 _HEADER = "header.json"
@@ -63,36 +63,8 @@ def save_traced(path: str | os.PathLike[str], model: Any) -> None:
     write(path, file.getvalue())
 
 
-def load_traced(path: str | os.PathLike[str], into: str) -> Any:
-    """Read a traced module into a framework: the one it was saved from, or any other.
-
-    Only that framework is imported.
-
-    Args:
-        path: a file that :func:`save_traced` wrote.
-        into: the framework, such as ``"nnx"``.
-
-    Returns:
-        The native module, in the mode in which it was saved: ``(module, variables)`` for Linen,
-        ``(module, state)`` for an Equinox module with state.
-
-    Raises:
-        ConversionError: the file is damaged, or no such file.
-        ArgumentError: the framework is unknown.
-        MissingDependencyError, BrokenDependencyError: it cannot be imported, or
-            ``flatbuffers`` is missing.
-
-    Example:
-        >>> import brainstate, jax, jax.numpy as jnp, shims, tempfile
-        >>> from pathlib import Path
-        >>> x, shim = jnp.ones((5, 3)), shims.ToNNX(brainstate.nn.Linear(3, 4))
-        >>> traced = shim.materialize(method="trace", sample_input=x)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     shims.save_traced(Path(folder) / "block.traced", traced)
-        ...     module = shims.load_traced(Path(folder) / "block.traced", into="equinox")
-        >>> bool(jnp.allclose(module(x), traced(x)))
-        True
-    """
+def load_into(path: str | os.PathLike[str], into: str) -> Any:
+    """:func:`load_traced`."""
     registry.adapter(into)  # says which package is missing or broken
     host = _whole(into)
     if host is None:

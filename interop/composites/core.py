@@ -67,6 +67,9 @@ class Skeleton:
             for a child, a :class:`Constant` for an array that is an option.
     """
 
+    spec_type: type[Spec]
+    fields: tuple[tuple[str, Any], ...]
+
     def __init__(self, spec_type: type[Spec], fields: tuple[tuple[str, Any], ...]):
         self.spec_type, self.fields = spec_type, fields
 

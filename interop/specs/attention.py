@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -100,8 +100,8 @@ class MultiHeadAttention(Spec):
     dtype: DType | None = None
     precision: Any = None
 
-    trained = ("query_scale", "key_scale")
-    children = ("query", "key", "value", "out", "rope")
+    trained: ClassVar[tuple[str, ...]] = ("query_scale", "key_scale")
+    children: ClassVar[tuple[str, ...]] = ("query", "key", "value", "out", "rope")
 
     def apply(
         self,

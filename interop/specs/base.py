@@ -54,6 +54,9 @@ class Run:
         axis_name: the axis that the host maps examples over, where a formula sees one example.
     """
 
+    train: bool
+    axis_name: str | None
+
     def __init__(
         self,
         train: bool = False,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ class AllToAll(Spec):
     include_self: bool = True
     leading_shape: Shape = ()
 
-    trained = ("weight", "bias")
+    trained: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
     def apply(self, run: Run, x: Array) -> Array:
         return formulas.all_to_all(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ class LinearGeneral(Spec):
     precision: Any = None
     preferred_element_type: DType | None = None
 
-    trained = ("weight", "bias")
+    trained: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
     def apply(self, run: Run, x: Array) -> Array:
         return formulas.linear_general(
@@ -151,7 +151,7 @@ class Einsum(Spec):
     precision: Any = None
     preferred_element_type: DType | None = None
 
-    trained = ("weight", "bias")
+    trained: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
     def apply(self, run: Run, x: Array) -> Array:
         return formulas.einsum(

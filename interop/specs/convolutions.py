@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ class Convolution(Spec):
     preferred_element_type: DType | None = None
     channels_first: bool = False
 
-    trained = ("weight", "bias")
+    trained: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
     @property
     def dims(self) -> int:
@@ -237,7 +237,7 @@ class ScaledWSConv(Conv):
     gain: Array | None
     epsilon: float
 
-    trained = ("weight", "bias", "gain")
+    trained: ClassVar[tuple[str, ...]] = ("weight", "bias", "gain")
 
     def plain_weight(self) -> Array:
         return formulas.standardized(self.weight, self.gain, epsilon=self.epsilon)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ class Linear(Spec):
     precision: Any = None
     preferred_element_type: DType | None = None
 
-    trained = ("weight", "bias")
+    trained: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
     def apply(self, run: Run, x: Array) -> Array:
         return formulas.linear(
@@ -115,7 +115,7 @@ class ScaledWSLinear(Linear):
     gain: Array | None
     epsilon: float
 
-    trained = ("weight", "bias", "gain")
+    trained: ClassVar[tuple[str, ...]] = ("weight", "bias", "gain")
 
     def plain_weight(self) -> Array:
         return formulas.standardized(self.weight, self.gain, epsilon=self.epsilon)

@@ -37,7 +37,7 @@ class Norm(Spec):
     """
 
     keeps_shape = True
-    trained = ("scale", "bias")
+    trained: ClassVar[tuple[str, ...]] = ("scale", "bias")
 
     scale: Array | None
     bias: Array | None
@@ -301,7 +301,7 @@ class BatchNorm(Norm):
     uses_running: bool = False
     is_first: Array | None = None
     statistics_dtype: DType | None = field(init=False, default=None)
-    buffers = ("mean", "var", "is_first")
+    buffers: ClassVar[tuple[str, ...]] = ("mean", "var", "is_first")
 
     def apply(self, run: Run, x: Array) -> Array:
         axis = self.axis % x.ndim

@@ -154,7 +154,7 @@ class DenseCell(Cell):
     """The number of parts of the weights."""
     bias_gates: ClassVar[int | None] = None
     """The number of parts of the bias; None where it has all of them."""
-    trained = ("weight_x", "weight_h", "bias")
+    trained: ClassVar[tuple[str, ...]] = ("weight_x", "weight_h", "bias")
 
     @classmethod
     def shaped(
@@ -207,7 +207,7 @@ class ResettingCell(DenseCell):
 
     bias_n: Array | None
 
-    trained = ("weight_x", "weight_h", "bias", "bias_n")
+    trained: ClassVar[tuple[str, ...]] = ("weight_x", "weight_h", "bias", "bias_n")
 
     @classmethod
     def shaped(
@@ -298,7 +298,7 @@ class LSTMCell(DenseCell):
     dtype: DType | None = None
 
     gates = 4
-    carry = ("h", "c")
+    carry: ClassVar[tuple[str, ...]] = ("h", "c")
 
     def canonical(self) -> LSTMCell:
         """With ``forget_bias`` in the bias, unless that would round it."""
@@ -468,8 +468,8 @@ class URLSTMCell(DenseCell):
     activation: Function | None = None
 
     gates = 4
-    bias_gates = 1
-    carry = ("h", "c")
+    bias_gates: ClassVar[int] = 1
+    carry: ClassVar[tuple[str, ...]] = ("h", "c")
 
     def step(self, run: Run, x: Array, state: State) -> State:
         h, c = state
@@ -524,8 +524,8 @@ class ConvLSTMCell(Cell):
     padding: Any
     dtype: DType | None = None
 
-    carry = ("h", "c")
-    trained = ("weight_x", "weight_h", "bias_x", "bias_h")
+    carry: ClassVar[tuple[str, ...]] = ("h", "c")
+    trained: ClassVar[tuple[str, ...]] = ("weight_x", "weight_h", "bias_x", "bias_h")
 
     @property
     def space(self) -> int:
@@ -619,7 +619,7 @@ class RNN(Spec):
     keep_order: bool = False
     unroll: int = 1
 
-    children = ("cell",)
+    children: ClassVar[tuple[str, ...]] = ("cell",)
     takes_examples = True
 
     @property
@@ -699,7 +699,7 @@ class Bidirectional(Spec):
     time_major: bool = False
     return_carry: bool = False
 
-    children = ("forward_rnn", "backward_rnn")
+    children: ClassVar[tuple[str, ...]] = ("forward_rnn", "backward_rnn")
     takes_examples = True
 
     @property

@@ -13,7 +13,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import brainstate
 import jax
@@ -226,7 +226,7 @@ class Wrapped(brainstate.nn.Module):
         "A foreign module as a ``brainstate.nn.Module``; see the classes for each framework."
     )
 
-    def __new__(cls, module: Any = None, *args: Any, carry: Any = None, **kwargs: Any) -> Any:
+    def __new__(cls, module: Any = None, *args: Any, carry: Any = None, **kwargs: Any) -> Self:
         is_new = not issubclass(cls, WrappedCell) and is_cell(module, carry)
         made: Any = _cell_class(cls) if is_new else cls
         return super().__new__(made)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -150,7 +150,7 @@ class ToEquinox(eqx.nn.StatefulLayer):
         lambda shim: inspect.getdoc(shim._shim_structure.forward), _DOC
     )
     params: dict[str, Any]
-    buffers: eqx.nn.StateIndex | None
+    buffers: eqx.nn.StateIndex[Any] | None
     inference: bool
     batched: bool = eqx.field(static=True)
     _shim_structure: Structure = eqx.field(static=True)
@@ -191,7 +191,9 @@ class ToEquinox(eqx.nn.StatefulLayer):
         self.buffers = eqx.nn.StateIndex(others) if others else None
         self._shim_link = _Link(guest if isinstance(guest, LiveGuest) else None)
 
-    __signature__ = OfInstance(lambda shim: _signature(shim), without_self(__init__))
+    __signature__: ClassVar[Any] = OfInstance(
+        lambda shim: _signature(shim), without_self(__init__)
+    )
 
     def is_stateful(self) -> bool:
         """Whether calls take and return an ``eqx.nn.State``."""

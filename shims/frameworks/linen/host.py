@@ -11,7 +11,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import flax.linen as nn
 import jax
@@ -170,7 +170,8 @@ class ToLinen(nn.Module):
             check_places(structure)
             module = _Held(guest, copy=copy)
         self.module, self.deterministic = module, deterministic
-        self.parent, self.name = parent, name
+        self.parent: Any = parent
+        self.name: str | None = name
         self.__post_init__()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -178,11 +179,11 @@ class ToLinen(nn.Module):
             cls.__init__ = ToLinen.__init__
         super().__init_subclass__(**kwargs)
 
-    def __new__(cls, module: Any = None, *args: Any, carry: Any = None, **kwargs: Any) -> Any:
+    def __new__(cls, module: Any = None, *args: Any, carry: Any = None, **kwargs: Any) -> Self:
         made: Any = ToLinenCell if cls is ToLinen and is_cell(module, carry) else cls
         return super().__new__(made)
 
-    __signature__ = OfInstance(
+    __signature__: ClassVar[Any] = OfInstance(
         lambda shim: signature_with(shim._shim_structure, _KEYWORDS), without_self(__init__)
     )
 
@@ -370,7 +371,7 @@ class ToLinenCell(ToLinen, nn.RNNCellBase):
     the inputs alone, ``cell(x)``, a BrainState guest has them in the collection ``carry``.
     """
 
-    __signature__ = OfInstance(
+    __signature__: ClassVar[Any] = OfInstance(
         lambda shim: cell_signature(("carry", "inputs"), _KEYWORDS),
         without_self(ToLinen.__init__),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import jax
 from flax import nnx
@@ -183,7 +183,7 @@ class ToNNX(nnx.Module):
     __doc__: Any = OfInstance(lambda shim: inspect.getdoc(shim._shim_first.forward), _DOC)
     _shim_anchor: Any = _AnchorSlot()
 
-    def __new__(cls, module: Any = None, *args: Any, carry: Any = None, **kwargs: Any) -> Any:
+    def __new__(cls, module: Any = None, *args: Any, carry: Any = None, **kwargs: Any) -> Self:
         made: Any = ToNNXCell if cls is ToNNX and is_cell(module, carry) else cls
         return super().__new__(made)
 
@@ -214,8 +214,8 @@ class ToNNX(nnx.Module):
         check_names(
             structure, host=ToNNX, keywords=_KEYWORDS, methods=_METHODS, paths=structure.kinds
         )
-        self.deterministic = False
-        self.rngs = nnx.data(None if rngs is None else stream_of(rngs).fork())
+        self.deterministic: bool = False
+        self.rngs: Any = nnx.data(None if rngs is None else stream_of(rngs).fork())
         if structure.takes_streams and (named := named_streams(rngs)):
             self._shim_streams = nnx.data({n: stream.fork() for n, stream in named.items()})
         check_copy(guest, copy=copy)
@@ -229,7 +229,7 @@ class ToNNX(nnx.Module):
                 {p: owned(kind, values[p], names.get(p)) for p, kind in structure.kinds.items()}
             )
 
-    __signature__ = OfInstance(
+    __signature__: ClassVar[Any] = OfInstance(
         lambda shim: signature_with(shim._shim_first, _KEYWORDS), without_self(__init__)
     )
 
@@ -487,7 +487,7 @@ _CELL_DOC = """A live ``nnx.RNNCellBase`` around a recurrent cell of another fra
 
 class ToNNXCell(ToNNX, nnx.RNNCellBase):
     __doc__: Any = OfInstance(lambda shim: inspect.getdoc(shim._shim_first.forward), _CELL_DOC)
-    __signature__ = OfInstance(
+    __signature__: ClassVar[Any] = OfInstance(
         lambda shim: cell_signature(("carry", "inputs"), _KEYWORDS),
         without_self(ToNNX.__init__),
     )
