@@ -33,7 +33,7 @@ broken = brainstate.nn.Sequential(
     brainstate.nn.RReLU(),  # draws noise whenever it is called
     brainstate.nn.Linear(8, 2, w_init=jnp.ones((8, 2)) * brainunit.mV, b_init=None),
 )
-report = interop.explain(broken, to="equinox")
+report = interop.explain(broken, to="nnx")
 print(f"problems found at once: {len(report.problems)}")
 for problem in report.problems:
     print(f"  {problem.path}: {type(problem).__name__}")

@@ -160,13 +160,15 @@ def convert(
         params: the variables of a Linen model, ``{"params": …, "batch_stats": …}``.
         state: the ``eqx.nn.State`` of a stateful Equinox model.
         sample_input: one example without its batch axis, or its shape; needed where the
-            target fixes input shapes and the model does not tell them.
+            target fixes input shapes and the model does not tell them. One with a physical
+            unit tells that inputs have it.
 
     Returns:
         A native, standalone model: what ``to_nnx``, ``to_linen``, … return for that target.
         Arrays whose layout agrees are the same objects as the source's; no random number is
         drawn. Dropout and batch normalisation start in evaluation mode and follow the
-        target's own switch.
+        target's own switch. Weights with physical units keep them: layers that have some, or
+        get an input with one, are tried in the target, and refused where they fail.
 
     Raises:
         ArgumentError: an argument has the wrong type, or the framework is unknown.

@@ -10,6 +10,7 @@ from typing import Any, cast
 from . import specs
 from .errors import ArgumentError, InteropError
 from .layout import crossed
+from .parameters import is_quantity
 from .partitioning import carry
 from .registry import Adapter, registry
 from .walk import Building, Reading
@@ -22,6 +23,7 @@ __all__ = [
     "no_module",
     "open_model",
     "sample_shape",
+    "sample_unit",
     "supported_layers",
     "unchecked",
 ]
@@ -76,7 +78,7 @@ def _convert(
     reading = Reading(adapter, registry)
     spec = reading.read(node, "model")
     there = crossed(spec, reading.origins, shape, adapter, target)
-    building = Building(target, reading.origins, there, options)
+    building = Building(target, reading.origins, there, options, sample_unit(sample_input))
     built = carry(adapter, node, target, building.build(there.spec))
     return target.close(built, options)
 
@@ -168,6 +170,11 @@ def sample_shape(sample_input: Any) -> specs.Shape | None:
             remedy="Leave the batch axis out, such as sample_input=(28, 28, 1)",
         )
     return shape
+
+
+def sample_unit(sample_input: Any) -> Any:
+    """The physical unit of an example; ``...`` where none is given."""
+    return sample_input.unit if is_quantity(sample_input) else ...
 
 
 def supported_layers(framework: str | None = None) -> dict[str, list[str]]:

@@ -20,7 +20,7 @@ from .correspondence import WeightMapping, mapping
 from .errors import ArgumentError, ConversionError, InteropError, NotEquivalentError
 from .formulas import identity
 from .layout import Place, crossed
-from .parameters import arrays, name
+from .parameters import arrays, is_quantity, magnitude, name
 from .registry import Adapter, Registry, registry
 from .walk import Reading
 
@@ -34,7 +34,8 @@ class Difference:
     """How far two arrays are apart.
 
     Attributes:
-        absolute: the largest difference of two elements; infinite where the shapes differ.
+        absolute: the largest difference of two elements; infinite where the shapes or units
+            differ.
         relative: the same, as a share of the largest element of the first array.
     """
 
@@ -275,33 +276,35 @@ class _Runner:
             return jnp.asarray(rng.normal(size=y.shape), y.dtype)
 
         seeds = jax.tree.map(seed, out)
-        parameters, given = pull(seeds)
+        try:
+            parameters, given = pull(seeds)
+        except Exception as e:
+            raise self._failure("'s gradient", inputs, e) from e
         return out, parameters, given
 
     def _run(self, node: Any, inputs: tuple[Any, ...]) -> Any:
         try:
             return self.adapter.run(node, inputs, self.train)
         except Exception as e:
-            shapes = ", ".join(str(x.shape) for x in inputs)
-            raise ArgumentError(
-                f"the {self.adapter.name} model fails on inputs of shape {shapes} "
-                f"({type(e).__name__}: {e})",
-                path="model",
-                remedy="Pass batches, (batch, *example), as the first model takes them",
-            ) from e
+            raise self._failure("", inputs, e) from e
+
+    def _failure(self, what: str, inputs: tuple[Any, ...], error: Exception) -> ArgumentError:
+        shapes = ", ".join(str(x.shape) for x in inputs)
+        return ArgumentError(
+            f"the {self.adapter.name} model{what} fails on inputs of shape {shapes} "
+            f"({type(error).__name__}: {error})",
+            path="model",
+            remedy="Pass batches, (batch, *example), as the first model takes them",
+        )
 
     def run_layer(self, spec: specs.Spec, x: Any) -> Any:
-        node = self.reading.nodes[id(spec)]
-        fn: Any = self.adapter.module(node)
-        if isinstance(fn, self.adapter.module_type):
-            return self.adapter.run(node, (x,), self.train)
-        return (jax.vmap(fn) if self.adapter.per_example else fn)(x)
+        return self.adapter.run_part(self.reading.nodes[id(spec)], x, self.train)
 
 
 def _array(given: Any) -> Any:
     remedy = "Pass batches, (batch, *example), as the first model takes them"
     try:
-        array = jnp.asarray(given)
+        array = given if is_quantity(given) else jnp.asarray(given)
     except (TypeError, ValueError, OverflowError) as e:
         raise ArgumentError(
             f"an input must be an array, got {type(given).__qualname__}", remedy=remedy
@@ -375,11 +378,18 @@ def _aligned(out: Any, like: Any) -> Any:
                 path="model",
                 remedy="Compare models of the same task, on inputs that the first one takes",
             )
+        units = getattr(z, "unit", None), getattr(y, "unit", None)
+        if units[0] != units[1]:
+            raise ConversionError(
+                f"the models' outputs have different units, {units[0]} and {units[1]}",
+                path="model",
+            )
         return y
 
-    if jax.tree.structure(out) != jax.tree.structure(like):
+    first, second = (jax.tree.structure(y, is_leaf=is_quantity) for y in (out, like))
+    if first != second:
         raise ConversionError("the models' outputs have different structures", path="model")
-    return jax.tree.map(align, out, like)
+    return jax.tree.map(align, out, like, is_leaf=is_quantity)
 
 
 def _of_parameters(links: WeightMapping, grads: Any, other_grads: Any) -> dict[str, Difference]:
@@ -389,12 +399,15 @@ def _of_parameters(links: WeightMapping, grads: Any, other_grads: Any) -> dict[s
 
 
 def _worst(a: Any, b: Any) -> Difference:
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    found = [jax.tree.leaves(tree, is_leaf=is_quantity) for tree in (a, b)]
+    pairs = zip(*found, strict=True)
     return max((_difference(x, y) for x, y in pairs), key=lambda d: d.relative)
 
 
 def _difference(a: Any, b: Any) -> Difference:
-    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if getattr(a, "unit", None) != getattr(b, "unit", None):
+        return Difference(np.inf, np.inf)
+    x, y = (np.asarray(magnitude(array), np.float64) for array in (a, b))
     if not x.size:
         return Difference(0.0, 0.0)
     same = (x == y) | (np.isnan(x) & np.isnan(y))

@@ -21,7 +21,7 @@ from . import rearrangement, specs
 from .api import convert_with, keywords_of, open_model, sample_shape
 from .errors import ArgumentError, ConversionError, InteropError
 from .layout import crossed
-from .parameters import Path, arrays, is_empty, leaves, name
+from .parameters import Path, arrays, is_empty, is_quantity, leaves, magnitude, name
 from .rearrangement import Piece, Rearrangement
 from .registry import Adapter, registry
 from .walk import Reading
@@ -515,7 +515,7 @@ def _number(digits: list[tuple[int, Any]], base: int) -> Any:
 
 
 def _as_floats(*arrays: Any) -> list[Any]:
-    return [np.asarray(array, np.float64) for array in arrays]
+    return [np.asarray(magnitude(array), np.float64) for array in arrays]
 
 
 def _parts(spec: specs.Spec, seen: set[int]) -> list[specs.Spec]:
@@ -606,7 +606,9 @@ def _shapes(container: Any) -> Shapes:
 
 
 def _tree(container: Any) -> Any:
-    return jax.tree.structure(container), list(arrays(container))
+    # None and what else is empty is a part of the structure; an array with a unit is a leaf
+    structure = jax.tree.structure(container, is_leaf=is_quantity)
+    return structure, list(arrays(container))
 
 
 def _flat(parts: dict[Path, Any]) -> Any:

@@ -18,6 +18,7 @@ __all__ = [
     "is_quantity",
     "leaves",
     "leaves_by_name",
+    "magnitude",
     "name",
     "path_of",
 ]
@@ -28,14 +29,20 @@ Path = tuple[str | int, ...]
 def is_leaf(x: Any) -> bool:
     """Whether ``x`` stands in the place of an array, or of nothing.
 
-    So do None, optax's ``MaskedNode`` and a ``PartitionSpec``, which is a tuple.
+    So do None, optax's ``MaskedNode``, a ``PartitionSpec``, which is a tuple, and an array with
+    a unit, which is a pytree.
     """
-    return isinstance(x, jax.sharding.PartitionSpec) or is_empty(x)
+    return isinstance(x, jax.sharding.PartitionSpec) or is_quantity(x) or is_empty(x)
 
 
 def is_quantity(x: Any) -> bool:
     """Whether ``x`` is an array with a physical unit."""
     return hasattr(x, "mantissa") and hasattr(x, "unit")
+
+
+def magnitude(x: Any) -> Any:
+    """An array without its unit."""
+    return x.mantissa if is_quantity(x) else x
 
 
 def leaves(container: Any) -> dict[Path, Any]:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
+import jax
+
 from . import frameworks as _framework_files
 from .errors import (
     ArgumentError,
@@ -197,6 +199,13 @@ class Adapter(abc.ABC):
     @abc.abstractmethod
     def run(self, node: Any, inputs: tuple[Any, ...], train: bool) -> Any:
         """The output for a batch of inputs; ``node`` stays as it is."""
+
+    def run_part(self, node: Any, x: Any, train: bool = False) -> Any:
+        """The output for a batch of what a stack holds: a layer, or a plain function."""
+        fn: Any = self.module(node)
+        if isinstance(fn, self.module_type):
+            return self.run(node, (x,), train)
+        return (jax.vmap(fn) if self.per_example else fn)(x)
 
     def read_composite(self, node: Any, ctx: Reading) -> Spec:
         """The spec that one of :attr:`composites` holds."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import formulas, specs
-from .api import adapter_of, keywords_of, open_model, sample_shape
+from .api import adapter_of, keywords_of, open_model, sample_shape, sample_unit
 from .correspondence import changes_of
 from .errors import ConversionError, InteropError, MissingShapeError
 from .layout import Crossed, crossed
@@ -242,7 +242,7 @@ def explain(
         if not problems:
             problems.append(e)
         return Report(adapter.name, to, _unbuilt(spec, survey, problems), tuple(problems))
-    trial = _Trial(target, survey, there)
+    trial = _Trial(target, survey, there, sample_unit(sample_input))
     trial.build(there.spec)
     order = {id(row.problem): i for i, row in enumerate(trial.rows)}
     problems.sort(key=lambda problem: order.get(id(problem), -1))
@@ -292,8 +292,8 @@ class _Survey(Reading):
 class _Trial(Building):
     """A building that goes on after a problem, and takes down what became of each layer."""
 
-    def __init__(self, target: Adapter, survey: _Survey, there: Crossed):
-        super().__init__(target, survey.origins, there, {})
+    def __init__(self, target: Adapter, survey: _Survey, there: Crossed, unit: Any):
+        super().__init__(target, survey.origins, there, {}, unit)
         self.rows: list[Row] = []
         self._survey, self._there = survey, there
         self._rowed: set[int] = set()

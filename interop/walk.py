@@ -11,17 +11,20 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, cast
 
+import jax
 import numpy as np
 
 from . import formulas, specs
 from .errors import (
     ConversionError,
+    InteropError,
     MissingShapeError,
     UnmappedLayerError,
     UnsupportedLayerError,
     UnsupportedStructureError,
 )
 from .layout import Crossed, Flow
+from .parameters import is_quantity, leaves_by_name
 from .registry import Adapter, BuildRule, ReadRule, Registry
 
 __all__ = ["Building", "Reading"]
@@ -70,7 +73,7 @@ class Reading:
     def read_by(self, rule: ReadRule, node: Any) -> specs.Spec:
         """The spec that ``rule`` makes of the layer being read."""
         self._check_fixed(self.adapter.module(node), rule)
-        spec = self._remember(rule.read(node, self).canonical(), self.path, self._found)
+        spec = self._remember(self._spec_by(rule, node), self.path, self._found)
         if mismatched := spec.mismatches():
             raise ConversionError(
                 f"the arrays of {self._found.__qualname__} do not fit",
@@ -79,6 +82,17 @@ class Reading:
                 remedy="Check what was assigned to it after it was built",
             )
         return spec
+
+    def _spec_by(self, rule: ReadRule, node: Any) -> specs.Spec:
+        try:
+            return rule.read(node, self).canonical()
+        except InteropError:
+            raise
+        except Exception as e:
+            for name, array in leaves_by_name(self.adapter.held(node)).items():
+                if is_quantity(array):
+                    raise _unit_refused(self._found, name, array.unit, self.path) from e
+            raise
 
     def read_all(self, nodes: Any) -> tuple[specs.Spec, ...]:
         """The specs of a stack's layers, in order."""
@@ -187,6 +201,7 @@ class Building:
         origins: Mapping[int, Origin],
         there: Crossed | None,
         options: Mapping[str, Any],
+        unit: Any = ...,
     ):
         self.adapter, self.options, self._there = adapter, options, there
         self.sample = None if there is None else there.sample
@@ -197,6 +212,7 @@ class Building:
         self._built: dict[int, Any] = {}
         self._levels = 0
         self._held: set[int] = set()
+        self._unit = unit  # of the data here; None where they have none, ... where unknown
 
     def build(self, spec: specs.Spec) -> Any:
         """The native layer for ``spec``; the same one again where ``spec`` is used twice.
@@ -213,12 +229,13 @@ class Building:
             self.path, self.found = self._origins.get(id(spec), (self.path, type(spec)))
             self._levels += 1
             try:
-                self._built[id(spec)] = self._build(spec)
+                self._built[id(spec)] = self._build_or_refuse(spec)
             finally:
                 self.path, self.found = outer
                 self._levels -= 1
             if isinstance(spec, specs.Sequential | specs.Deferred):
                 return self._built[id(spec)]  # it has told by itself what was passed
+        self._try_unit(spec)
         self.passed(spec)
         return self._built[id(spec)]
 
@@ -252,6 +269,50 @@ class Building:
             self.refuse("layer", name, f"{self.adapter.name} needs a native layer here")
         self._hold(spec)
         return built
+
+    def _build_or_refuse(self, spec: specs.Spec) -> Any:
+        """:meth:`_build`; what fails because of a physical unit is a layer that is refused."""
+        try:
+            return self._build(spec)
+        except InteropError:
+            raise
+        except Exception as e:
+            for option, unit in spec.units().items():
+                goal = self.adapter.name
+                raise _unit_refused(self.found, option, unit, self.path, goal) from e
+            raise
+
+    def _try_unit(self, spec: specs.Spec) -> None:
+        """Let a layer whose weights, or whose input, have a physical unit compute with it.
+
+        Raises:
+            UnsupportedLayerError: it fails, or would in training.
+            MissingShapeError: it cannot be tried.
+        """
+        self._unit = spec.input_unit if self._unit is ... else self._unit
+        units, unit = spec.units(), self._unit
+        if not units and unit is None:
+            return
+        path, found = self._origins.get(id(spec), (self.path, type(spec)))
+
+        def call(x: Any) -> None:
+            y = self.adapter.run_part(self._built[id(spec)], x if unit is None else x * unit)
+            self._unit = y.unit if is_quantity(y) else None
+
+        shape = spec.example_shape if self.shape is None else self.shape
+        if shape is None:
+            reason = f"{found.__qualname__} is tried with units on an example"
+            raise MissingShapeError(
+                found.__qualname__, path=path, target=self.adapter.name, reason=reason
+            )
+        x = jax.ShapeDtypeStruct((1, *shape), "int32" if spec.takes_integers else "float32")
+        try:
+            if spec.random:
+                raise NotImplementedError("masks are drawn for arrays without a unit")
+            jax.eval_shape(call, x)  # pyright: ignore[reportUnknownMemberType]
+        except Exception as e:
+            option, value = next(iter(units.items()), ("its input", unit))
+            raise _unit_refused(found, option, value, path, self.adapter.name) from e
 
     def _hold(self, spec: specs.Spec) -> None:
         """Take it that a composite holds the arrays of ``spec``, and shares them with none."""
@@ -361,6 +422,22 @@ class Building:
                     f"{self.adapter.name} has no counterpart",
                     "Leave the option at its default, or wrap the layer live with shims.wrap",
                 )
+
+
+def _unit_refused(
+    found: type, option: str, unit: Any, path: str, target: str | None = None
+) -> UnsupportedLayerError:
+    where = f" in {target}" if target else ""
+    return UnsupportedLayerError(
+        found,
+        f"{option}={unit}: this layer does not compute with units{where}",
+        path=path,
+        target=target,
+        option=option,
+        value=unit,
+        remedy="Take the unit away first, or wrap the layer live with shims.wrap. An input "
+        "with a unit is told by sample_input=",
+    )
 
 
 def _plain(value: Any, default: Any) -> bool:

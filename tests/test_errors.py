@@ -286,7 +286,7 @@ UNSUPPORTED = {
             interop.UnsupportedLayerError,
             NotImplementedError,
             "model[1][0]",
-            ["weight['weight']", "mV", "shims.wrap"],
+            ["Linear to nnx", "weight=mV", "shims.wrap"],
         ),
     ),
     "a layer without a rule": (
@@ -397,8 +397,8 @@ UNSUPPORTED = {
         (
             interop.UnsupportedLayerError,
             NotImplementedError,
-            "model[1][0]",
-            ["Linear", "mV"],
+            "model[1][1]",
+            ["ReLU to equinox", "its input=mV"],
         ),
     ),
 }

@@ -47,7 +47,9 @@ def bad():
         brainstate.nn.Linear(3, 4),
         brainstate.nn.Linear(4, 4, param_type=FrozenState),
         brainstate.nn.Sequential(brainstate.nn.RReLU(), brainstate.nn.ReLU()),
-        brainstate.nn.Linear(4, 2, w_init=jnp.ones((4, 2)) * brainunit.mV, b_init=None),
+        brainstate.nn.Linear(
+            4, 2, w_init=jnp.ones((4, 2)) * brainunit.mV, w_mask=jnp.ones((4, 2)), b_init=None
+        ),
     )
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -15,6 +16,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ..errors import ArgumentError
+from ..parameters import is_quantity
 
 if TYPE_CHECKING:
     from ..walk import Building
@@ -113,6 +115,8 @@ class Spec:
     """Whether the output has the shape of the input, and each axis its meaning."""
     has_channels: ClassVar[bool] = False
     """Whether one axis has another meaning than the rest, however many there are."""
+    takes_integers: ClassVar[bool] = False
+    """Whether its inputs are indices."""
     counts_axes: ClassVar[bool] = False
     """Whether the result depends on the order of the axes, and ``moved`` changes that."""
 
@@ -129,6 +133,16 @@ class Spec:
     @property
     def in_features(self) -> int | None:
         """The features, or channels, that an example must have; None where any will do."""
+        return None
+
+    @property
+    def example_shape(self) -> Shape | None:
+        """The shape of an example that the layer takes; None where nothing tells it."""
+        return None if self.space != 0 or self.in_features is None else (self.in_features,)
+
+    @property
+    def input_unit(self) -> Any:
+        """The physical unit that its arrays want its input to have; None where they don't."""
         return None
 
     @property
@@ -190,6 +204,17 @@ class Spec:
     def canonical(self) -> Spec:
         """The same layer with its arrays as other layers of its kind hold them."""
         return self
+
+    def units(self) -> dict[str, Any]:
+        """The physical units of its arrays that have one, by the names of its fields."""
+        found: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            for part in jax.tree.leaves(getattr(self, field.name), is_leaf=is_quantity):
+                if is_quantity(part) and not part.is_unitless:
+                    found[field.name] = part.unit
+        for name, part in self.inner().items():
+            found |= {f"{name}.{key}": unit for key, unit in part.units().items()}
+        return found
 
     def joined(self) -> Self:
         """The same layer with one array in each field, where it keeps parts of some apart."""

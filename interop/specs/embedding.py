@@ -47,6 +47,7 @@ class Embedding(Spec):
     dtype: DType | None = None
 
     trained = ("weight",)
+    takes_integers = True
 
     def apply(self, run: Run, x: Array) -> Array:
         return formulas.embed(
@@ -73,6 +74,10 @@ class Embedding(Spec):
         return cls(
             weight=jax.ShapeDtypeStruct((num_embeddings, *sizes), param_dtype), **options
         )
+
+    @property
+    def example_shape(self) -> Shape:
+        return ()
 
     @property
     def holds_state(self) -> bool:

@@ -83,6 +83,18 @@ class Linear(Spec):
         return (*(shape[:-1] if shape else self.leading_shape), self.weight.shape[1])
 
     @property
+    def example_shape(self) -> Shape:
+        return (*self.leading_shape, self.weight.shape[0])
+
+    @property
+    def input_unit(self) -> Any:
+        units = self.units()
+        if self.bias is None or not units:
+            return None
+        unit = units["weight"] ** -1 if "weight" in units else 1
+        return units["bias"] * unit if "bias" in units else unit
+
+    @property
     def in_features(self) -> int:
         return self.weight.shape[0]
 

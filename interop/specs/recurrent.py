@@ -33,6 +33,7 @@ Function = Callable[..., Any]
 State = tuple[Array, ...]
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Gates:
     """An array whose gates are kept apart, as some frameworks hold them.

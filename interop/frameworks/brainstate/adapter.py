@@ -100,13 +100,6 @@ def arrays_of(layer, ctx, name: str = "weight", **shapes: tuple[int, ...]) -> di
         )
     arrays = state.value if isinstance(state.value, dict) else {name: state.value}
     for key, value in arrays.items():
-        if isinstance(value, brainunit.Quantity) and not value.is_unitless:
-            ctx.refuse(
-                f"{name}[{key!r}]",
-                value.unit,
-                "only BrainState computes with units",
-                "Divide the weight by its unit first, or wrap the layer live with shims.wrap",
-            )
         if np.size(value) != math.prod(shapes[key]):
             ctx.refuse(
                 f"{name}[{key!r}].shape",
@@ -114,9 +107,14 @@ def arrays_of(layer, ctx, name: str = "weight", **shapes: tuple[int, ...]) -> di
                 f"one value is used for several of {shapes[key]}",
                 "Initialise the layer with an array of the full shape",
             )
-    arrays = {key: brainunit.get_magnitude(value) for key, value in arrays.items()}
+    arrays = {key: _without_no_unit(value) for key, value in arrays.items()}
     arrays = {k: v if hasattr(v, "shape") else jnp.asarray(v) for k, v in arrays.items()}
     return {k: reshape(v, shapes[k]) for k, v in arrays.items()}
+
+
+def _without_no_unit(value: Any) -> Any:
+    is_plain = isinstance(value, brainunit.Quantity) and value.is_unitless
+    return value.mantissa if is_plain else value
 
 
 def real(value: Any) -> float:

@@ -126,6 +126,7 @@ class Equinox(Adapter):
         return node.module if is_one else (node.module, node.state)
 
     def run(self, node, inputs, train):
+        node = node if isinstance(node, Node) else self.open(node, None, None)
         module = eqx.nn.inference_mode(node.module, not train)
         if node.state is None or not takes_state(module):
             return jax.vmap(module, axis_name="batch")(*inputs)
