@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterable
@@ -20,6 +21,7 @@ __all__ = [
     "check_names",
     "forwarded",
     "is_method",
+    "named_class",
     "parameter_names",
     "refuse_attribute",
     "signature_with",
@@ -55,6 +57,21 @@ def parameter_names(method: Callable[..., Any]) -> tuple[str, ...]:
     if function not in _names:
         _names[function] = tuple(inspect.signature(function).parameters)
     return _names[function]
+
+
+@functools.cache
+def named_class(cls: type, guest: str) -> type:
+    """A class of shims whose name tells the guest's: tables of a host show no more of a module.
+
+    There is one for each name, so that it keeps no class of guests alive.
+    """
+    attributes = {
+        "__doc__": vars(cls).get("__doc__"),
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "_shim_plain": cls,
+    }
+    return type(cls)(f"{cls.__name__}({guest})", (cls,), attributes)
 
 
 def without_self(function: Callable[..., Any]) -> inspect.Signature:

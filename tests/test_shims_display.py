@@ -36,7 +36,8 @@ def texts_in_brainstate(shim, host):
 
 def texts_in_linen(shim, host):
     table = nn.tabulate(shim, KEY, console_kwargs={"width": 400})
-    yield repr(shim) + table(X, deterministic=True)
+    yield repr(shim)
+    yield table(X, deterministic=True)
 
 
 TEXTS = {
@@ -112,6 +113,26 @@ def test_signatures_of_cells_are_the_hosts():
     assert list(inspect.signature(shims.FromNNX(own)).parameters) == ["inputs"]
 
 
+def test_the_name_of_a_shims_class_tells_its_guest_and_names_no_variables():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return shims.ToLinen(brainstate.nn.Linear(3, 4))(x)
+
+    assert list(Model().init(KEY, X)["params"]) == ["ToLinen_0"]
+    layer, other = brainstate.nn.Linear(3, 4), nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    for shim in (shims.ToLinen(layer), shims.ToLinen(layer).copy(), shims.ToLinen(other)):
+        assert type(shim).__name__ == "ToLinen(Linear)"
+        assert isinstance(shim, shims.ToLinen)
+    assert shims.ToLinen(layer) == shims.ToLinen(layer).clone()
+    assert type(shims.ToNNX(layer)) is type(nnx.clone(shims.ToNNX(layer)))
+
+    class Mine(shims.ToNNX):
+        pass
+
+    assert type(Mine(layer)) is Mine
+
+
 def test_tabulate_has_one_row_for_a_shim_with_its_parameters():
     guest = brainstate.nn.Sequential(
         brainstate.nn.Linear(3, 4), brainstate.nn.Tanh(), brainstate.nn.Linear(4, 4)
@@ -121,6 +142,7 @@ def test_tabulate_has_one_row_for_a_shim_with_its_parameters():
     table = nnx.tabulate(model, X, console_kwargs=wide)
     row = [line for line in table.splitlines() if "ToNNX" in line]
     assert len(row) == 1
+    assert "ToNNX(Sequential)" in row[0]
     assert "layers/0" in row[0]
     assert "36" in row[0]
 
@@ -130,5 +152,5 @@ def test_tabulate_has_one_row_for_a_shim_with_its_parameters():
             return nn.Dense(2)(shims.ToLinen(guest, name="core")(x))
 
     lines = Model().tabulate(KEY, X, console_kwargs=wide).splitlines()
-    assert len([line for line in lines if "ToLinen" in line]) == 1
+    assert len([line for line in lines if "ToLinen(Sequential)" in line]) == 1
     assert any("weight: \x1b[2mfloat32\x1b[0m[3,4]" in line for line in lines)

@@ -471,3 +471,80 @@ def test_streams_are_put_back_when_a_guest_that_cannot_change_raises():
             call(shim)
         counts = jax.tree.leaves(nnx.state(shim, nnx.RngCount))
         assert [int(count) for count in counts] == [0, 0]
+
+
+class TakesKey(eqx.Module):
+    linear: eqx.nn.Linear
+
+    def __call__(self, x, key=None):
+        return self.linear(x)
+
+
+def _linen(module):
+    return shims.FromLinen(module, module.init({"params": KEY, "dropout": KEY}, X))
+
+
+QUIET = {  # by what tells that they cannot ask
+    "an Equinox layer": lambda: shims.FromEquinox(eqx.nn.Linear(4, 4, key=KEY)),
+    "an Equinox stack": lambda: shims.FromEquinox(eqx.nn.MLP(4, 4, 4, 2, key=KEY)),
+    "a Linen layer": lambda: _linen(nn.Dense(4)),
+    "a Linen stack": lambda: _linen(nn.Sequential([nn.Dense(4), jnp.tanh, nn.LayerNorm()])),
+    "an NNX layer": lambda: shims.FromNNX(nnx.Linear(4, 4, rngs=nnx.Rngs(0))),
+    "an NNX dropout with its own stream": lambda: shims.FromNNX(
+        nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    ),
+}
+DRAWING = {
+    "an Equinox stack": lambda: shims.FromEquinox(
+        eqx.nn.Sequential([eqx.nn.Linear(4, 4, key=KEY), eqx.nn.Dropout(0.5)])
+    ),
+    "an Equinox module of one's own": lambda: shims.FromEquinox(
+        TakesKey(eqx.nn.Linear(4, 4, key=KEY))
+    ),
+    "a Linen dropout": lambda: _linen(nn.Sequential([nn.Dropout(0.5, deterministic=False)])),
+    "a Linen module of one's own": lambda: shims.FromLinen(Noisy(), {}),
+    "an NNX dropout": lambda: shims.FromNNX(nnx.Dropout(0.5)),
+}
+
+
+def _draws_from_brainstate(shim, fit):
+    brainstate.random.seed(0)
+    before = brainstate.random.DEFAULT.value
+    with brainstate.environ.context(fit=fit):
+        shim(X)
+    return brainstate.random.DEFAULT.value is not before
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_a_guest_that_needs_no_key_leaves_the_random_state_of_brainstate_alone(name):
+    assert not _draws_from_brainstate(QUIET[name](), True)
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_a_guest_that_may_need_a_key_draws_one_in_training(name):
+    shim = DRAWING[name]()
+    assert _draws_from_brainstate(shim, True)
+    if name != "a Linen dropout":  # it fixes its mode
+        assert not _draws_from_brainstate(shim, False)
+
+
+def test_a_guest_that_may_need_a_key_and_does_not_trains_in_a_plain_transformation():
+    shim = shims.FromEquinox(TakesKey(eqx.nn.Linear(4, 4, key=KEY)))
+    drop = shims.FromEquinox(eqx.nn.Dropout(0.5))
+    in_nnx = shims.ToNNX(bnn.Linear(4, 4), rngs=nnx.Rngs(0))
+    with brainstate.environ.context(fit=True):
+        assert_allclose(jax.jit(shim)(X), shim(X), rtol=1e-6)
+        with pytest.raises(RuntimeError, match="key"):
+            jax.jit(drop)(X)
+    assert_allclose(jax.jit(lambda x: in_nnx(x))(X), in_nnx(X), rtol=1e-6)
+
+
+def test_a_linen_layer_keeps_a_mode_that_its_fields_fix():
+    drop = shims.FromLinen(nn.Dropout(0.5, deterministic=False), {})
+    with brainstate.environ.context(fit=True):
+        assert (np.asarray(drop(jnp.ones((20, 20)))) == 0).any()
+    with (
+        brainstate.environ.context(fit=False),
+        pytest.raises(interop.ArgumentError, match="False"),
+    ):
+        drop(X)

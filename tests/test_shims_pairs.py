@@ -1,9 +1,11 @@
 """Every ordered pair of frameworks: one guest with forward logic of its own, batch
 normalisation and dropout, inside every other framework, against plain JAX."""
 
+import functools
 from pathlib import Path
 
 import brainstate
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ import interop
 import shims
 
 from . import live
+from .conftest import Framework
 from .live import X
 from .pairs import CASES, TOLERANCE, assert_same_arrays
 
@@ -82,6 +85,51 @@ def test_nothing_leaks_into_the_guest(source, hosted):
     assert_no_tracers(source.block_arrays(model))
     expected, _ = live.truth(live.PARAMS, live.STATS, X, False)
     assert source.block_output(model, X).shape == expected.shape
+
+
+CLOSING = {
+    "brainstate": (jax.jit, brainstate.transform.jit),
+    "equinox": (jax.jit, eqx.filter_jit),
+    "linen": (jax.jit,),
+    "nnx": (jax.jit, nnx.jit),
+}
+
+
+def closed_over(framework, host):
+    """What becomes of a function that closes over a model, when its weights change after the
+    first call; and, where the model itself changes in training, of one that trains it."""
+
+    def call(x, train=False):  # an NNX module's mode is set outside
+        return host.shim(x) if framework.name == "nnx" else host.call(x, train=train)
+
+    for transform in CLOSING[framework.name]:
+        before = host.call(X)
+        function = transform(call)
+        assert_allclose(function(X), before, **TOLERANCE)
+        host.double()
+        assert not np.allclose(host.call(X), before)
+        yield "constants" if np.allclose(function(X), before) else "current values"
+        if framework.name in ("brainstate", "nnx"):
+            host.call(X, train=True)
+            try:
+                transform(functools.partial(call, train=True))(X)
+                yield "trains"
+            except Exception as e:
+                yield type(e).__name__
+
+
+@functools.cache
+def closed_over_natively(name):
+    if name in ("equinox", "linen"):  # where weights are values, as any others
+        return ["constants"] * len(CLOSING[name])
+    framework = Framework(name)
+    return list(closed_over(framework, framework.Host(framework.block(0.0))))
+
+
+def test_closing_over_a_shim_is_closing_over_a_native_module(target, hosted):
+    found = list(closed_over(target, hosted()[1]))
+    assert found == closed_over_natively(target.name)
+    assert ("current values" in found) is (target.name == "brainstate")
 
 
 def test_a_stack_of_layers_is_live_in_every_host(source, target):

@@ -606,6 +606,10 @@ class Host:
     def parameters(self):
         return jax.tree.leaves(eqx.filter(self.shim, eqx.is_inexact_array))
 
+    def double(self):
+        """Change the weights."""
+        self.shim = eqx.apply_updates(self.shim, eqx.filter(self.shim, eqx.is_inexact_array))
+
     def gradients(self, x):
         return jax.tree.leaves(_loss(self._mode(True), self._copy(), x, self._key())[1])
 

@@ -726,6 +726,11 @@ class Host:
     def parameters(self):
         return jax.tree.leaves(self.variables["params"])
 
+    def double(self):
+        """Change the weights."""
+        params = jax.tree.map(lambda p: 2 * p, self.variables["params"])
+        self.variables = {**self.variables, "params": params}
+
     def _loss(self, variables, rngs, x, apply):
         def loss(params):
             out, after = apply({**variables, "params": params}, rngs, x)

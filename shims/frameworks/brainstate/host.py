@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from interop.errors import ArgumentError, ConversionError, InteropError
+from interop.errors import ArgumentError, ConversionError, InteropError, MissingKeyError
 from interop.registry import registry
 
 from ...core import (
@@ -191,12 +191,19 @@ _SHARED = """
     ``LongTermState``s.
 
     ``brainstate.environ``'s ``fit`` reaches the guest; where it is not set, the guest's own
-    flags hold. A guest that can take a key gets one from ``brainstate.random`` at each call but
-    in evaluation; one that holds streams of its own keeps them, and they advance. Under
+    flags hold. A guest that draws random numbers gets a key from ``brainstate.random``, but not
+    in evaluation. A Linen or Equinox module of one's own, which takes a key beforehand, gets
+    one at each training call, whether it draws or not; layers of Flax and Equinox that cannot
+    draw get none. A guest that holds streams of its own keeps them, and they advance. Under
     ``brainstate.transform.vmap`` such a stream is one value, and all lanes have one mask, as
     with an unsplit stream under ``nnx.vmap``; keys of ``brainstate.random`` differ by lane.
     To a Linen guest ``has_rng`` names only ``dropout`` and ``params``, to which other streams
     fall back.
+
+    A function that closes over a shim sees what one that closes over a native module sees: the
+    current values in ``brainstate.transform``; in a transformation of plain JAX the values at
+    trace time, as constants, and a call that changes a State there is BrainState's
+    ``TraceContextError``.
 
     A guest that is a recurrent cell makes a :class:`WrappedCell`, a ``brainstate.nn.RNNCell``
     with ``init_state(batch_size)`` and ``update(x)``.
@@ -207,6 +214,21 @@ _SHARED = """
         ConversionError: arrays of the guest were donated; (writes) a value of another shape
             or dtype.
     """
+
+
+def _drawn_key() -> jax.Array:
+    """A key from ``brainstate.random``.
+
+    Raises:
+        MissingKeyError: its state cannot advance in a plain JAX transformation.
+    """
+    try:
+        return brainstate.random.split_key()
+    except brainstate.TraceContextError as e:
+        raise MissingKeyError(
+            "brainstate.random cannot advance in a transformation of plain JAX",
+            remedy="Use brainstate.transform, or evaluate: environ.context(fit=False)",
+        ) from e
 
 
 def _cell_class(cls: type[Wrapped]) -> type[Wrapped]:
@@ -358,7 +380,7 @@ class Wrapped(brainstate.nn.Module):
             args,
             kwargs,
             training=brainstate.environ.get("fit", None),
-            key=brainstate.random.split_key,
+            key=_drawn_key,
         )
         structure = self._shim_structure
         out, new, _ = (structure.step if is_step else structure.run)(values, call)
@@ -482,9 +504,9 @@ class WrappedCell(Wrapped, brainstate.nn.RNNCell):
         batch = () if batch_size is None else tuple(np.atleast_1d(batch_size).tolist())
         size: Any = self.in_size
         features = size or (_UnknownSize(),) * (structure.feature_axes or 0)
-        key = brainstate.random.split_key
+        size_known = (*batch, *features)
         try:
-            return structure.initial_carry(self._shim_values(), (*batch, *features), key)
+            return structure.initial_carry(self._shim_values(), size_known, _drawn_key)
         except _SizeWantedError as e:
             raise ArgumentError(
                 f"{structure.guest_type.__qualname__} starts by the size of its input, which "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -105,6 +105,7 @@ class EquinoxStructure(Structure):
         self._state_paths = [] if state is None else _state_paths(flat, self._state_tree)
         self.kinds = {path: _kind(leaf) for path, leaf in flat if eqx.is_array(leaf)}
         self.kinds |= dict.fromkeys(self._state_paths, Kind.STATISTIC)
+        self._draws = {mode: _draws(module, mode) for mode in (True, False, None)}
         static = tuple(
             (path, "a state" if is_index(leaf) else leaf)
             for (path, leaf), is_array in zip(self._leaves, self._is_array, strict=True)
@@ -229,7 +230,7 @@ class EquinoxStructure(Structure):
 
         kwargs = dict(call.kwargs)
         key = kwargs.pop("key", None)
-        if key is None and "key" in parameters:
+        if key is None and "key" in parameters and self._draws[call.training]:
             key = _key(call)
         mapped = self._mapped(one_example, axes)
         keys = self._split(key, call.args, axes)
@@ -320,10 +321,32 @@ def _state_paths(flat: list[tuple[Path, Any]], tree: Any) -> list[Path]:
     return [paths.get(number, ("state", number)) for number in range(tree.num_leaves)]
 
 
+def _draws(module: Any, training: bool | None) -> bool:
+    """Whether a call with ``key`` may use it: of Equinox's own layers dropouts alone do."""
+
+    def may(part: Any) -> bool:
+        if not isinstance(part, eqx.nn.Dropout):
+            return isinstance(part, eqx.Module) and not type(part).__module__.startswith(
+                eqx.__name__
+            )
+        return training is True or not part.inference
+
+    return training is not False and any(map(may, _parts(module)))
+
+
+def _parts(part: Any) -> Iterator[Any]:
+    """A module and all that it holds."""
+    yield part
+    if isinstance(part, eqx.Module | dict):
+        held = part.values() if isinstance(part, dict) else vars(part).values()
+    else:
+        held = part if isinstance(part, list | tuple) else ()
+    for value in held:
+        yield from _parts(value)
+
+
 def _key(call: Call) -> Any:
-    """A key, where the mode may need one; Equinox's layers say so if they lack it."""
-    if call.training is False:
-        return None
+    """A key, if the host has one; Equinox's layers say so if they lack it."""
     try:
         return call.key()
     except MissingKeyError:

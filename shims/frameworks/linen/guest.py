@@ -104,6 +104,7 @@ class LinenStructure(Structure):
         self.base_type = nn.Module
         self.fills = frozenset((*_TRAINING, *_EVALUATION))
         self.takes_streams = True
+        self._draws = _draws(module)
         if isinstance(module, nn.RNNCellBase):
             self.feature_axes = module.num_feature_axes
 
@@ -145,8 +146,8 @@ class LinenStructure(Structure):
                 *call.args,
                 method=method,
                 mutable=[name for name in variables if name != "params"],
-                rngs=_rngs(call),
-                **(_mode(method, call) | dict(call.kwargs)),
+                rngs=_rngs(call) if self._draws else {},
+                **(_mode(self._module, method, call) | dict(call.kwargs)),
             )
         return out, dict(_leaves({**variables, **changed})), self
 
@@ -161,15 +162,20 @@ class LinenStructure(Structure):
         return {"params": native[1]}
 
 
-def _mode(method: Any, call: Call) -> dict[str, bool]:
-    """The host's mode, by the names that the method has for it and the caller left open."""
+def _mode(module: nn.Module, method: Any, call: Call) -> dict[str, bool]:
+    """The host's mode, by the names that the method has for it and the caller left open; but
+    Linen's own layers take in the call only what their fields leave open."""
     if call.training is None:
         return {}
     names = list(inspect.signature(method).parameters)[1 + len(call.args) :]
     mode = {name: call.training for name in _TRAINING} | {
         name: not call.training for name in _EVALUATION
     }
-    return {name: value for name, value in mode.items() if name in names}
+    return {
+        name: value
+        for name, value in mode.items()
+        if name in names and not (_is_linens(module) and vars(module).get(name) is not None)
+    }
 
 
 def _check_mode(call: Call, run: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -186,6 +192,25 @@ def _check_mode(call: Call, run: Any, args: Any, kwargs: Any, context: Any) -> A
                 "pass it on to its layers",
             )
     return run(*args, **kwargs)
+
+
+def _draws(part: Any) -> bool:
+    """Whether calls may draw: of Linen's own layers only those with a dropout rate do. Of
+    other modules only a call could tell."""
+    if isinstance(part, list | tuple | Mapping):
+        held: Any = part.values() if isinstance(part, Mapping) else part
+        return any(map(_draws, held))
+    if not isinstance(part, nn.Module):
+        return False
+    if not _is_linens(part):
+        return True
+    held = vars(part)
+    rates = [held.get("rate", 0), held.get("dropout_rate", 0)]
+    return rates != [0, 0] or any(_draws(v) for name, v in held.items() if name != "parent")
+
+
+def _is_linens(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(nn.__name__)
 
 
 def _rngs(call: Call) -> dict[str, jax.Array]:

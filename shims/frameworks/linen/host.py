@@ -34,6 +34,7 @@ from ...core import (
     is_cell,
     nest,
     noted,
+    path_text,
     report_of,
 )
 from ...forwarding import (
@@ -42,6 +43,7 @@ from ...forwarding import (
     check_keywords,
     check_names,
     is_method,
+    named_class,
     signature_with,
     without_self,
 )
@@ -82,7 +84,9 @@ class _Held:
         return hash((self.structure, id(self._natives[0])))
 
     def __repr__(self) -> str:
-        return self.structure.guest_type.__qualname__
+        kinds = self.structure.kinds
+        names = (path_text(path) for path, kind in kinds.items() if kind is Kind.PARAMETER)
+        return f"{self.structure.guest_type.__qualname__}({', '.join(names)})"
 
 
 _DOC = """A live ``flax.linen.Module`` around a module of another framework.
@@ -92,6 +96,10 @@ _DOC = """A live ``flax.linen.Module`` around a module of another framework.
     no random number is drawn. A compiled ``init`` returns copies of the arrays at the time of
     its compilation. ``apply`` uses what it is given and checks it first. After training,
     ``write_back`` commits the values.
+
+    A function that closes over ``variables`` has them as constants, as with any Linen module.
+    The shim itself holds none; a compiled function that it is part of, as a static argument,
+    keeps the guest alive as long as itself.
 
     Donating the variables that ``init`` returned deletes the arrays of the guest too, until
     ``write_back`` gives it new ones. With ``copy=True`` ``init`` returns copies.
@@ -172,7 +180,7 @@ class ToLinen(nn.Module):
         self.module, self.deterministic = module, deterministic
         self.parent: Any = parent
         self.name: str | None = name
-        self.__post_init__()
+        self._shim_start()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         if "__init__" not in vars(cls):  # Linen would make one that takes the fields alone
@@ -276,6 +284,18 @@ class ToLinen(nn.Module):
             cell.set(values[cell.path])
 
     # -- private: every name has the prefix _shim_ --
+
+    @nn.nowrap
+    def _shim_start(self) -> None:
+        """Do what Linen does to a new module. It names a submodule after its class."""
+        plain = vars(type(self)).get("_shim_plain", type(self))
+        object.__setattr__(self, "__class__", plain)
+        self.__post_init__()
+        if plain in (ToLinen, ToLinenCell):
+            named = named_class(plain, self.module.structure.guest_type.__name__)
+            object.__setattr__(self, "__class__", named)
+
+    _shim_mapping = staticmethod(shim_mapping)
 
     @nn.nowrap
     def _shim_remade(

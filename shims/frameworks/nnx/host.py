@@ -41,6 +41,7 @@ from ...forwarding import (
     cell_signature,
     check_names,
     forwarded,
+    named_class,
     refuse_attribute,
     signature_with,
     without_self,
@@ -185,7 +186,9 @@ class ToNNX(nnx.Module):
 
     def __new__(cls, module: Any = None, *args: Any, carry: Any = None, **kwargs: Any) -> Self:
         made: Any = ToNNXCell if cls is ToNNX and is_cell(module, carry) else cls
-        return super().__new__(made)
+        is_plain = module is not None and made in (ToNNX, ToNNXCell)
+        named: Any = named_class(made, type(module).__name__) if is_plain else made
+        return super().__new__(named)
 
     def __init__(
         self,

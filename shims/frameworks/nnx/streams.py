@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.errors import TraceContextError
 
 from interop.errors import ArgumentError, MissingKeyError
 
@@ -47,7 +48,8 @@ def key_source(rngs: Any, *, training: bool) -> Callable[[], jax.Array]:
     """Draws the key of one call.
 
     In training it is drawn at once: the guest may first ask for it inside a trace of its own,
-    where a stream cannot advance. In evaluation few guests ask, and the stream stays put.
+    where a stream cannot advance. In evaluation few guests ask, and the stream stays put. A
+    stream that the caller's trace has closed over cannot advance at all; who asks is told so.
     """
     if rngs is None:
         return no_key
@@ -56,7 +58,10 @@ def key_source(rngs: Any, *, training: bool) -> Callable[[], jax.Array]:
     stream = stream_of(rngs)
     if not training:
         return stream
-    key = stream()
+    try:
+        key = stream()
+    except TraceContextError:
+        return stream
     return lambda: key
 
 
