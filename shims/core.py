@@ -48,6 +48,7 @@ __all__ = [
     "check_alive",
     "check_copy",
     "check_guest",
+    "check_kept",
     "check_partitionings",
     "check_places",
     "first_values",
@@ -230,6 +231,24 @@ def check_partitionings(structure: Structure, values: Mapping[Path, Any]) -> Non
             mismatched=mismatched,
             remedy="Take one member, or leave the names out of the wrapped module",
         )
+
+
+def check_kept(structure: Structure, after: Structure, method: str) -> None:
+    """Compare a private copy after its call with what its host keeps: the values.
+
+    Raises:
+        UnsupportedStructureError: it has changed otherwise, and the next call would not know.
+    """
+    if after == structure:
+        return
+    new = ", ".join(path_text(path) for path in after.kinds if path not in structure.kinds)
+    changes = f"makes {new}" if new else "changes attributes of the module"
+    raise UnsupportedStructureError(
+        f"{structure.guest_type.__qualname__}.{method} {changes}, which a private copy of it "
+        f"would lose",
+        remedy="Keep what changes between calls in states, and make them before the module is "
+        "wrapped",
+    )
 
 
 def check_alive(values: Mapping[Path, Any]) -> None:

@@ -1,6 +1,8 @@
 """What once was silently wrong in a shim: right now, or refused by name."""
 
 import collections
+import copy
+import pickle
 
 import brainstate
 import brainunit as u
@@ -548,3 +550,99 @@ def test_a_linen_layer_keeps_a_mode_that_its_fields_fix():
         pytest.raises(interop.ArgumentError, match="False"),
     ):
         drop(X)
+
+
+class Counts(bnn.Module):
+    """Changes an attribute in a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def update(self, x):
+        self.calls = self.calls + 1
+        return x * self.calls
+
+
+class Accumulates(bnn.Module):
+    """Makes its state in the first call."""
+
+    def update(self, x):
+        if not hasattr(self, "sum"):
+            self.sum = brainstate.ShortTermState(jnp.zeros_like(x))
+        self.sum.value = self.sum.value + x
+        return self.sum.value
+
+
+@pytest.mark.parametrize(
+    ("guest", "text"), [(Counts, "changes attributes"), (Accumulates, "makes sum")]
+)
+def test_what_a_call_changes_beside_values_is_kept_or_refused(guest, text):
+    linen, compiled = shims.ToLinen(guest()), nnx.jit(lambda m, x: m(x))
+    for call in (
+        lambda: linen.init(KEY, X),
+        lambda: linen.apply({}, X),
+        lambda: shims.ToEquinox(guest(), batched=True)(X),
+        lambda: compiled(shims.ToNNX(guest()), X),
+    ):
+        with pytest.raises(interop.UnsupportedStructureError, match=text):
+            call()
+    for shim in (shims.ToNNX(guest()), nnx.clone(shims.ToNNX(guest()))):
+        for n in (1, 2, 3):
+            assert_allclose(shim(X), n * X, rtol=1e-6)
+
+
+def test_state_made_before_wrapping_is_carried():
+    guest = Accumulates()
+    guest(X)
+    shim = shims.ToLinen(guest)
+    variables = shim.init(KEY, X)
+    out, variables = shim.apply(variables, X, mutable=["carry"])
+    assert_allclose(out, 2 * X, rtol=1e-6)
+    assert_allclose(shim.apply(variables, X, mutable=["carry"])[0], 3 * X, rtol=1e-6)
+
+
+def _arrays(tree):
+    return eqx.filter(tree, eqx.is_array)
+
+
+def _values(module):
+    return [state.value for state in module.states().values()]
+
+
+COPIED = {
+    shims.ToNNX: (lambda: bnn.Linear(4, 4), _values, nnx.state),
+    shims.ToLinen: (lambda: bnn.Linear(4, 4), _values, lambda shim: shim.init(KEY, X)),
+    shims.ToEquinox: (lambda: bnn.Linear(4, 4), _values, _arrays),
+    shims.FromNNX: (lambda: nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.state, _values),
+}
+
+
+@pytest.mark.parametrize("make", COPIED)
+def test_a_shim_is_not_pickled_and_a_deep_copy_is_apart(make):
+    build, arrays_of_guest, arrays_of_shim = COPIED[make]
+    guest = build()
+    shim = make(guest)
+    with pytest.raises(interop.ArgumentError, match=r"cannot be pickled.*materialize"):
+        pickle.dumps(shim)
+    other = copy.deepcopy(shim)
+    assert type(other) is type(shim)
+    assert shim.unwrap() is guest
+    assert other.unwrap() is not guest
+    copies = jax.tree.leaves(arrays_of_shim(other))
+    assert len(copies) == 2
+    own = [id(array) for array in jax.tree.leaves(arrays_of_guest(guest))]
+    if make is not shims.FromNNX:  # which may share an array until one side is written to
+        assert not any(id(array) in own for array in copies)
+
+
+def test_a_guest_that_is_gone_is_not_needed_to_go_on():
+    shim, state = eqx.nn.make_with_state(shims.ToEquinox)(
+        bnn.Sequential(bnn.Linear(4, 4), bnn.BatchNorm0d((4,))), batched=True
+    )
+    out, state = shim(X, state)
+    assert out.shape == (4, 4)
+    assert isinstance(shim.unwrap(state), bnn.Sequential)
+    for use in (lambda: shim.write_back(state), shim.unwrap):
+        with pytest.raises(interop.ArgumentError, match="refers to it"):
+            use()

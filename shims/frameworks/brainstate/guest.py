@@ -217,7 +217,8 @@ class BrainStateStructure(Structure):
         self.named = named_paths(nodes.items(), self.kinds)
         self.unkept = [path for path, node in nodes.items() if _keeps_no_statistics(node)]
         trees = tuple(
-            (path, type(s), jax.tree.structure(s.value)) for path, s in states.items()
+            (path, _comparable(type(s)), jax.tree.structure(s.value))
+            for path, s in states.items()
         )
         self._key = (_comparable(definition), trees)
         self._hash = hash(self._key)
@@ -418,6 +419,8 @@ def _comparable(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and type(value).__module__.startswith(graph.__name__):
         fields = dataclasses.fields(value)
         return (type(value), *(_comparable(getattr(value, field.name)) for field in fields))
+    if isinstance(value, type):  # private copies have plain states in the place of views
+        return vars(value).get("_shim_base", value)
     try:
         hash(value)
     except TypeError:

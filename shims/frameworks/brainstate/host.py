@@ -129,7 +129,9 @@ _BASES = {
     Kind.BUFFER: brainstate.LongTermState,
 }
 _VIEWS = {
-    kind: type(f"{base.__name__}View", (_View, base), {"__doc__": _View.__doc__})
+    kind: type(
+        f"{base.__name__}View", (_View, base), {"__doc__": _View.__doc__, "_shim_base": base}
+    )
     for kind, base in _BASES.items()
 }
 

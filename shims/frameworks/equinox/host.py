@@ -8,6 +8,7 @@ private copy of the guest; ``write_back`` commits the values to the guest.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ from ...core import (
     Structure,
     at,
     check_alive,
+    check_kept,
     check_places,
     first_values,
     guest_of,
@@ -58,20 +60,25 @@ _METHODS += ("params", "buffers", "inference", "batched")
 
 
 class _Link:
-    """The live guest behind a shim. Shims of one guest compare equal, of two they differ."""
+    """The live guest behind a shim, or none. Shims of one guest compare equal, of two they
+    differ. Compiled functions keep links, with the trees that they were called with, and so a
+    link keeps no guest alive."""
 
     def __init__(self, guest: LiveGuest | None):
-        self.guest = guest
+        self._make: Any = type(guest)
+        self._native = None if guest is None else weakref.ref(guest.native)
+
+    @property
+    def guest(self) -> LiveGuest | None:
+        native = None if self._native is None else self._native()
+        return None if native is None else self._make(native)
 
     def __eq__(self, other: object) -> bool:
+        # All weak references to one object are one object, and stay so when it is gone.
         return isinstance(other, _Link) and self._native is other._native
 
     def __hash__(self) -> int:
         return hash(id(self._native))
-
-    @property
-    def _native(self) -> Any:
-        return None if self.guest is None else self.guest.native
 
 
 def _signature(shim: ToEquinox) -> inspect.Signature:
@@ -98,9 +105,10 @@ _DOC = """A live ``eqx.Module`` around a module of another framework.
 
     The guest owns its arrays; the leaves of ``params`` are those very arrays, under the
     guest's own paths. Equinox replaces leaves instead of changing them: after training,
-    ``write_back`` commits the current ones to the guest. The inexact leaves of the shim are
-    exactly the trainable arrays. Running statistics, hidden state and other buffers stand in
-    an ``eqx.nn.State``: build a stateful shim by
+    ``write_back`` commits the current ones to the guest, which the shim does not keep alive. A
+    deep copy has no link to the guest, and two shims of one guest in a tree are two layers.
+    The inexact leaves of the shim are exactly the trainable arrays. Running statistics, hidden
+    state and other buffers stand in an ``eqx.nn.State``: build a stateful shim by
     ``eqx.nn.make_with_state(shims.ToEquinox)(layer)`` and call it as ``out, state =
     shim(x, state, key=key)``; one without them as ``shim(x, key=key)``.
 
@@ -195,6 +203,20 @@ class ToEquinox(eqx.nn.StatefulLayer):
         lambda shim: _signature(shim), without_self(__init__)
     )
 
+    def __copy__(self) -> ToEquinox:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> ToEquinox:
+        copied = jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, self)
+        object.__setattr__(copied, "_shim_link", _Link(None))
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ArgumentError(
+            f"a live shim of {self._shim_structure.guest_type.__qualname__} cannot be pickled",
+            remedy="Save its leaves, eqx.tree_serialise_leaves, or shim.materialize()",
+        )
+
     def is_stateful(self) -> bool:
         """Whether calls take and return an ``eqx.nn.State``."""
         return self.buffers is not None
@@ -254,7 +276,8 @@ class ToEquinox(eqx.nn.StatefulLayer):
             training=not self.inference,
             key=_key_source(key),
         )
-        out, new, _ = (structure.step if is_step else structure.run)(values, call)
+        out, new, structure_after = (structure.step if is_step else structure.run)(values, call)
+        check_kept(structure, structure_after, method)
         if self.buffers is None or state is None:
             return out
         others = self._shim_others
@@ -284,7 +307,8 @@ class ToEquinox(eqx.nn.StatefulLayer):
         if not structure.is_recurrent:
             raise UnsupportedStructureError(
                 f"{structure.guest_type.__qualname__} is no recurrent cell",
-                remedy="Derive it from its framework's class of cells",
+                remedy="Derive it from its framework's class of cells, or make its hidden "
+                "state, as init_state does, before it is wrapped",
             )
         trainable = {p: at(self.params, _place(p)) for p in _paths(structure, trainable=True)}
         guest = self._shim_link.guest
@@ -348,7 +372,8 @@ class ToEquinox(eqx.nn.StatefulLayer):
         guest = self._shim_link.guest
         if guest is None:
             raise ArgumentError(
-                f"{self._shim_structure.guest_type.__qualname__} cannot change in place",
+                f"{self._shim_structure.guest_type.__qualname__} cannot change in place, or is "
+                f"gone because nothing else refers to it",
                 remedy="shim.unwrap(state) makes a new one that holds the values",
             )
         values = self._shim_current(state)
@@ -407,7 +432,10 @@ class ToEquinox(eqx.nn.StatefulLayer):
         if self.buffers is None or state is not None:
             return own | self._shim_values(state)
         if guest is None:
-            raise ArgumentError("the shim is stateful, and its state was not given")
+            raise ArgumentError(
+                "the shim is stateful, and its state was not given",
+                remedy="Pass state=; the wrapped module may have it, if something refers to it",
+            )
         trainable = _paths(self._shim_structure, trainable=True)
         return own | {path: at(self.params, _place(path)) for path in trainable}
 

@@ -6,6 +6,7 @@ guest with the variables it is given, and ``write_back`` commits them to the gue
 
 from __future__ import annotations
 
+import copy as copy_module
 import dataclasses
 import functools
 import inspect
@@ -28,6 +29,7 @@ from ...core import (
     Path,
     Structure,
     check_alive,
+    check_kept,
     check_places,
     first_values,
     guest_of,
@@ -82,6 +84,13 @@ class _Held:
 
     def __hash__(self) -> int:
         return hash((self.structure, id(self._natives[0])))
+
+    def __deepcopy__(self, memo: Any) -> _Held:
+        if not isinstance(self.guest, LiveGuest):  # it cannot change
+            return self
+        make: Any = type(self.guest)
+        values = first_values(self.guest, copy=True)
+        return _Held(make(self.guest.structure().build(values)), copy=self.copy)
 
     def __repr__(self) -> str:
         kinds = self.structure.kinds
@@ -206,7 +215,8 @@ class ToLinen(nn.Module):
         is_step = method == "__call__" and self._shim_takes_carry(args)
         values = self._shim_values(structure, structure.carried if is_step else ())
         call = Call(method, args, kwargs, training, self._shim_key(training))
-        out, new, _ = (structure.step if is_step else structure.run)(values, call)
+        out, new, after = (structure.step if is_step else structure.run)(values, call)
+        check_kept(structure, after, method)
         if not self.is_initializing():
             self._shim_store(structure, values, new)
         return out
@@ -229,6 +239,21 @@ class ToLinen(nn.Module):
             return shim(*args, **kwargs, _shim_method=name)
 
         return types.MethodType(through_the_shim, self)  # as apply(..., method=name) wants it
+
+    @nn.nowrap
+    def __copy__(self) -> Any:
+        return self.clone()
+
+    @nn.nowrap
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.clone(module=copy_module.deepcopy(self.module, memo))
+
+    @nn.nowrap
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ArgumentError(
+            f"a live shim of {self._shim_structure.guest_type.__qualname__} cannot be pickled",
+            remedy="Save its variables, or shim.materialize(variables)",
+        )
 
     @nn.nowrap
     def unwrap(self, variables: Mapping[str, Any] | None = None) -> Any:
@@ -294,8 +319,6 @@ class ToLinen(nn.Module):
         if plain in (ToLinen, ToLinenCell):
             named = named_class(plain, self.module.structure.guest_type.__name__)
             object.__setattr__(self, "__class__", named)
-
-    _shim_mapping = staticmethod(shim_mapping)
 
     @nn.nowrap
     def _shim_remade(

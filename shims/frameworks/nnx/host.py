@@ -27,6 +27,7 @@ from ...core import (
     at,
     attribute_path,
     check_copy,
+    check_kept,
     first_values,
     guest_of,
     is_cell,
@@ -416,8 +417,9 @@ class ToNNX(nnx.Module):
         values = self._shim_values(structure)
         out, new, after = structure.run(values, call)
         self._shim_store(values, new)
-        # State that appears in a call is kept, unless it was traced: it is gone with the trace.
-        if after != structure and not is_traced(new):
+        if is_traced((out, new)):  # state that appears is gone with the trace
+            check_kept(structure, after, call.method)
+        elif after != structure:
             self._shim_place(
                 {
                     path: self._shim_variable(path)
