@@ -539,6 +539,11 @@ def arrays_of(spec: specs.Spec) -> dict[str, Any]:
     if not dataclasses.is_dataclass(spec):
         return {}
     spec = spec.joined()
+    if isinstance(spec, specs.Sequential):
+        held = {f"layers[{i}]": arrays_of(layer) for i, layer in enumerate(spec.layers)}
+        return {
+            f"{i}.{key}": array for i, arrays in held.items() for key, array in arrays.items()
+        }
     inner, found = spec.inner(), dict[str, Any]()
     for option in dataclasses.fields(spec):
         if option.name in inner:

@@ -50,6 +50,7 @@ MADE = {
     "FrozenEmbedding": ((5, 3), {"padding_idx": 2}, jnp.arange(4)),
     "ScaledWSLinear": ((3, 4), {"epsilon": 0.3, "use_bias": False}, (5, 3)),
     "SignedLinear": ((3, 4), {"sign": 1 - np.arange(12).reshape(3, 4) % 3}, (5, 3)),
+    "LoRA": ((3, 2, 4), {"base": LINEAR, "dtype": jnp.float32}, (5, 3)),
     "Linear": ((3, 4), {"mask": np.arange(12).reshape(3, 4) % 2}, (5, 3)),
     "LinearGeneral": (((2, 3), 4), {"axes": (-3, -1)}, (6, 2, 5, 3)),
     "MultiHeadAttention": ((4, 8), {"num_kv_heads": 2, "normalize_qk": True}, (2, 5, 8)),

@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from brainstate.nn import AllToAll, Embedding, Linear, OneToOne, ScaledWSLinear, SignedWLinear
+from brainstate.nn import (
+    AllToAll,
+    Embedding,
+    Linear,
+    LoRA,
+    OneToOne,
+    ScaledWSLinear,
+    SignedWLinear,
+)
 from flax import nnx
 
 import interop
@@ -24,6 +32,7 @@ from .pairs import assert_same_arrays
 GAIN, FACTORS = array(4, seed=20), array(3, seed=21)
 MASK = np.arange(12, dtype=np.float32).reshape(3, 4) % 3
 SIGN = 1 - MASK  # 1, 0 and -1
+DOWN, UP = array(3, 2, seed=23), array(2, 4, seed=24)
 ONE = jnp.float32(0.7)
 
 
@@ -31,7 +40,8 @@ ONE = jnp.float32(0.7)
 class Layer:
     """A layer of a framework with given arrays, and what it computes of them and ``x``.
 
-    ``native`` are the targets that have such a layer, with its class there.
+    ``native`` are the targets that have such a layer, with its class there; ``returns`` tells
+    whether it comes back from them as what it was.
     """
 
     framework: str
@@ -40,6 +50,7 @@ class Layer:
     arrays: dict[str, Any]
     native: dict[str, type] = field(default_factory=dict)
     x: Any = field(default_factory=lambda: X)
+    returns: bool = True
 
 
 # -- hand-written truth: NumPy and float64 --
@@ -90,6 +101,7 @@ LAYERS = {
         lambda x, w, b: sums(x, w, 4, True) + b,
         {"w": WEIGHT, "b": BIAS},
         {"equinox": eqx.nn.Linear, "linen": nn.Dense, "nnx": nnx.Linear},
+        returns=False,
     ),
     "all to others": Layer(
         "brainstate",
@@ -141,6 +153,51 @@ TABLE = array(5, 3, seed=22)
 IDS = jnp.array([[4, 0, 4], [2, 4, 0]])  # the last row three times, the first one twice
 TIMES = np.array([2, 1, 1, 1, 3])[:, None]
 KEPT = np.array([1, 1, 1, 1, 0])[:, None]
+
+
+def lora_linear():
+    layer = nnx.LoRALinear(3, 4, lora_rank=2, rngs=nnx.Rngs(0))
+    for box, value in (
+        (layer.kernel, WEIGHT),
+        (layer.bias, BIAS),
+        (layer.lora.lora_a, DOWN),
+        (layer.lora.lora_b, UP),
+    ):
+        box.set_value(value)
+    return layer
+
+
+def lora(base=None):
+    layer = LoRA(3, 2, 4, base_module=base)
+    layer.weight.value = {"lora_a": DOWN, "lora_b": UP}
+    return layer
+
+
+ADAPTED = {"w": WEIGHT, "b": BIAS, "down": DOWN, "up": UP}
+LAYERS |= {
+    "low rank": Layer(
+        "brainstate",
+        lora,
+        lambda x, down, up: x @ down @ up,
+        {"down": DOWN, "up": UP},
+        {"nnx": nnx.LoRA},
+    ),
+    "adapted": Layer(
+        "brainstate",
+        lambda: lora(Linear(3, 4, w_init=WEIGHT, b_init=BIAS)),
+        lambda x, w, b, down, up: x @ (w + down @ up) + b,
+        ADAPTED,
+        {"nnx": nnx.LoRA},
+    ),
+    "adapted in one": Layer(
+        "nnx",
+        lora_linear,
+        lambda x, w, b, down, up: x @ (w + down @ up) + b,
+        ADAPTED,
+        {"brainstate": LoRA},
+        returns=False,
+    ),
+}
 
 
 def embedding(weight=TABLE, **options):
@@ -252,12 +309,7 @@ def test_a_layer_computes_its_formula_and_its_gradient_in_every_framework(layer,
         else:
             assert type(part(converted)) in registry.adapter(goal).composites.values()
         back = source.convert_from(fw, converted, sample_input=shape)
-        if goal not in layer.native or layer.native[goal] in (
-            nn.Einsum,
-            nnx.Einsum,
-            nnx.Embed,
-            nn.Embed,
-        ):
+        if layer.returns or goal not in layer.native:
             assert type(part(back)) is type(part(model))
         assert_same_arrays(held(back), held(model))
     x = np.float64(layer.x) if jnp.issubdtype(layer.x.dtype, jnp.floating) else layer.x
@@ -368,3 +420,29 @@ def test_a_sequence_of_indices_is_an_example_of_equinox():
         nnx.Embed(5, 3, rngs=nnx.Rngs(0)), to="equinox", sample_input=(3,)
     )
     assert jax.vmap(network)(IDS).shape == (2, 3, 3)
+
+
+def test_the_base_of_an_adapted_layer_may_be_a_stack():
+    stack = brainstate.nn.Sequential(Linear(3, 5), brainstate.nn.ReLU(), Linear(5, 4))
+    layer = lora(stack)
+    model = interop.to_nnx(layer)
+    assert type(model.base_module) is nnx.Sequential
+    np.testing.assert_allclose(model(X), layer(X), rtol=1e-5, atol=1e-5)
+    assert type(interop.from_nnx(model).base_module) is brainstate.nn.Sequential
+    assert len(interop.mapping(layer, model)) == 6
+    with pytest.raises(interop.InteropError, match="LoRA"):
+        interop.to_equinox(layer)
+
+
+def test_a_base_gets_the_input_that_it_got():
+    """A cast of the input before the base cannot be undone there."""
+    x, narrow = X, jnp.bfloat16
+    base = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    outside = nnx.LoRA(3, 2, 4, base_module=base, dtype=narrow, rngs=nnx.Rngs(0))
+    inside = nnx.LoRALinear(3, 4, lora_rank=2, lora_dtype=narrow, rngs=nnx.Rngs(0))
+    inside.kernel.set_value(base.kernel.get_value())
+    assert (outside(x) != inside(x)).any()
+    for layer in (outside, inside):
+        back = interop.to_nnx(interop.from_nnx(layer))
+        assert type(back) is type(layer)
+        np.testing.assert_array_equal(back(x), layer(x))

@@ -35,7 +35,7 @@ from .convolutions import (
 )
 from .embedding import Embedding, FrozenEmbedding
 from .functions import Activation, Dropout, Flatten, Function
-from .linear import Linear, ScaledWSLinear, SignedLinear
+from .linear import Linear, LoRA, ScaledWSLinear, SignedLinear
 from .normalized_weights import NormalizedWeight, SpectralNorm, WeightNorm
 from .norms import BatchNorm, GroupNorm, LayerNorm, Norm, RMSNorm
 from .recurrent import (
@@ -77,6 +77,7 @@ __all__ = [
     "LSTMCell",
     "LayerNorm",
     "Linear",
+    "LoRA",
     "LinearGeneral",
     "MGUCell",
     "MultiHeadAttention",

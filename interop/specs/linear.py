@@ -13,9 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import formulas
-from .base import Array, DType, Run, Shape, Spec, mismatches_of, rows
+from .base import (
+    Array,
+    DType,
+    Run,
+    Sequential,
+    Shape,
+    Spec,
+    common_dtype,
+    mismatches_of,
+    rows,
+    spec_of,
+)
 
-__all__ = ["Linear", "ScaledWSLinear", "SignedLinear"]
+__all__ = ["LoRA", "Linear", "ScaledWSLinear", "SignedLinear"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -185,3 +196,112 @@ class SignedLinear(Linear):
     def mismatches(self) -> list[str]:
         shape = self.weight.shape
         return super().mismatches() + mismatches_of(sign=(self.sign, shape))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LoRA(Spec):
+    """``y = x @ lora_a @ lora_b + base(x)``.
+
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
+
+    Shapes:
+        x       (*batch, in)
+        lora_a  (in, rank)
+        lora_b  (rank, out)
+    and ``base`` is a layer with such inputs and outputs, or None.
+
+    Options: ``dtype`` is what the operands are cast to; None means their common dtype.
+    ``promotes_base`` tells whether ``base`` gets ``x`` after that cast. ``leading_shape`` is as
+    in :class:`Linear`.
+    """
+
+    lora_a: Array
+    lora_b: Array
+    base: Any = None
+    dtype: DType | None = None
+    promotes_base: bool = False
+    leading_shape: Shape = ()
+
+    trained = ("lora_a", "lora_b")
+    children = ("base",)
+
+    def apply(self, run: Run, x: Array) -> Array:
+        operands = formulas.promote(x, self.lora_a, self.lora_b, dtype=self.dtype)
+        y = operands[0] @ operands[1] @ operands[2]
+        if self.base is None:
+            return y
+        return y + self.base.apply(run, operands[0] if self.promotes_base else x)
+
+    @classmethod
+    def shaped(
+        cls,
+        in_features: int,
+        rank: int,
+        out_features: int,
+        *,
+        base: Any = None,
+        param_dtype: DType = jnp.float32,
+        **options: Any,
+    ) -> Self:
+        """``base`` is a spec or a module that holds one."""
+        return cls(
+            lora_a=jax.ShapeDtypeStruct((in_features, rank), param_dtype),
+            lora_b=jax.ShapeDtypeStruct((rank, out_features), param_dtype),
+            base=None if base is None else spec_of(base, Spec),
+            **options,
+        )
+
+    def initial(self, key: jax.Array) -> Self:
+        """As the paper has it, with zeros in ``lora_b``."""
+        found, b = super().initial(key), self.lora_b
+        if not isinstance(b, jax.ShapeDtypeStruct):
+            return found
+        return replace(found, lora_b=jnp.zeros(b.shape, b.dtype))
+
+    @property
+    def feels_promotion(self) -> bool:
+        """Whether ``promotes_base`` makes a difference, as far as one can tell."""
+        first: Any = self.base
+        while isinstance(first, Sequential):
+            first = first.layers[0]
+        if first is None:
+            return False
+        promotes = isinstance(first, Linear) and first.dtype is None
+        widest = common_dtype(self.lora_a, self.lora_b)
+        return self.dtype is not None or not promotes or first.weight.dtype != widest
+
+    @property
+    def is_composable(self) -> bool:
+        return self.base is None or (self.base.is_composable and not self.base.random)
+
+    @property
+    def has_modes(self) -> bool:
+        return self.base is not None and self.base.has_modes
+
+    @property
+    def holds_state(self) -> bool:
+        return True
+
+    @property
+    def mixes_examples(self) -> bool:
+        return self.base is not None and self.base.mixes_examples
+
+    @property
+    def in_features(self) -> int:
+        return self.lora_a.shape[0]
+
+    def output_shape(self, shape: Shape | None) -> Shape | None:
+        return (*(shape[:-1] if shape else self.leading_shape), self.lora_b.shape[1])
+
+    @property
+    def takes_rows(self) -> bool:
+        return not self.leading_shape and (self.base is None or self.base.takes_rows)
+
+    def with_rows(self, order: np.ndarray[Any, Any]) -> Spec:
+        base = None if self.base is None else self.base.with_rows(order)
+        return replace(self, lora_a=rows(self.lora_a, order), base=base)
+
+    def mismatches(self) -> list[str]:
+        rank = self.lora_a.shape[1:]
+        shape = (*rank, *self.lora_b.shape[1:])
+        return mismatches_of(lora_a=(self.lora_a, None), lora_b=(self.lora_b, shape))

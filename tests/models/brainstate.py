@@ -449,6 +449,19 @@ CONSTRUCTORS = {
             "param_type": Option(FrozenState, refused=ALL),
         },
     ),
+    nn.LoRA: Constructor(
+        (6, 3),
+        {"in_features": 3, "lora_rank": 2, "out_features": 4},
+        {
+            "in_features": SHAPE,
+            "lora_rank": SHAPE,
+            "out_features": SHAPE,
+            "base_module": Option(nn.Linear(3, 4)),
+            "kernel_init": INITIAL,
+            "param_type": Option(FrozenState, refused=ALL),
+            "in_size": Option((2, 3), x=(6, 2, 3)),
+        },
+    ),
     nn.AllToAll: Constructor(
         (6, 3),
         {"in_size": (3,), "out_size": (4,)},

@@ -470,6 +470,48 @@ CONSTRUCTORS = {
             "bias_metadata": _note("bias_metadata", "bias"),
         },
     ),
+    nnx.LoRA: Constructor(
+        (6, 3),
+        {"in_features": 3, "lora_rank": 2, "out_features": 4, "rngs": _RNGS},
+        {
+            "in_features": SHAPE,
+            "lora_rank": SHAPE,
+            "out_features": SHAPE,
+            "base_module": Option(nnx.Linear(3, 4, rngs=_RNGS)),
+            "dtype": Option(
+                {"dtype": jnp.bfloat16, "base_module": nnx.Linear(3, 4, rngs=_RNGS)}
+            ),
+            "param_dtype": Option(jnp.bfloat16),
+            "a_initializer": INITIAL,
+            "b_initializer": INITIAL,
+            "lora_param_type": Option(nnx.Param, refused=ALL, named="lora_a"),
+            "promote_dtype": Option(_promote, refused=ALL),
+            "rngs": INITIAL,
+            "a_metadata": _note("a_metadata", "lora_a"),
+            "b_metadata": _note("b_metadata", "lora_b"),
+        },
+    ),
+    nnx.LoRALinear: Constructor(
+        (6, 3),
+        {"in_features": 3, "lora_rank": 2, "out_features": 4, "rngs": _RNGS},
+        {
+            "in_features": SHAPE,
+            "out_features": SHAPE,
+            "lora_rank": SHAPE,
+            "lora_dtype": Option(jnp.bfloat16),
+            "lora_param_dtype": Option(jnp.bfloat16),
+            "a_initializer": INITIAL,
+            "b_initializer": INITIAL,
+            "lora_param_type": Option(nnx.Param, refused=ALL, named="lora_a", found="LoRA"),
+            "lora_promote_dtype": Option(
+                _promote, refused=ALL, named="promote_dtype", found="LoRA"
+            ),
+            "rngs": INITIAL,
+            "a_metadata": _note("a_metadata", "lora_a", "LoRA"),
+            "b_metadata": _note("b_metadata", "lora_b", "LoRA"),
+            "kwargs": Option({"use_bias": False, "dtype": jnp.bfloat16}),
+        },
+    ),
     nnx.LinearGeneral: Constructor(
         (6, 3),
         {"in_features": 3, "out_features": (4, 2), "rngs": _RNGS},

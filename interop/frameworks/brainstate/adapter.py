@@ -128,12 +128,12 @@ def reshape(array: Any, shape: Any) -> Any:
     return array if array is None or array.shape == tuple(shape) else array.reshape(shape)
 
 
-def check_one_dtype(weight, bias, ctx):
+def check_one_dtype(weight, bias, ctx, name: str = "bias"):
     if bias is not None and bias.dtype != weight.dtype:
         ctx.refuse(
-            "bias.dtype",
+            f"{name}.dtype",
             bias.dtype,
-            f"BrainState adds the bias after the product in {weight.dtype}, where others "
-            f"promote both first",
-            "Cast the bias to the weight's dtype",
+            f"BrainState uses it after a product in {weight.dtype}, where others promote both "
+            f"first",
+            f"Cast it to {weight.dtype}",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -86,3 +87,36 @@ def sizes_of(spec, ctx) -> tuple[Any, Any]:
     leading = ctx.shape[:-1] if ctx.shape else spec.leading_shape
     n_in, n_out = spec.weight.shape
     return (*leading, n_in), (*leading, n_out)
+
+
+@adapter.reads(nn.LoRA, specs.LoRA, state=("weight", "base_module"))
+def read_lora(m, ctx):
+    rank = np.shape(m.weight.value["lora_a"])[-1]
+    shapes = {"lora_a": (m.in_features, rank), "lora_b": (rank, m.out_features)}
+    arrays = arrays_of(m, ctx, **shapes)
+    check_one_dtype(arrays["lora_a"], arrays["lora_b"], ctx, "lora_b")
+    base = m.base_module
+    base = None if base is None else ctx.read(base, f"{ctx.path}.base_module")
+    spec = specs.LoRA(**arrays, base=base, leading_shape=tuple(m.in_size[:-1]))
+    # Where both are the same, the base gets its input as others give it.
+    return dataclasses.replace(
+        spec, promotes_base=base is not None and not spec.feels_promotion
+    )
+
+
+@adapter.builds(specs.LoRA, carries=("base", "promotes_base", "leading_shape"))
+def build_lora(spec, ctx):
+    check_one_dtype(spec.lora_a, spec.lora_b, ctx, "lora_b")
+    if spec.promotes_base and spec.feels_promotion:
+        ctx.refuse("promotes_base", True, "BrainState gives its base the input as it is")
+    leading = ctx.shape[:-1] if ctx.shape else spec.leading_shape
+    n_in, rank = spec.lora_a.shape
+    arrays = iter((spec.lora_a, spec.lora_b))
+    return nn.LoRA(
+        n_in,
+        rank,
+        spec.lora_b.shape[1],
+        base_module=None if spec.base is None else ctx.build(spec.base),
+        kernel_init=lambda _: next(arrays),
+        in_size=(*leading, n_in),
+    )
