@@ -49,6 +49,9 @@ format: $(VENV)/installed-lint ## Format, and mend what can be mended
 table: $(VENV)/installed-test ## Write the tables of README.md (on Python 3.13: its layers are the newest)
 	PYTHONPATH=. $(VENV)/bin/python tests/support_table.py
 
+docs: $(VENV)/installed-docs ## Build the documentation into out/docs; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
+
 clean: ## Remove the virtualenvs and all caches
 	rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

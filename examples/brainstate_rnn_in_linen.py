@@ -23,7 +23,7 @@ import shims
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--epochs", type=int, default=20)
-args = parser.parse_args()
+args, _ = parser.parse_known_args()  # a notebook has arguments of its own
 
 images, labels = load_digits(return_X_y=True)
 rows = (images / 16.0).astype(np.float32).reshape(-1, 8, 8)

@@ -32,7 +32,7 @@ import shims
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--out", type=Path, default=Path("out/embed_in_flax"))
 parser.add_argument("--epochs", type=int, default=50)
-args = parser.parse_args()
+args, _ = parser.parse_known_args()  # a notebook has arguments of its own
 args.out.mkdir(parents=True, exist_ok=True)
 started = time.perf_counter()
 

@@ -24,7 +24,7 @@ import shims
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=400)
-args = parser.parse_args()
+args, _ = parser.parse_known_args()  # a notebook has arguments of its own
 
 RATE = 0.3
 images, labels = load_digits(return_X_y=True)

@@ -26,7 +26,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--out", type=Path, default=Path("out/train_mixed_export_pure"))
 parser.add_argument("--epochs", type=int, default=8)
 parser.add_argument("--score", help=argparse.SUPPRESS)  # one artefact, in a fresh process
-args = parser.parse_args()
+args, _ = parser.parse_known_args()  # a notebook has arguments of its own
 folder = args.out.absolute()
 folder.mkdir(parents=True, exist_ok=True)
 started = time.perf_counter()

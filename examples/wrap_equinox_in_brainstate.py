@@ -23,7 +23,7 @@ import shims
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--epochs", type=int, default=30)
-args = parser.parse_args()
+args, _ = parser.parse_known_args()  # a notebook has arguments of its own
 
 records, labels = load_breast_cancer(return_X_y=True)
 records = ((records - records.mean(0)) / records.std(0)).astype(np.float32)

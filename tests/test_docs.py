@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib.util
 import io
@@ -16,6 +17,8 @@ from flax import nnx
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+PAGES = sorted(p.name for p in (ROOT / "docs").glob("*.md") if BLOCK.search(p.read_text()))
 HAS_ONNX = importlib.util.find_spec("jax2onnx") is not None
 
 
@@ -35,12 +38,28 @@ def promised_by(block: str) -> list[str]:
 
 
 def test_the_readmes_programs_print_what_they_promise():
+    assert len(BLOCK.findall(README)) >= 6
     run_readme()
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_the_programs_of_the_manual_print_what_they_promise(page):
+    run_blocks((ROOT / "docs" / page).read_text())
+
+
+def test_the_manual_has_programs_and_every_page_is_in_its_contents():
+    assert {"index.md", "migrating.md", "how_it_works.md"} <= set(PAGES)
+    contents = (ROOT / "mkdocs.yml").read_text()
+    pages = sorted(p.relative_to(ROOT / "docs") for p in (ROOT / "docs").rglob("*.md"))
+    assert [str(page) for page in pages if f"- {page}" not in contents] == []
+
+
 def run_readme() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 6
+    run_blocks(README)
+
+
+def run_blocks(text: str) -> None:
+    blocks = BLOCK.findall(text)
     scope: dict[str, object] = {"__name__": "__main__"}
     for block in blocks:
         promised = promised_by(block)
@@ -52,7 +71,7 @@ def run_readme() -> None:
 
 def test_the_readme_shows_each_artefact_in_at_most_five_lines():
     section = README.partition("## Take it with you\n")[2].partition("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    blocks = BLOCK.findall(section)
     for artefact in ("safetensors", "orbax", "jax.export", "to_onnx"):
         (block,) = (b for b in blocks if artefact in b)
         assert len([line for line in block.splitlines() if line]) <= 5, block
@@ -66,6 +85,20 @@ def test_the_table_of_what_converts_is_current():
     script = ROOT / "tests" / "support_table.py"
     done = subprocess.run([sys.executable, script, "--check"], env=env, check=False)
     assert done.returncode == 0, "stale: run `make table` on Python 3.13"
+
+
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_is_in_the_gallery_and_in_the_manual_and_made_of_cells(name):
+    assert f"]({name})" in (ROOT / "examples" / "README.md").read_text()
+    assert f'"examples/{name}"' in (ROOT / "docs" / "examples.md").read_text()
+    text, *cells = re.split(r"^# %% .+$", (ROOT / "examples" / name).read_text(), flags=re.M)
+    assert ast.get_docstring(ast.parse(text))
+    assert len(cells) >= 3
+    for cell in cells:
+        compile(cell, name, "exec", dont_inherit=True)
 
 
 def test_what_the_readme_links_to_is_there():
