@@ -13,7 +13,15 @@ import inspect
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Generator,
+    Hashable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
@@ -542,6 +550,10 @@ class LiveGuest(Guest):
     @abstractmethod
     def call(self, call: Call) -> Any:
         """Run the module itself."""
+
+    def settings(self) -> Hashable:
+        """What calls depend on that stands outside of the module, but for mode and key."""
+        return ()
 
     def values(self) -> dict[Path, Any]:
         return {cell.path: cell.get() for cell in self.cells()}

@@ -3,6 +3,8 @@
 import collections
 import copy
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import brainstate
 import brainunit as u
@@ -646,3 +648,98 @@ def test_a_guest_that_is_gone_is_not_needed_to_go_on():
     for use in (lambda: shim.write_back(state), shim.unwrap):
         with pytest.raises(interop.ArgumentError, match="refers to it"):
             use()
+
+
+def test_other_threads_draw_from_brainstate_while_a_guest_has_the_hosts_key():
+    has_drawn, may_go_on = threading.Event(), threading.Event()
+
+    class Waits(bnn.Module):
+        def update(self, x):
+            noise = brainstate.random.normal(size=x.shape)
+            has_drawn.set()
+            assert may_go_on.wait(60)
+            return x + noise + brainstate.random.normal(size=x.shape)
+
+    def draw():
+        brainstate.random.seed(7)
+        return [float(brainstate.random.normal()) for _ in range(2)]
+
+    shim, alone = shims.ToNNX(Waits(), rngs=nnx.Rngs(0)), draw()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(shim, X)
+        assert has_drawn.wait(60)
+        beside = draw()
+        second = pool.submit(shims.ToNNX(Waits(), rngs=nnx.Rngs(0)), X)  # waits for nobody
+        may_go_on.set()
+    assert beside == alone
+    assert_array_equal(first.result(), second.result())
+
+
+class Steps(bnn.Module):
+    """Reads a setting of BrainState."""
+
+    def update(self, x):
+        return x * (brainstate.environ.get("dt") / u.ms)
+
+
+def test_a_changed_setting_of_brainstate_is_seen_by_a_compiled_function():
+    shim, traces = shims.ToNNX(Steps()), []
+
+    @nnx.jit
+    def call(shim, x):
+        traces.append(1)
+        return shim(x)
+
+    for dt, count in ((0.1, 1), (0.1, 1), (0.2, 2), (0.1, 2)):
+        with brainstate.environ.context(dt=dt * u.ms):  # an equal quantity, another object
+            assert_allclose(call(shim, X), X * dt, rtol=1e-6)
+            scan = nnx.scan(
+                lambda m, x: (m, m(x)), in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0)
+            )
+            assert_allclose(scan(shim, X[None])[1][0], X * dt, rtol=1e-6)
+        assert len(traces) == count
+
+
+NonTrainable = type(
+    "NonTrainable",
+    (eqx.Module,),
+    {  # as paramax has it
+        "__module__": "paramax.wrappers",
+        "__annotations__": {"tree": object},
+        "unwrap": lambda self: jax.tree.map(jax.lax.stop_gradient, self.tree),
+    },
+)
+
+
+class Frozen(eqx.Module):
+    kernel: NonTrainable
+    bias: jax.Array
+
+    def __call__(self, x):
+        return self.kernel.unwrap()["w"] @ x + self.bias
+
+
+@pytest.mark.parametrize("into", ["brainstate", "linen", "nnx"])
+def test_what_paramax_freezes_is_no_parameter(into):
+    weight = array(3, 4, seed=65)
+    module = Frozen(NonTrainable({"w": weight}), array(3, seed=66))
+    shim = shims.wrap(module, into=into)
+    kinds = {row.path: row.kind for row in shims.explain(shim).rows}
+    assert kinds == {"kernel.tree.w": "buffer", "bias": "parameter"}
+    out = shim.apply(shim.init(KEY, X), X) if into == "linen" else shim(X)
+    assert_allclose(out, X @ weight.T + module.bias, rtol=1e-5)
+
+
+def test_parameters_named_params_have_no_place_in_linen():
+    class Holds(bnn.Module):
+        def __init__(self):
+            super().__init__()
+            self.params = {"w": brainstate.ParamState(jnp.ones(4))}
+
+        def update(self, x):
+            return x * self.params["w"].value
+
+    with pytest.raises(interop.ArgumentError, match="attribute 'params'"):
+        shims.ToLinen(Holds())
+    assert_array_equal(shims.ToNNX(Holds())(X), X)
+    assert shims.ToLinen(bnn.Sequential(Holds())).init(KEY, X).keys() == {"params"}

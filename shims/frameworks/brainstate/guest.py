@@ -1,9 +1,10 @@
 """BrainState as a guest.
 
 A ``State`` holds a tree of arrays, each of which is a cell. ``brainstate.random.DEFAULT`` is
-one state for the whole process: while a guest runs, the host's key stands in its place, under
-a lock. Private API: ``State._value``, for that exchange; ``_err_jit_true_branch``, the host
-callback of ``jit_error_if``, which an exported program cannot have.
+one state for the whole process: this file gives it a class by which the thread of a running
+guest, and no other, sees the host's key there. Private API: ``State._value``, for that;
+``_err_jit_true_branch``, the host callback of ``jit_error_if``, which an exported program
+cannot have.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import inspect
 import math
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextvars import ContextVar, Token
 from typing import Any
 
 import brainstate
@@ -125,6 +127,11 @@ class BrainStateGuest(WatchedGuest):
         self._states = list(states.values())
         watch = _watch(nodes, self._states)
         return watch, Looks(BrainStateStructure(self.native), _cells(states))
+
+    def settings(self):
+        found = {name: v for name, v in brainstate.environ.all().items() if name != "fit"}
+        flat, tree = jax.tree.flatten(found)  # a quantity is a tree
+        return tree, tuple(_comparable(leaf) for leaf in flat if not is_traced(leaf))
 
     def call(self, call):
         self.looks()
@@ -430,7 +437,29 @@ def _comparable(value: Any) -> Any:
 
 # -- the host's key in place of brainstate.random's --
 
-_RANDOM = threading.RLock()
+_TRACING = threading.RLock()
+_key_here: ContextVar[list[jax.Array] | None] = ContextVar("key_here", default=None)
+
+
+class _KeyByThread(type(DEFAULT)):
+    """The class of ``DEFAULT``: where a guest runs in this thread, its value is another key."""
+
+    @property
+    def _value(self):
+        here = _key_here.get() if self is DEFAULT else None
+        return vars(self)["_value"] if here is None else here[0]
+
+    @_value.setter
+    def _value(self, value):
+        here = _key_here.get() if self is DEFAULT else None
+        if here is None:
+            vars(self)["_value"] = value
+        else:
+            here[0] = value
+
+
+_KeyByThread.__name__ = _KeyByThread.__qualname__ = type(DEFAULT).__name__
+DEFAULT.__class__ = _KeyByThread
 
 
 class _KeyFromHost(brainstate.StateTraceStack):
@@ -444,13 +473,11 @@ class _KeyFromHost(brainstate.StateTraceStack):
     def __init__(self, draw: Callable[[], jax.Array], private: set[int] | None):
         super().__init__()
         self._draw, self._private = draw, private
-        self._saved: dict[str, Any] | None = None
+        self._token: Token[Any] | None = None
 
     def new_arg(self, state):
         if state is DEFAULT:
-            key = self._draw()
-            self._saved = dict(vars(DEFAULT))
-            vars(DEFAULT)["_value"] = key
+            self._token = _key_here.set([self._draw()])
         elif self._private is not None and id(state) not in self._private:
             raise UnsupportedStructureError(
                 f"the wrapped module uses a {type(state).__qualname__} that is not part of it, "
@@ -459,9 +486,9 @@ class _KeyFromHost(brainstate.StateTraceStack):
             )
 
     def restore(self) -> None:
-        """Put the global random state back as it was."""
-        if self._saved is not None:
-            vars(DEFAULT).update(self._saved)
+        """Let the thread see the global random state again."""
+        if self._token is not None:
+            _key_here.reset(self._token)
 
 
 def _is_outside_traces() -> bool:
@@ -475,7 +502,7 @@ def _is_outside_traces() -> bool:
 @contextlib.contextmanager
 def _without_checks() -> Iterator[None]:
     """Leave out the host callbacks by which BrainState checks values, such as a probability."""
-    with _RANDOM:
+    with _TRACING:
         found = _error_if._err_jit_true_branch
         _error_if._err_jit_true_branch = lambda *_: None
         try:
@@ -502,10 +529,9 @@ def _random_from(
     if private is None and not _is_outside_traces():
         yield
         return
-    with _RANDOM:
-        stack = _KeyFromHost(draw, private)
-        try:
-            with stack:
-                yield
-        finally:
-            stack.restore()
+    stack = _KeyFromHost(draw, private)
+    try:
+        with stack:
+            yield
+    finally:
+        stack.restore()

@@ -32,6 +32,17 @@ def _kind(leaf: Any) -> Kind:
     return Kind.PARAMETER if eqx.is_inexact_array(leaf) else Kind.BUFFER
 
 
+def _frozen(module: Any) -> list[Path]:
+    """Paths of what paramax's ``NonTrainable`` wraps; the module unwraps it itself."""
+
+    def is_frozen(x: Any) -> bool:
+        cls = type(x)
+        return (cls.__module__, cls.__name__) == ("paramax.wrappers", "NonTrainable")
+
+    flat, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=is_frozen)
+    return [path_of(keys) for keys, leaf in flat if is_frozen(leaf)]
+
+
 class EquinoxGuest(Guest):
     """An Equinox module and its state, seen from a shim."""
 
@@ -103,7 +114,12 @@ class EquinoxStructure(Structure):
         self._is_array = [eqx.is_array(leaf) for _, leaf in flat]
         self._state_tree = None if state is None else jax.tree.structure(state)
         self._state_paths = [] if state is None else _state_paths(flat, self._state_tree)
-        self.kinds = {path: _kind(leaf) for path, leaf in flat if eqx.is_array(leaf)}
+        frozen = _frozen(module)
+        self.kinds = {
+            path: Kind.BUFFER if any(path[: len(f)] == f for f in frozen) else _kind(leaf)
+            for path, leaf in flat
+            if eqx.is_array(leaf)
+        }
         self.kinds |= dict.fromkeys(self._state_paths, Kind.STATISTIC)
         self._draws = {mode: _draws(module, mode) for mode in (True, False, None)}
         static = tuple(

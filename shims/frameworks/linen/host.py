@@ -184,6 +184,7 @@ class ToLinen(nn.Module):
             )
             structure = guest.structure()
             check_names(structure, host=ToLinen, keywords=_KEYWORDS, methods=_METHODS, paths=())
+            _check_params(structure)
             check_places(structure)
             module = _Held(guest, copy=copy)
         self.module, self.deterministic = module, deterministic
@@ -439,6 +440,20 @@ class ToLinenCell(ToLinen, nn.RNNCellBase):
     @nn.nowrap
     def _shim_takes_carry(self, args: tuple[Any, ...]) -> bool:
         return self._shim_structure.takes_carry(args)
+
+
+def _check_params(structure: Structure) -> None:
+    """Refuse parameters at ``params``: to Linen params inside of params are a mistake.
+
+    Raises:
+        ArgumentError: the guest has an attribute of that name.
+    """
+    if any(_place(structure, path)[:2] == ("params", "params") for path in structure.kinds):
+        raise ArgumentError(
+            f"{structure.guest_type.__qualname__} has parameters in an attribute 'params', and "
+            f"Linen allows no params inside of params",
+            remedy="Rename it, or wrap a module that holds this one as an attribute",
+        )
 
 
 def _no_key() -> jax.Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar, Self
 
 import jax
@@ -58,18 +58,21 @@ __all__ = ["ToNNX", "ToNNXCell"]
 class _Anchor:
     """Holds the guest of a linked shim, or a detached one's structure.
 
-    To NNX it is an empty tree whose static part is the guest's structure *at the time of
-    looking*, so that a changed attribute of the guest is seen by compiled functions.
+    To NNX it is an empty tree whose static part is the guest's structure and settings *at the
+    time of looking*, so that a change of them is seen by compiled functions.
 
     Attributes:
         first: the structure that the shim was made with.
         guest: the live guest, or None.
         views: the Variables that show the live guest's arrays.
         shown: what the live guest was like when they were placed.
+        settings: a detached guest's: those of the guest that it is a copy of, at that time.
     """
 
-    def __init__(self, first: Structure, guest: LiveGuest | None = None):
-        self.first, self.guest = first, guest
+    def __init__(
+        self, first: Structure, guest: LiveGuest | None = None, settings: Hashable = ()
+    ):
+        self.first, self.guest, self.settings = first, guest, settings
         self.views: dict[Path, nnx.Variable] = {}
         self.shown: Looks | None = None
 
@@ -86,9 +89,9 @@ class _Anchor:
         return rendering_parts.text(repr(self))
 
 
-def _flatten_anchor(anchor: _Anchor) -> tuple[tuple[()], Structure]:
+def _flatten_anchor(anchor: _Anchor) -> tuple[tuple[()], tuple[Structure, Hashable]]:
     if anchor.guest is None:
-        return (), anchor.first
+        return (), (anchor.first, anchor.settings)
     looks = anchor.guest.looks()
     if looks is not anchor.shown:
         shown = {cell.path: view_of(cell) for cell in looks.cells}
@@ -101,11 +104,11 @@ def _flatten_anchor(anchor: _Anchor) -> tuple[tuple[()], Structure]:
                 remedy="Call shim.refresh(), or go through the shim: shim.init_state(...)",
             )
         anchor.shown = looks
-    return (), looks.structure
+    return (), (looks.structure, anchor.guest.settings())
 
 
 jax.tree_util.register_pytree_node(
-    _Anchor, _flatten_anchor, lambda structure, _: _Anchor(structure)
+    _Anchor, _flatten_anchor, lambda known, _: _Anchor(known[0], settings=known[1])
 )
 nnx.register_data_type(_Anchor)
 
@@ -146,6 +149,8 @@ _DOC = """A live ``nnx.Module`` around a module of another framework.
 
     A function that closes over a shim sees what one that closes over a native NNX module
     sees: the values at trace time, as constants.
+    ``nnx.jit`` compiles anew when an attribute of the guest has changed, or a setting of its
+    framework such as ``brainstate.environ``'s ``dt``.
 
     Args:
         module: the guest, a module instance.
@@ -428,7 +433,7 @@ class ToNNX(nnx.Module):
                     for path, value in new.items()
                 }
             )
-            self._shim_anchor = _Anchor(after)
+            self._shim_anchor = _Anchor(after, settings=self._shim_anchor.settings)
         return out
 
     def _shim_values(self, structure: Structure) -> dict[Path, Any]:
