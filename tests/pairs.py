@@ -116,9 +116,57 @@ def eager_steps(source, host):
     descends(source, host, compiled=False)
 
 
-@case("compiled train steps")
+@case("compiled train steps, compiled once")
 def compiled_steps(source, host):
     descends(source, host, compiled=True)
+    assert _compiled  # the listener works
+    before = len(_compiled)
+    host.step(X)
+    assert len(_compiled) == before
+
+
+_compiled: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: _compiled.append(event) if "backend_compile" in event else None
+)
+
+_traced: list[type] = []
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_over_time(host_type, static, state, xs):
+    _traced.append(host_type)
+    return jax.lax.scan(lambda state, x: host_type.run(static, state, x)[::-1], state, xs)
+
+
+@case("jax.jit and jax.lax.scan of the split state, traced once for equal shims")
+def split_state(source, host):
+    static, state = host.split(train=True)
+    state, outs = _run_over_time(type(host), static, state, XS)
+    stats = live.STATS
+    for x, out in zip(XS, outs, strict=True):
+        expected, stats = live.truth(live.PARAMS, stats, x, True)
+        assert_allclose(out, expected, **TOLERANCE)
+    before = len(_traced)
+    _run_over_time(type(host), host.again().split(train=True)[0], state, XS)
+    assert len(_traced) == before
+    host.join(state)
+    arrays = source.block_arrays(host.unwrap())
+    for name in stats:
+        assert_allclose(arrays[name], stats[name], **TOLERANCE)
+
+
+@case("vmap over ensembles of weights")
+def ensembles(source, host):
+    def doubled(a):
+        is_inexact = jnp.issubdtype(a.dtype, jnp.inexact)
+        return jnp.stack([a, 2 * a if is_inexact else a])
+
+    static, state = host.split(train=False)
+    outs = jax.vmap(lambda state: host.run(static, state, X)[0])(jax.tree.map(doubled, state))
+    for factor, out in zip((1, 2), outs, strict=True):
+        params, stats = jax.tree.map(lambda a, f=factor: f * a, (live.PARAMS, live.STATS))
+        assert_allclose(out, live.truth(params, stats, X, False)[0], **TOLERANCE)
 
 
 @case("vmap over data")
@@ -140,6 +188,9 @@ def scan(source, host):
 @case("abstract evaluation of shapes")
 def shapes(source, host):
     assert host.shape(X) == (6, 2)
+    static, state = host.split(train=False)
+    weights = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)
+    assert jax.eval_shape(lambda state: host.run(static, state, X)[0], weights).shape == (6, 2)
 
 
 @case("other methods")
@@ -150,23 +201,6 @@ def methods(source, host):
     assert_allclose(host.method("encode", X, gain=2.0)["code"], expected, **TOLERANCE)
     assert not hasattr(host.shim, "no_such_attribute")
     assert host.shim.label == "a block"
-
-
-_compiled: list[str] = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda event, seconds, **_: _compiled.append(event) if "backend_compile" in event else None
-)
-
-
-@case("no new compilation after a step")
-def compiles_once(source, host):
-    host.step(X)
-    assert _compiled  # the listener works
-    host.step(X)
-    before = len(_compiled)
-    for _ in range(3):
-        host.step(X)
-    assert len(_compiled) == before
 
 
 @case("many threads")

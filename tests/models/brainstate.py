@@ -1,5 +1,6 @@
 """BrainState models."""
 
+import functools
 import math
 
 import brainstate
@@ -654,6 +655,7 @@ class Host:
     """A shim whose host is this framework."""
 
     def __init__(self, module, keyed=True, **keywords):
+        self.again = functools.partial(Host, module, keyed, **keywords)
         brainstate.random.seed(0)
         self.shim = shims.wrap(module, into="brainstate", **keywords)
         self._params = self.shim.states(brainstate.ParamState)
@@ -699,6 +701,28 @@ class Host:
 
     def step(self, x, compiled=True):
         return (self._compiled if compiled else self._step)(x)
+
+    def split(self, train):
+        """What is static of the shim, and its state, for ``run``."""
+        definition, states = brainstate.graph.treefy_split(self.shim)
+        return (definition, train), states
+
+    @staticmethod
+    def run(static, state, x):
+        """The output, and the state afterwards."""
+        definition, train = static
+        shim = brainstate.graph.treefy_merge(definition, state)
+        with brainstate.environ.context(fit=train):
+            out = shim(x)
+        after = jax.tree.leaves(brainstate.graph.treefy_split(shim)[1])
+        # BrainState notes beside the values which of them were written.
+        return out, jax.tree.unflatten(jax.tree.structure(state), after)
+
+    def join(self, state):
+        """Give the shim a state."""
+        states = self.shim.states()
+        for path, ref in state.to_flat().items():
+            states[path].value = ref.value
 
     def vmap(self, xs):
         return brainstate.transform.vmap(lambda x: self.call(x))(xs)

@@ -1,5 +1,6 @@
 """Equinox models: ``(model, state)``. Modules see one example; ``run`` maps over the batch."""
 
+import functools
 from typing import ClassVar
 
 import equinox as eqx
@@ -573,6 +574,7 @@ class Host:
     """A shim whose host is this framework, called with batches, and its current state."""
 
     def __init__(self, module, keyed=True, **keywords):
+        self.again = functools.partial(Host, module, keyed, **keywords)
         make = eqx.nn.make_with_state(shims.ToEquinox)
         self.shim, self.state = make(module, batched=True, **keywords)
         self._keys = iter(range(1000)) if keyed else None
@@ -617,6 +619,25 @@ class Host:
         step = _compiled_step if compiled else _step
         loss, self.shim, self.state = step(self._mode(True), self.state, x, self._key())
         return loss
+
+    def split(self, train):
+        """What is static of the shim, and its state, for ``run``."""
+        arrays, rest = eqx.partition(self._mode(train), eqx.is_array)
+        leaves, tree = jax.tree.flatten(rest)
+        return (tuple(leaves), tree), (arrays, self._copy(), self._key())
+
+    @staticmethod
+    def run(static, state, x):
+        """The output, and the state afterwards."""
+        (leaves, tree), (arrays, state, key) = static, state
+        shim = eqx.combine(arrays, jax.tree.unflatten(tree, leaves))
+        out, state = shim(x, state=state, key=key)
+        return out, (arrays, state, key)
+
+    def join(self, state):
+        """Give the shim a state."""
+        arrays, self.state, _ = state
+        self.shim = eqx.combine(arrays, self.shim)
 
     def vmap(self, xs):
         shim, state = self._mode(False), self.state

@@ -682,6 +682,7 @@ class Host:
     """A shim whose host is this framework, with its current variables."""
 
     def __init__(self, module, keyed=True, **keywords):
+        self.again = functools.partial(Host, module, keyed, **keywords)
         self.shim = shims.wrap(module, into="linen", **keywords)
         self.variables = self.shim.init(jax.random.key(0), live.X, deterministic=True)
         self._mutable = [name for name in self.variables if name != "params"]
@@ -754,15 +755,42 @@ class Host:
         loss, self.variables = step(self.variables, self._rngs(), x)
         return loss
 
+    def split(self, train):
+        """What is static of the shim, and its state, for ``run``."""
+        return self.shim.clone(deterministic=not train), (self.variables, self._rngs())
+
+    @staticmethod
+    def run(static, state, x):
+        """The output, and the state afterwards."""
+        variables, rngs = state
+        mutable = [name for name in variables if name != "params"]
+        out, after = static.apply(variables, x, rngs=rngs, mutable=mutable)
+        return out, ({**variables, **after}, rngs)
+
+    def join(self, state):
+        """Give the shim a state."""
+        self.variables, _ = state
+
     def vmap(self, xs):
         return jax.vmap(lambda x: self._apply(self.variables, {}, x, False)[0])(xs)
 
     def scan(self, xs):
-        def body(variables, x):
-            out, variables = self._apply(variables, self._rngs(), x, True)
-            return variables, out
+        shim, mutable = self.shim.clone(deterministic=False), self._mutable
 
-        self.variables, outs = jax.lax.scan(body, self.variables, xs)
+        class OverTime(nn.Module):
+            @nn.compact
+            def __call__(self, xs):
+                over_time = nn.scan(
+                    lambda inner, carry, x: (carry, inner(x)),
+                    variable_broadcast="params",
+                    variable_carry=mutable,
+                    split_rngs={"dropout": True},
+                )
+                return over_time(shim.copy(name="inner"), None, xs)[1]
+
+        variables = {k: {"inner": tree} for k, tree in self.variables.items()}
+        outs, after = OverTime().apply(variables, xs, rngs=self._rngs(), mutable=mutable)
+        self.variables |= {k: tree["inner"] for k, tree in after.items()}
         return outs
 
     def remat_gradients(self, x):

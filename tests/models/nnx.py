@@ -777,6 +777,7 @@ class Host:
     """A shim whose host is this framework."""
 
     def __init__(self, module, keyed=True, **keywords):
+        self.again = functools.partial(Host, module, keyed, **keywords)
         self.shim = shims.wrap(module, into="nnx", **keywords)
         if keyed:
             self.shim.rngs = nnx.RngStream(0, tag="dropout")
@@ -808,6 +809,21 @@ class Host:
     def step(self, x, compiled=True):
         _switch(self.shim, True)
         return (_compiled_step if compiled else _step)(self.shim, x)
+
+    def split(self, train):
+        """What is static of the shim, and its state, for ``run``."""
+        _switch(self.shim, train)
+        return nnx.split(self.shim)
+
+    @staticmethod
+    def run(static, state, x):
+        """The output, and the state afterwards."""
+        shim = nnx.merge(static, state)
+        return shim(x), nnx.state(shim)
+
+    def join(self, state):
+        """Give the shim a state."""
+        nnx.update(self.shim, state)
 
     def vmap(self, xs):
         _switch(self.shim, False)
