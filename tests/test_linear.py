@@ -200,6 +200,28 @@ LAYERS |= {
 }
 
 
+def of_equinox(weight, bias, n_in=3, n_out=4):
+    layer = eqx.nn.Linear(n_in, n_out, key=jax.random.key(0))
+    return eqx.tree_at(lambda m: (m.weight, m.bias), layer, (weight.T, bias))
+
+
+LAYERS |= {
+    "scalar input": Layer(
+        "equinox",
+        lambda: of_equinox(WEIGHT[:1], BIAS, n_in="scalar"),
+        lambda x, w, b: x[:, None] * w + b,
+        {"w": WEIGHT[:1], "b": BIAS},
+        x=X[:, 0],
+    ),
+    "scalar output": Layer(
+        "equinox",
+        lambda: of_equinox(WEIGHT[:, :1], BIAS[:1], n_out="scalar"),
+        lambda x, w, b: (x * w[:, 0]).sum(-1) + b,
+        {"w": WEIGHT[:, :1], "b": BIAS[:1]},
+    ),
+}
+
+
 def embedding(weight=TABLE, **options):
     layer = Embedding(len(weight), weight.shape[1:], **options)
     layer.weight.value = weight
@@ -446,3 +468,14 @@ def test_a_base_gets_the_input_that_it_got():
         back = interop.to_nnx(interop.from_nnx(layer))
         assert type(back) is type(layer)
         np.testing.assert_array_equal(back(x), layer(x))
+
+
+def test_a_network_of_one_number_comes_back_as_it_was():
+    network = eqx.nn.MLP("scalar", "scalar", 4, 2, jnp.tanh, key=jax.random.key(0))
+    module, variables = interop.convert(network, to="linen", sample_input=())
+    x = X[:, 0]
+    wanted = jax.vmap(network)(x)
+    np.testing.assert_allclose(module.apply(variables, x), wanted, rtol=1e-5, atol=1e-6)
+    back = interop.convert(module, params=variables, to="equinox")
+    assert back.layers[0].in_features == back.layers[-1].out_features == "scalar"
+    np.testing.assert_allclose(jax.vmap(back)(x), wanted, rtol=1e-5, atol=1e-6)

@@ -40,7 +40,8 @@ class Linear(Spec):
         mask    (in, out) or None, multiplied with the weight
 
     Options: ``dtype`` is what the operands are cast to; None means their common dtype.
-    ``leading_shape`` is that of the axes of one example before the last.
+    ``leading_shape`` is that of the axes of one example before the last. With ``scalar_input``
+    ``x`` has no last axis, with ``scalar_output`` the result has none; its size is 1.
     """
 
     weight: Array
@@ -50,12 +51,14 @@ class Linear(Spec):
     dtype: DType | None = None
     precision: Any = None
     preferred_element_type: DType | None = None
+    scalar_input: bool = False
+    scalar_output: bool = False
 
     trained: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
     def apply(self, run: Run, x: Array) -> Array:
-        return formulas.linear(
-            x,
+        y = formulas.linear(
+            jnp.asarray(x)[..., None] if self.scalar_input else x,
             self.plain_weight(),
             self.bias,
             mask=self.mask,
@@ -63,6 +66,7 @@ class Linear(Spec):
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
         )
+        return y[..., 0] if self.scalar_output else y
 
     def plain_weight(self) -> Array:
         """The weight that the input is multiplied with, but for the mask."""
@@ -91,11 +95,14 @@ class Linear(Spec):
     def output_shape(self, shape: Shape | None) -> Shape | None:
         # Unless something tells of more axes, an example has one: as users of such stacks mean
         # it. Layers built for it that depend on it fail on others when they are called.
-        return (*(shape[:-1] if shape else self.leading_shape), self.weight.shape[1])
+        leading = shape[:-1] if shape else self.leading_shape
+        leading = shape or () if self.scalar_input else leading
+        return leading if self.scalar_output else (*leading, self.weight.shape[1])
 
     @property
     def example_shape(self) -> Shape:
-        return (*self.leading_shape, self.weight.shape[0])
+        size = () if self.scalar_input else self.weight.shape[:1]
+        return (*self.leading_shape, *size)
 
     @property
     def input_unit(self) -> Any:
@@ -106,12 +113,12 @@ class Linear(Spec):
         return units["bias"] * unit if "bias" in units else unit
 
     @property
-    def in_features(self) -> int:
-        return self.weight.shape[0]
+    def in_features(self) -> int | None:
+        return None if self.scalar_input else self.weight.shape[0]
 
     @property
     def takes_rows(self) -> bool:
-        return not self.leading_shape
+        return not self.leading_shape and not self.scalar_input
 
     def with_rows(self, order: np.ndarray[Any, Any]) -> Spec:
         mask = None if self.mask is None else self.mask[order]

@@ -362,8 +362,8 @@ CONSTRUCTORS = {
         (6, 3),
         {"in_features": 3, "out_features": 4, "key": _KEY},
         {
-            "in_features": Option("scalar", refused=ALL),
-            "out_features": Option("scalar", refused=ALL),
+            "in_features": Option("scalar", x=(6,)),
+            "out_features": Option("scalar"),
             "use_bias": Option(False),
             "dtype": Option(jnp.bfloat16),
             "key": "only the initial value depends on it",
@@ -373,8 +373,8 @@ CONSTRUCTORS = {
         (6, 3),
         {"in_size": 3, "out_size": 2, "width_size": 4, "depth": 3, "key": _KEY},
         {
-            "in_size": Option("scalar", refused=ALL),
-            "out_size": Option("scalar", refused=ALL),
+            "in_size": Option("scalar", x=(6,)),
+            "out_size": Option("scalar"),
             "width_size": SHAPE,
             "depth": Option({"depth": 0, "final_activation": jnp.sin}),
             "activation": Option(jnp.tanh),

@@ -15,29 +15,31 @@ from .adapter import Node, adapter, check_one_dtype, make
 @adapter.reads(eqx.nn.Linear, specs.Linear)
 def read_linear(node, ctx):
     m = node.module
-    for option in ("in_features", "out_features"):
-        if getattr(m, option) == "scalar":
-            ctx.refuse(option, "scalar", "other frameworks have no axis-less input or output")
     if m.weight is None:
         return ctx.refuse(
             "weight", None, "the array is missing", "Put partitions together with eqx.combine"
         )
     check_one_dtype(m.weight, m.bias, ctx)
-    return specs.Linear(weight=m.weight.T, bias=m.bias)
+    return specs.Linear(
+        weight=m.weight.T,
+        bias=m.bias,
+        scalar_input=m.in_features == "scalar",
+        scalar_output=m.out_features == "scalar",
+    )
 
 
-@adapter.builds(specs.Linear)
+@adapter.builds(specs.Linear, carries=("scalar_input", "scalar_output"))
 def build_linear(spec, ctx):
     check_one_dtype(spec.weight, spec.bias, ctx)
-    if ctx.shape is not None and len(ctx.shape) != 1:
+    if ctx.shape is not None and len(ctx.shape) != 1 - spec.scalar_input:
         ctx.refuse("sample_input", ctx.shape, "Equinox's Linear takes examples of one axis")
     n_in, n_out = spec.weight.shape
     return make(
         eqx.nn.Linear,
         weight=spec.weight.T,
         bias=spec.bias,
-        in_features=n_in,
-        out_features=n_out,
+        in_features="scalar" if spec.scalar_input else n_in,
+        out_features="scalar" if spec.scalar_output else n_out,
         use_bias=spec.bias is not None,
     )
 
@@ -45,9 +47,6 @@ def build_linear(spec, ctx):
 @adapter.reads(eqx.nn.MLP, specs.Sequential)
 def read_mlp(node, ctx):
     m = node.module
-    for option in ("in_size", "out_size"):
-        if getattr(m, option) == "scalar":
-            ctx.refuse(option, "scalar", "other frameworks have no axis-less input or output")
     layers = list(m.layers)
     if m.scan and m.depth > 0:  # the layers within are one, with an axis more
         layers[1:2] = [
