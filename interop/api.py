@@ -12,6 +12,7 @@ from .errors import ArgumentError, InteropError
 from .layout import crossed
 from .parameters import is_quantity
 from .partitioning import carry
+from .progress import expect, working
 from .registry import Adapter, registry
 from .walk import Building, Reading
 
@@ -53,7 +54,8 @@ def convert_with(
 ) -> Any:
     """``interop.convert`` with options of the target, such as the streams for its dropout."""
     try:
-        return _convert(model, to, params, state, sample_input, options or {})
+        with working(f"converting to {to}"):
+            return _convert(model, to, params, state, sample_input, options or {})
     except InteropError as e:
         e.reporter = functools.partial(
             _explain, model, to, params=params, state=state, sample_input=sample_input
@@ -77,6 +79,7 @@ def _convert(
     adapter.check(node)
     reading = Reading(adapter, registry)
     spec = reading.read(node, "model")
+    expect(len(reading.origins))
     there = crossed(spec, reading.origins, shape, adapter, target)
     building = Building(target, reading.origins, there, options, sample_unit(sample_input))
     built = carry(adapter, node, target, building.build(there.spec))

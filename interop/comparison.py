@@ -21,6 +21,7 @@ from .errors import ArgumentError, ConversionError, InteropError, NotEquivalentE
 from .formulas import identity
 from .layout import Place, crossed
 from .parameters import arrays, is_quantity, magnitude, name
+from .plotting import plot_comparison
 from .registry import Adapter, Registry, registry
 from .walk import Reading
 
@@ -119,6 +120,27 @@ class Comparison:
             if layer.other_path != where:
                 where += f" / {layer.other_path}"
             yield f"outputs of {where}", layer.outputs
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw how far the outputs are apart, layer by layer, against the tolerance.
+
+        Args:
+            axes: a matplotlib ``Axes`` to draw into; by default a new figure's.
+
+        Returns:
+            The ``Axes``.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed (extra ``plot``).
+
+        Example:
+            >>> import brainstate, interop, jax.numpy as jnp
+            >>> model = brainstate.nn.Linear(3, 4)
+            >>> axes = interop.compare(model, interop.to_nnx(model), jnp.ones((2, 3))).plot()
+            >>> axes.get_ylabel()
+            'relative difference of outputs'
+        """
+        return plot_comparison(self, axes)
 
     def __str__(self) -> str:
         rows = list(self._differences())

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from .errors import ArgumentError, InteropError, UnsupportedStructureError
 from .named_weights import named, open_any, replaced
 from .parameters import is_quantity
+from .progress import working
 
 __all__ = ["evaluated", "export", "in_batches", "shapes_of"]
 
@@ -74,7 +75,10 @@ def export(
     def trace(*shapes: Any) -> jax.export.Exported:
         return jax.export.export(jax.jit(fn), platforms=platforms)(*given, *shapes)
 
-    return in_batches(trace, lambda *shapes: jax.eval_shape(fn, *given, *shapes), inputs, batch)
+    with working("exporting"):
+        return in_batches(
+            trace, lambda *shapes: jax.eval_shape(fn, *given, *shapes), inputs, batch
+        )
 
 
 def in_batches(

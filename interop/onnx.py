@@ -25,6 +25,7 @@ from .errors import (
 )
 from .exporting import evaluated, in_batches
 from .files import write
+from .progress import working
 
 __all__ = ["to_onnx"]
 
@@ -77,7 +78,8 @@ def to_onnx(
                 remedy="Replace that operation, or use interop.export",
             ) from e
 
-    data = in_batches(convert, functools.partial(jax.eval_shape, fn), inputs, batch)
+    with working("converting to ONNX"):
+        data = in_batches(convert, functools.partial(jax.eval_shape, fn), inputs, batch)
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # it warns of what it leaves out of a sound graph
     session = runtime.InferenceSession(data, options)

@@ -14,6 +14,7 @@ from .correspondence import changes_of
 from .errors import ConversionError, InteropError, MissingShapeError
 from .layout import Crossed, crossed
 from .partitioning import check
+from .plotting import plot_report
 from .registry import Adapter, registry
 from .walk import Building, Reading
 
@@ -107,6 +108,26 @@ class Report:
         sizes = f"{_size(self.shared) or '0 B'} shared, {_size(self.copied) or '0 B'} copied"
         layers = _count(len(self.rows), "layer")
         return f"{self.source} -> {self.target} {verdict}; {layers}, {sizes}"
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw each layer: the bytes that are shared and copied, what changes, what is refused.
+
+        Args:
+            axes: a matplotlib ``Axes`` to draw into; by default a new figure's.
+
+        Returns:
+            The ``Axes``.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed (extra ``plot``).
+
+        Example:
+            >>> import brainstate, interop
+            >>> axes = interop.explain(brainstate.nn.Linear(3, 4), to="equinox").plot()
+            >>> [label.get_text() for label in axes.get_yticklabels()]
+            ['model  Linear']
+        """
+        return plot_report(self, axes)
 
     def __str__(self) -> str:
         from rich.console import Console  # slow to import

@@ -25,6 +25,7 @@ from .errors import (
 )
 from .layout import Crossed, Flow
 from .parameters import is_quantity, leaves_by_name
+from .progress import advance
 from .registry import Adapter, BuildRule, ReadRule, Registry
 
 __all__ = ["Building", "Reading"]
@@ -68,6 +69,7 @@ class Reading:
             self.path, self._found = outer
         if self.adapter.has_identity:
             self._specs[id(module)] = spec
+        advance()
         return spec
 
     def read_by(self, rule: ReadRule, node: Any) -> specs.Spec:
@@ -233,6 +235,7 @@ class Building:
             finally:
                 self.path, self.found = outer
                 self._levels -= 1
+            advance()
             if isinstance(spec, specs.Sequential | specs.Deferred):
                 return self._built[id(spec)]  # it has told by itself what was passed
         self._try_unit(spec)
