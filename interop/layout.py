@@ -8,7 +8,6 @@ stack, and knows at each layer how many axes an example has and whether its chan
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -234,8 +233,8 @@ class _Crossing:
         leaf = self.leaves[i]
         if isinstance(leaf, specs.Flatten) and self.axes != 0:
             moved = self._flatten(i, leaf)
-        elif isinstance(leaf, specs.Function):
-            moved = self._function(i, leaf)
+        elif isinstance(leaf, specs.Function | specs.Unflatten):
+            moved = self._function(i, leaf, leaf.function)
         else:
             moved = self._layer(i, leaf)
         self._check_tie(leaf, moved)
@@ -290,16 +289,10 @@ class _Crossing:
             self._rows[j] = self._order = tuple(order.ravel().tolist())
             self.axes = 0
             return self._once(leaf, axes, lambda leaf: leaf.moved(axes, self._to_first))
-        fn = functools.partial(
-            formulas.flatten,
-            start_axis=leaf.start_axis,
-            end_axis=leaf.end_axis,
-            in_size=leaf.in_size,
-        )
         if leaf.example_axes(axes) == (0, axes - 1):
             self.axes = 0
-            return self._function_between(leaf, fn, False, axes, 0)
-        return self._function(i, leaf, fn)
+            return self._function_between(leaf, leaf.function, False, axes, 0)
+        return self._function(i, leaf, leaf.function)
 
     def _linear_after(self, i: int) -> int | None:
         """The Linear that takes the elements of output ``i`` as they come, if there is one."""
@@ -311,11 +304,7 @@ class _Crossing:
                 return None
         return None
 
-    def _function(
-        self, i: int, leaf: specs.Function | specs.Flatten, fn: Any = None
-    ) -> specs.Spec:
-        if fn is None:
-            fn = leaf.fn if isinstance(leaf, specs.Function) else None
+    def _function(self, i: int, leaf: specs.Function | specs.Formula, fn: Any) -> specs.Spec:
         ahead = self._ahead(i + 1)
         channels = ahead is None and self._channels_ahead(i + 1)
         if self.axes == 0 and not ahead and not channels:
@@ -353,10 +342,11 @@ class _Crossing:
             moved = fn.fn  # it was moved for the other order, and is moved back
         else:
             moved = formulas.Moved(fn, enter, leave)
+        known = None if per_example else specs.known_function(moved)
         return self._once(
             leaf,
             (before, after),
-            lambda _: specs.Function(fn=moved, per_example=per_example),
+            lambda _: known or specs.Function(fn=moved, per_example=per_example),
         )
 
     # -- what is ahead ------------------------------------------------------------------

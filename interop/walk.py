@@ -6,9 +6,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import dis
-import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, cast
 
 import jax
@@ -121,7 +120,7 @@ class Reading:
         Raises:
             UnsupportedStructureError: ``fn`` is not callable, or holds a module.
         """
-        if (known := _activation(fn) or self.adapter.read_function(fn)) is not None:
+        if (known := specs.known_function(fn) or self.adapter.read_function(fn)) is not None:
             return known
         per_example = self.adapter.per_example
         if isinstance(fn, formulas.Single if per_example else formulas.Batched):
@@ -452,25 +451,6 @@ def _short(value: Any) -> str:
         return value.name
     text = f"{type(value).__name__}{value.shape}" if hasattr(value, "shape") else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _activation(fn: Callable[..., Any]) -> specs.Activation | specs.Flatten | None:
-    """``fn`` as an activation or flatten, if that is all it is."""
-    options: dict[str, Any] = {}
-    if isinstance(fn, functools.partial):
-        partial = cast("functools.partial[Any]", fn)
-        if partial.args:
-            return None
-        fn, options = partial.func, dict(partial.keywords)
-    if fn is formulas.flatten:
-        plain: dict[str, Any] = {"start_axis": 0, "end_axis": -1, "in_size": None}
-        return specs.Flatten(**(plain | options))
-    name = formulas.activation_name(fn)
-    if name is None or not all(isinstance(v, int | float) for v in options.values()):
-        return None
-    defaults = formulas.activation_defaults(name)
-    changed = {k: v for k, v in options.items() if k not in defaults or v != defaults[k]}
-    return specs.Activation(name=name, options=changed)
 
 
 def captured(fn: Any) -> Iterator[Any]:

@@ -29,6 +29,28 @@ def in_a_stack(layer):
     return brainstate.nn.Sequential(brainstate.nn.Linear(3, 4), inner)
 
 
+class NewBrainState(brainstate.nn.Module):
+    """A layer of a user's own, as the next three."""
+
+    def update(self, x):
+        return x
+
+
+class NewLinen(nn.Module):
+    def __call__(self, x):
+        return x
+
+
+class NewEquinox(eqx.Module):
+    def __call__(self, x):
+        return x
+
+
+class NewNNX(nnx.Module):
+    def __call__(self, x):
+        return x
+
+
 def variables(**params):
     return {"params": params}
 
@@ -290,25 +312,30 @@ UNSUPPORTED = {
         ),
     ),
     "a layer without a rule": (
-        lambda: interop.to_nnx(in_a_stack(brainstate.nn.PReLU())),
+        lambda: interop.to_nnx(in_a_stack(NewBrainState())),
         (
             interop.UnmappedLayerError,
             LookupError,
             "model[1][0]",
-            ["PReLU", "brainstate", "shims.wrap(model[1][0]"],
+            ["NewBrainState", "brainstate", "shims.wrap(model[1][0]"],
         ),
     ),
     "a layer without a rule, linen": (
-        lambda: to_brainstate(nn.Sequential([nn.relu, nn.PReLU()]), params={}),
-        (interop.UnmappedLayerError, LookupError, "model[1]", ["PReLU"]),
+        lambda: to_brainstate(nn.Sequential([nn.relu, NewLinen()]), params={}),
+        (
+            interop.UnsupportedStructureError,
+            NotImplementedError,
+            "model[1]",
+            ["NewLinen", "forward logic is its own"],
+        ),
     ),
     "a layer without a rule, equinox": (
-        lambda: interop.from_equinox(eqx.nn.PReLU()),
-        (interop.UnmappedLayerError, LookupError, "model", ["PReLU"]),
+        lambda: interop.from_equinox(NewEquinox()),
+        (interop.UnmappedLayerError, LookupError, "model", ["NewEquinox"]),
     ),
     "a layer without a rule, nnx": (
-        lambda: interop.from_nnx(nnx.Sequential(nnx.Sequential(nnx.PReLU()))),
-        (interop.UnmappedLayerError, LookupError, "model[0][0]", ["PReLU"]),
+        lambda: interop.from_nnx(nnx.Sequential(nnx.Sequential(NewNNX()))),
+        (interop.UnmappedLayerError, LookupError, "model[0][0]", ["NewNNX"]),
     ),
     "an empty stack, brainstate": (
         lambda: interop.to_nnx(emptied()),
@@ -759,8 +786,8 @@ def test_the_facts_of_an_error_are_attributes():
         interop.from_nnx(Scaled(3, 4, rngs=RNGS))
     assert (e.value.found, e.value.option, e.value.target) == (Scaled, "__call__", None)
     with pytest.raises(interop.UnmappedLayerError) as e:
-        interop.from_nnx(nnx.PReLU())
-    assert (e.value.found, e.value.framework) == (nnx.PReLU, "nnx")
+        interop.from_nnx(NewNNX())
+    assert (e.value.found, e.value.framework) == (NewNNX, "nnx")
 
 
 def test_a_subclass_with_another_forward_is_refused_by_name(source, target):

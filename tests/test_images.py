@@ -265,9 +265,15 @@ def test_same_padding_of_the_maximum_follows_the_shape(to):
     close(target.to_channels_last(target.call(found, target.from_channels_last(X))), model(X))
 
 
-def test_a_mean_over_padding_is_refused_where_it_is_counted_otherwise():
-    pool = functools.partial(nnx.avg_pool, window_shape=(2, 2), padding="SAME")
+@pytest.mark.parametrize("to", ["brainstate", "equinox"])
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_mean_over_padding_counts_it_as_before(to, counted):
+    options = {"window_shape": (2, 2), "padding": "SAME", "count_include_pad": counted}
+    pool = functools.partial(nnx.avg_pool, **options)
     model = nnx.Sequential(nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0)), pool)
-    with pytest.raises(interop.UnsupportedLayerError, match="counts_padding") as e:
-        interop.from_nnx(model, sample_input=(7, 6, 3))
-    assert e.value.path == "model[1]"
+    target = Framework(to)
+    found = target.convert_from(Framework("nnx"), model, sample_input=(7, 6, 3))
+    close(target.to_channels_last(target.call(found, target.from_channels_last(X))), model(X))
+    y = model.layers[0](X)
+    last = y[:, -1, -1] / (4 if counted else 1)
+    close(model(X)[:, -1, -1], last)

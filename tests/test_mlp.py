@@ -66,9 +66,27 @@ def test_a_function_of_one_number_is_applied_to_each_neuron(goal):
 
 
 @others
+@pytest.mark.parametrize("scan", [True, False])
+def test_each_neuron_keeps_the_slope_that_it_has_learnt(goal, scan):
+    slopes, last = array(3, 4, seed=5), array(2, seed=6)
+    model = eqx.tree_at(
+        lambda m: (m.activation.negative_slope, m.final_activation.negative_slope),
+        mlp(scan, eqx.nn.PReLU(), final_activation=eqx.nn.PReLU(0.5)),
+        (slopes, last),
+    )
+    x = X
+    for weight, bias, slope in zip(WEIGHTS, BIASES, [*slopes, last], strict=True):
+        y = truth.linear(x, weight, bias)
+        x = np.where(y >= 0, y, slope * y)
+    fw = Framework(goal)
+    converted = fw.convert_from(Framework("equinox"), model)
+    np.testing.assert_allclose(fw.call(converted, X), x, rtol=1e-5, atol=1e-5)
+
+
+@others
 @pytest.mark.parametrize("option", ["activation", "final_activation"])
 def test_what_is_learnt_or_no_function_of_one_number_is_refused(goal, option):
-    for fn in (eqx.nn.PReLU(), jax.nn.softmax):
+    for fn in (eqx.nn.PReLU(jnp.ones(3)), eqx.nn.LayerNorm(()), jax.nn.softmax):
         with pytest.raises(interop.UnsupportedLayerError) as e:
             Framework(goal).convert_from(Framework("equinox"), mlp(**{option: fn}))
         assert e.value.option == option

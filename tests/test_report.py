@@ -155,7 +155,11 @@ def test_all_problems_are_reported_at_once_in_order():
 
 
 def test_an_unknown_shape_after_a_refused_layer_is_no_problem_of_its_own():
-    model = nnx.Sequential(nnx.PReLU(), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    class New(nnx.Module):
+        def __call__(self, x):
+            return x
+
+    model = nnx.Sequential(New(), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
     report = interop.explain(model, "brainstate", sample_input=(3,))
     assert [problem.path for problem in report.problems] == ["model[0]"]
     assert [row.how for row in report.rows] == ["refused", "unknown"]

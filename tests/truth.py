@@ -43,6 +43,44 @@ def conv(x, weight, bias=0.0, strides=(1, 1), pads=((0, 0), (0, 0)), dilation=(1
     return np.concatenate(parts, -1) + bias
 
 
+def padded(x, pads, mode="zero", value=0.0):
+    """Channels last, two axes of space: the number of the element that stands at each place."""
+    for axis, (low, high) in enumerate(pads, start=1):
+        n = x.shape[axis]
+        at = np.arange(-low, n + high)
+        inside = (at >= 0) & (at < n)
+        if mode == "reflect":
+            at = np.where(at < 0, -at, np.where(at >= n, 2 * n - 2 - at, at))
+        if mode == "circular":
+            at = at % n
+        x = np.take(x, np.clip(at, 0, n - 1), axis)
+        if mode == "zero":
+            shape = [-1 if i == axis else 1 for i in range(x.ndim)]
+            x = np.where(inside.reshape(shape), x, np.inf)
+    return np.where(np.isinf(x), value, x)
+
+
+def pooled(x, reduce, window, strides=(1, 1), pads=((0, 0), (0, 0)), fill=0.0):
+    """Channels last, two axes of space: each window by itself."""
+    x = np.pad(np.float64(x), [(0, 0), *pads, (0, 0)], constant_values=fill)
+    rows = range(0, x.shape[1] - window[0] + 1, strides[0])
+    columns = range(0, x.shape[2] - window[1] + 1, strides[1])
+    parts = [
+        [reduce(x[:, i : i + window[0], j : j + window[1]], axis=(1, 2)) for j in columns]
+        for i in rows
+    ]
+    return np.moveaxis(np.array(parts), 2, 0)
+
+
+def adapted(x, reduce, target):
+    """Channels last, two axes of space: blocks of which the first ones are longer by one."""
+    for axis, size in enumerate(target, start=1):
+        if size is not None:
+            blocks = np.array_split(x, size, axis)
+            x = np.stack([reduce(block, axis=axis) for block in blocks], axis)
+    return x
+
+
 def lstm(xs, h, c, weight_x, weight_h, bias):
     """The hidden states over time, and the last cell state; gates in the order i, f, g, o."""
     outputs = []
@@ -216,6 +254,7 @@ ACTIVATIONS = {
     "soft_shrink": lambda x, lambd=0.5: np.sign(x) * np.maximum(np.abs(x) - lambd, 0),
     "soft_sign": lambda x: x / (1 + np.abs(x)),
     "softmax": _softmax,
+    "softmax_2d": lambda x: np.moveaxis(_softmax(np.moveaxis(x, -3, -1)), -1, -3),
     "softmin": lambda x: _softmax(-x),
     "softplus": lambda x: np.log1p(np.exp(x)),
     "tanh": np.tanh,

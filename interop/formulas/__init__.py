@@ -23,11 +23,21 @@ from .functions import (
     identity,
     relu6,
     soft_shrink,
+    softmax_2d,
     softmin,
+    spike_bitwise,
     tanh_shrink,
     threshold,
 )
-from .layers import all_to_all, dropout, linear, promote
+from .layers import (
+    all_to_all,
+    alpha_dropout,
+    dropout,
+    fixed_dropout,
+    linear,
+    prelu,
+    promote,
+)
 from .normalized_weights import spectral_norm, unit_norm
 from .norms import moments, normalize
 from .recurrent import (
@@ -42,6 +52,7 @@ from .recurrent import (
     simple_step,
     urlstm_step,
 )
+from .spatial import adaptive_pool, max_unpool, pad, pool, unflatten
 
 __all__ = [
     "all_to_all",
@@ -56,8 +67,16 @@ __all__ = [
     "local_convolution",
     "standardized",
     "transposed_convolution",
+    "alpha_dropout",
     "dropout",
+    "fixed_dropout",
     "linear",
+    "prelu",
+    "adaptive_pool",
+    "max_unpool",
+    "pad",
+    "pool",
+    "unflatten",
     "Filled",
     "Typed",
     "carry_init",
@@ -86,7 +105,9 @@ __all__ = [
     "identity",
     "relu6",
     "soft_shrink",
+    "softmax_2d",
     "softmin",
+    "spike_bitwise",
     "tanh_shrink",
     "threshold",
 ]

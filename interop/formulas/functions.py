@@ -31,7 +31,9 @@ __all__ = [
     "identity",
     "relu6",
     "soft_shrink",
+    "softmax_2d",
     "softmin",
+    "spike_bitwise",
     "tanh_shrink",
     "threshold",
 ]
@@ -75,6 +77,29 @@ def tanh_shrink(x: jax.Array) -> jax.Array:
 def softmin(x: jax.Array, axis: int = -1) -> jax.Array:
     """``softmax(-x)`` over ``axis``."""
     return jax.nn.softmax(-x, axis=axis)
+
+
+def softmax_2d(x: jax.Array, axis: int = -3) -> jax.Array:
+    """``softmax`` over the third axis from the end, where images have their channels first."""
+    return jax.nn.softmax(x, axis=axis)
+
+
+def spike_bitwise(x: jax.Array, y: jax.Array, op: str) -> jax.Array:
+    """A logical operation on spikes, 0 or 1, by arithmetic that has a gradient.
+
+    Args:
+        x, y: arrays of one shape.
+        op: ``"or"``, ``"and"``, ``"xor"``, ``"iand"`` (not x, and y), or ``"ixor"``, another
+            form of ``"xor"``.
+    """
+    results = {
+        "or": lambda: x + y - x * y,
+        "and": lambda: x * y,
+        "xor": lambda: x + y - 2 * x * y,
+        "iand": lambda: (1 - x) * y,
+        "ixor": lambda: x * (1 - y) + (1 - x) * y,
+    }
+    return results[op]()
 
 
 def flatten(
@@ -188,6 +213,7 @@ ACTIVATIONS: Mapping[str, Callable[..., Any]] = {
     "soft_shrink": soft_shrink,
     "soft_sign": jax.nn.soft_sign,
     "softmax": jax.nn.softmax,
+    "softmax_2d": softmax_2d,
     "softmin": softmin,
     "softplus": jax.nn.softplus,
     "tanh": jnp.tanh,

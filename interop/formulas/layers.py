@@ -14,7 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["all_to_all", "dropout", "linear", "promote"]
+__all__ = [
+    "all_to_all",
+    "alpha_dropout",
+    "dropout",
+    "fixed_dropout",
+    "linear",
+    "prelu",
+    "promote",
+]
 
 Array = Any
 DType = Any
@@ -113,3 +121,65 @@ def dropout(
         shape[axis] = 1
     kept = jax.random.bernoulli(key, 1.0 - rate, shape)
     return jnp.where(jnp.broadcast_to(kept, x.shape), x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def alpha_dropout(
+    x: Array, key: jax.Array, *, rate: float, channel_axis: int | None = None
+) -> jax.Array:
+    """Dropout that leaves mean and variance of SELU's outputs as they are.
+
+    Klambauer et al., "Self-Normalizing Neural Networks", NeurIPS 2017. Each element is, with
+    probability ``rate``, set to the value that SELU goes to; then all are scaled and shifted.
+    At rate 1 the result is 0.
+
+    Args:
+        x: any array.
+        key: a random key.
+        rate: in ``[0, 1]``.
+        channel_axis: if given, there is one decision for each channel of each example.
+    """
+    if rate == 0.0:
+        return x
+    if rate == 1.0:
+        return jnp.zeros_like(x)
+    alpha = -1.7580993408473766
+    scale = ((1 - rate) * (1 + rate * alpha**2)) ** -0.5
+    shape = list(x.shape)
+    if channel_axis is not None:
+        own = {0, channel_axis % x.ndim}
+        shape = [n if axis in own else 1 for axis, n in enumerate(shape)]
+    kept = jax.random.bernoulli(key, 1.0 - rate, shape)
+    kept = jnp.broadcast_to(kept, x.shape)
+    return jnp.where(kept, x, jnp.asarray(alpha, x.dtype)) * scale - scale * rate * alpha
+
+
+def fixed_dropout(x: Array, mask: Array, *, rate: float) -> jax.Array:
+    """``x / (1 - rate)`` where ``mask`` is true, else 0, also at rate 1.
+
+    Raises:
+        ValueError: ``mask`` has another shape than ``x``.
+    """
+    if mask.shape != x.shape:
+        raise ValueError(f"the mask is for inputs of shape {mask.shape}, got {x.shape}")
+    if rate == 1.0:
+        return jnp.zeros_like(x)
+    return jnp.where(mask, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def prelu(
+    x: Array, slope: Array, *, dtype: DType | None = None, keeps_dtype: bool = False
+) -> jax.Array:
+    """``x`` where it is not negative, else ``slope * x``.
+
+    He et al., "Delving Deep into Rectifiers", ICCV 2015.
+
+    Args:
+        x: any array.
+        slope: of a shape that broadcasts with that of ``x``.
+        dtype: what both are cast to.
+        keeps_dtype: whether ``slope`` is cast to the dtype of ``x``.
+    """
+    if keeps_dtype:
+        slope = jnp.asarray(slope, x.dtype)
+    x, slope = promote(x, slope, dtype=dtype)
+    return jnp.where(x >= 0, x, slope * x)

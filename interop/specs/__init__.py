@@ -11,6 +11,7 @@ from .attention import MultiHeadAttention, RotaryEmbedding
 from .base import (
     Array,
     Deferred,
+    Refused,
     Run,
     Sequential,
     Shape,
@@ -20,6 +21,7 @@ from .base import (
     is_wide,
     move_channels,
     moved_axis,
+    options,
     plain_dtype,
     promoted_dtype,
 )
@@ -33,8 +35,18 @@ from .convolutions import (
     ScaledWSConv,
     flipped,
 )
+from .dropouts import AlphaDropout, Dropout, DropoutFixed
 from .embedding import Embedding, FrozenEmbedding
-from .functions import Activation, Dropout, Flatten, Function
+from .functions import (
+    Activation,
+    Flatten,
+    Formula,
+    Function,
+    PReLU,
+    SpikeBitwise,
+    Unflatten,
+    known_function,
+)
 from .linear import Linear, LoRA, ScaledWSLinear, SignedLinear
 from .normalized_weights import NormalizedWeight, SpectralNorm, WeightNorm
 from .norms import BatchNorm, GroupNorm, LayerNorm, Norm, RMSNorm
@@ -50,11 +62,13 @@ from .recurrent import (
     SimpleCell,
     URLSTMCell,
 )
-from .spatial import Pool, pool
+from .spatial import AdaptivePool, MaxUnpool, Pad, Pool, pool
 
 __all__ = [
     "Activation",
+    "AdaptivePool",
     "AllToAll",
+    "AlphaDropout",
     "Array",
     "BatchNorm",
     "Bidirectional",
@@ -66,9 +80,11 @@ __all__ = [
     "Convolution",
     "Deferred",
     "Dropout",
+    "DropoutFixed",
     "Einsum",
     "Embedding",
     "Flatten",
+    "Formula",
     "FrozenEmbedding",
     "Function",
     "GRUCell",
@@ -80,12 +96,16 @@ __all__ = [
     "LoRA",
     "LinearGeneral",
     "MGUCell",
+    "MaxUnpool",
     "MultiHeadAttention",
     "Norm",
     "NormalizedWeight",
+    "PReLU",
+    "Pad",
     "Pool",
     "RMSNorm",
     "RNN",
+    "Refused",
     "RotaryEmbedding",
     "Run",
     "ScaledWSConv",
@@ -96,14 +116,18 @@ __all__ = [
     "SimpleCell",
     "Spec",
     "SpectralNorm",
+    "SpikeBitwise",
     "URLSTMCell",
+    "Unflatten",
     "WeightNorm",
     "common_dtype",
     "dtype",
     "flipped",
     "is_wide",
+    "known_function",
     "move_channels",
     "moved_axis",
+    "options",
     "plain_dtype",
     "pool",
     "promoted_dtype",

@@ -25,6 +25,7 @@ __all__ = [
     "Array",
     "DType",
     "Deferred",
+    "Refused",
     "Run",
     "Sequential",
     "Shape",
@@ -35,6 +36,7 @@ __all__ = [
     "mismatches_of",
     "move_channels",
     "moved_axis",
+    "options",
     "plain_dtype",
     "promoted_dtype",
     "rows",
@@ -150,9 +152,12 @@ class Spec:
         """Whether using the layer at two places ties something."""
         return False
 
-    @property
-    def mixes_examples(self) -> bool:
-        """Whether an example's output depends on the rest of its batch, or its place there."""
+    def mixes_examples(self, axes: int | None = None) -> bool:
+        """Whether an example's output depends on the rest of its batch, or its place there.
+
+        Args:
+            axes: number of axes of an example; None where not known.
+        """
         return False
 
     @property
@@ -248,6 +253,10 @@ class Spec:
         return replace(self, **values)
 
 
+class Refused(Spec):
+    """What no other framework can compute; its reader says why instead of making one."""
+
+
 class Deferred(Spec):
     """A layer that only its own rule knows how to build, once the target is known."""
 
@@ -294,6 +303,12 @@ def _initial(name: str, value: Any, key: jax.Array) -> Any:
     if "bias" in name or "mean" in name or len(value.shape) < 2:
         return jnp.zeros(value.shape, value.dtype)
     return jax.nn.initializers.lecun_normal()(key, value.shape, value.dtype)
+
+
+def options(spec_type: type[Spec]) -> tuple[str, ...]:
+    """The names of its options."""
+    every = dataclasses.fields(spec_type)
+    return tuple(field.name for field in every if field.default is not dataclasses.MISSING)
 
 
 def move_channels(shape: Shape, to_first: bool) -> Shape:

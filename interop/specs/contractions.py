@@ -114,8 +114,7 @@ class LinearGeneral(Spec):
     def holds_state(self) -> bool:
         return True
 
-    @property
-    def mixes_examples(self) -> bool:
+    def mixes_examples(self, axes: int | None = None) -> bool:
         return self.batch_axes > 0 or 0 in self.axes
 
     @property
@@ -124,7 +123,7 @@ class LinearGeneral(Spec):
         return self.in_shape[-1] if is_last else None
 
     def output_shape(self, shape: Shape | None) -> Shape | None:
-        if shape is None or self.mixes_examples:
+        if shape is None or self.mixes_examples():
             return None
         return shape_of(functools.partial(self.apply, Run()), shape)
 
@@ -192,15 +191,14 @@ class Einsum(Spec):
         is_plain = x == result and len(set(letters)) == len(letters)
         return is_plain and letters.endswith(weight) and x.endswith(weight) and weight != ""
 
-    @property
-    def mixes_examples(self) -> bool:
+    def mixes_examples(self, axes: int | None = None) -> bool:
         operands, result = self.equation.replace(" ", "").split("->")
         x, weight = operands.split(",")
         batch = "..." if x.startswith("...") else x[:1]
         return not batch or not result.startswith(batch) or batch in weight
 
     def output_shape(self, shape: Shape | None) -> Shape | None:
-        if shape is None or self.mixes_examples:
+        if shape is None or self.mixes_examples():
             return None
         return shape_of(functools.partial(self.apply, Run()), shape)
 

@@ -289,9 +289,8 @@ class LoRA(Spec):
     def holds_state(self) -> bool:
         return True
 
-    @property
-    def mixes_examples(self) -> bool:
-        return self.base is not None and self.base.mixes_examples
+    def mixes_examples(self, axes: int | None = None) -> bool:
+        return self.base is not None and self.base.mixes_examples(axes)
 
     @property
     def in_features(self) -> int:

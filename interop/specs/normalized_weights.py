@@ -81,9 +81,8 @@ class NormalizedWeight(Spec):
     def holds_state(self) -> bool:
         return True
 
-    @property
-    def mixes_examples(self) -> bool:
-        return self.layer.mixes_examples
+    def mixes_examples(self, axes: int | None = None) -> bool:
+        return self.layer.mixes_examples(axes)
 
     def moved(self, axes: int | None, to_first: bool) -> Spec:
         moved = self.layer.moved(axes, to_first)

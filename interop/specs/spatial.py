@@ -1,64 +1,198 @@
-"""Pooling, with the channels last."""
+"""Padding and pooling of images, with the channels last."""
 
 # jax.numpy declares some of its types only in part.
 # pyright: reportUnknownMemberType=false
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import jax
 
-from .base import Shape, Spec
+from .. import formulas
+from .base import Array, Run, Shape, Spec
+from .functions import Formula
 
-__all__ = [
-    "Pool",
-    "pool",
-]
+__all__ = ["AdaptivePool", "MaxUnpool", "Pad", "Pool", "pool"]
+
+Pads = tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Pool(Spec):
-    """The maximum or the mean over windows of space, each channel by itself.
+class Spatial(Formula):
+    """A formula for images. Its channels are last, or at ``channel_axis`` of the batch."""
 
-    ``padding`` is ``"SAME"``, ``"VALID"`` or a pair for each axis of space. Padding is never
-    the maximum; whether zeros of it are elements of the mean, ``counts_padding`` says.
-    """
+    channel_axis: int | None
+    axes = ("channel_axis",)
 
-    mean: bool
-    window: tuple[int, ...]
-    strides: tuple[int, ...]
-    padding: str | tuple[tuple[int, int], ...]
-    counts_padding: bool = False
+    @property
+    def dims(self) -> int:
+        """The number of axes of space."""
+        raise NotImplementedError
 
     @property
     def space(self) -> int:
+        return 0 if self.fixes_order else self.dims
+
+    @property
+    def fixes_order(self) -> bool:
+        return self.channel_axis != -1
+
+    def moved(self, axes: int | None, to_first: bool) -> Spec:
+        if to_first and self.channel_axis in (1, -self.dims - 1):
+            return replace(self, channel_axis=-1)  # the target has them first as well
+        return self
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Pad(Spatial):
+    """:func:`interop.formulas.pad`."""
+
+    padding: Pads
+    mode: str = "zero"
+    value: float = 0.0
+    channel_axis: int | None = -1
+    formula = staticmethod(formulas.pad)
+
+    @property
+    def dims(self) -> int:
+        return len(self.padding)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Pool(Spatial):
+    """:func:`interop.formulas.pool`."""
+
+    window: tuple[int, ...]
+    kind: str = "max"
+    strides: tuple[int, ...] | None = None
+    padding: str | Pads = "VALID"
+    channel_axis: int | None = -1
+    counts: str = "window"
+    ceil: bool = False
+    norm: float = 2.0
+    operation: Callable[..., Any] | None = None
+    init: float = 0.0
+    indices: str | None = None
+    formula = staticmethod(formulas.pool)
+
+    @classmethod
+    def shaped(cls, window: tuple[int, ...], **options: Any) -> Self:
+        return cls(window=window, **options)
+
+    @property
+    def dims(self) -> int:
         return len(self.window)
 
-    def pads(self, shape: Shape) -> tuple[tuple[int, int], ...]:
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """From window to window, along each axis of space."""
+        return self.strides or (1,) * self.dims
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether windows may reach over the ends."""
+        return self.padding == "SAME" or any(map(any, self.pads()))
+
+    def pads(self, shape: Shape = ()) -> Pads:
         """The padding of an example of that shape of space, as pairs."""
+        if self.padding == "VALID":
+            return ((0, 0),) * self.dims
         if not isinstance(self.padding, str):
             return self.padding
-        pads = jax.lax.padtype_to_pads(shape, self.window, self.strides, self.padding)
+        pads = jax.lax.padtype_to_pads(shape, self.window, self.steps, self.padding)
         return tuple((int(low), int(high)) for low, high in pads)
 
-    def output_shape(self, shape: Shape | None) -> Shape | None:
-        if shape is None:
-            return None
-        pads = self.pads(shape[:-1])
-        rows = zip(shape[:-1], pads, self.window, self.strides, strict=True)
-        return (*[(n + sum(p) - w) // s + 1 for n, p, w, s in rows], shape[-1])
+    def is_plain(self, *kinds: str, **options: Any) -> bool:
+        """Whether it is of one of these kinds, with its channels last and no other option."""
+        plain = {"channel_axis": -1, "ceil": False, "indices": None} | options
+        return self.kind in kinds and all(getattr(self, k) == v for k, v in plain.items())
 
 
-def pool(mean: bool, counts: bool, window: Any, strides: Any, padding: Any) -> Pool:
-    """A :class:`Pool` whose ``counts_padding`` is plain where there is no padding."""
-    padding = padding if isinstance(padding, str) else tuple(tuple(p) for p in padding)
-    is_padded = padding == "SAME" or (padding != "VALID" and any(map(any, padding)))
-    return Pool(
-        mean=mean,
+def pool(kind: str, window: Any, strides: Any, padding: Any, **options: Any) -> Pool:
+    """A :class:`Pool` with its options in one form."""
+    strides = tuple(strides or (1,) * len(window))
+    spec = Pool(
+        kind=kind,
         window=tuple(window),
-        strides=tuple(strides),
-        padding=padding,
-        counts_padding=mean and counts and is_padded,
+        strides=None if set(strides) == {1} else strides,
+        padding=padding if isinstance(padding, str) else tuple(map(tuple, padding)),
+        **options,
     )
+    if not spec.is_padded:
+        spec = replace(spec, padding="VALID")
+        if spec.counts == "covered":
+            spec = replace(spec, counts="window")
+    return spec
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AdaptivePool(Spatial):
+    """:func:`interop.formulas.adaptive_pool`."""
+
+    target: tuple[int | None, ...]
+    kind: str = "mean"
+    channel_axis: int | None = -1
+    operation: Callable[[Any], Any] | None = None
+    formula = staticmethod(formulas.adaptive_pool)
+
+    @property
+    def dims(self) -> int:
+        return len(self.target)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MaxUnpool(Spec):
+    """:func:`interop.formulas.max_unpool` of what was pooled, and the indices.
+
+    A framework that maps over examples has each with indices of its own, which count in that
+    example, in the order of its axes with the channels last.
+    """
+
+    window: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[int, ...]
+    channel_axis: int | None = -1
+    covers: bool = False
+
+    @property
+    def space(self) -> int:
+        return 0 if self.fixes_order else len(self.window)
+
+    @property
+    def fixes_order(self) -> bool:
+        return self.channel_axis != -1
+
+    @classmethod
+    def shaped(
+        cls,
+        window: tuple[int, ...],
+        *,
+        strides: tuple[int, ...] | None = None,
+        padding: tuple[int, ...] | None = None,
+        channel_axis: int | None = -1,
+        covers: bool = False,
+    ) -> Self:
+        return cls(
+            window=window,
+            strides=strides or window,
+            padding=padding or (0,) * len(window),
+            channel_axis=channel_axis,
+            covers=covers,
+        )
+
+    def apply(self, run: Run, x: Array, indices: Array, output_size: Any = None) -> Array:
+        return formulas.max_unpool(
+            x,
+            indices,
+            self.window,
+            self.strides,
+            self.padding,
+            self.channel_axis,
+            self.covers,
+            output_size,
+        )
+
+    def output_shape(self, shape: Shape | None) -> None:
+        return None

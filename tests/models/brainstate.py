@@ -136,6 +136,12 @@ def dropout(rate):
     return nn.Dropout(round(1 - rate, 12))  # the probability to keep
 
 
+def prelu(slope):
+    layer = nn.PReLU(slope.shape)
+    layer.weight.value = slope
+    return layer
+
+
 def sequential(*layers):
     first, *rest = layers  # the first has to be a module
     return nn.Sequential(first if isinstance(first, nn.Module) else Lambda(first), *rest)
@@ -379,20 +385,61 @@ _LAYER_NORM = _norm() | {
 }
 
 
+_TOGETHER = "with kernel_size; alone in the layer for two axes"
+
+
+def _image(dims):
+    return (2, 7, 6, 5, 4)[: dims + 1] + (4,)
+
+
 def _pool_options(kind, dims):
-    options = {
-        "kernel_size": Option((3, 2, 3)[:dims]),
-        "stride": Option(3),
-        "padding": Option(
-            [(1, 0)] * dims, refused=_FEW if kind == "Avg" else (), named="padding"
-        ),
-        "channel_axis": Option(1, refused=ALL),
-        "name": NAME,
-        "in_size": SHAPE,
-    }
+    every = {"kernel_size": (3, 2, 3)[:dims], "stride": 3, "padding": [(1, 0)] * dims}
+    first = {"channel_axis": 1, "stride": 2}
+    options = {"name": NAME, "in_size": SHAPE, "channel_axis": Option(first, everywhere=True)}
+    if dims == 2:
+        options |= {name: Option(value) for name, value in every.items()}
+        options["channel_axis"] = Option({"channel_axis": -3}, everywhere=True)
+    else:
+        options |= dict.fromkeys(every, _TOGETHER) | {"kernel_size": Option(every)}
     if kind == "Max":
-        options["return_indices"] = Option(True, refused=ALL)
-    return Constructor((2, 7, 6, 5, 4)[: dims + 1] + (4,), {"kernel_size": 2}, options, True)
+        options["return_indices"] = "tests/test_spatial.py"
+    base = {"kernel_size": 2}
+    if kind == "LP":
+        base["norm_type"], options["norm_type"] = 2.0, Option(3.0) if dims == 2 else _TOGETHER
+    return Constructor(_image(dims), base, options, images=True)
+
+
+def _adaptive_options(dims):
+    options = {"name": NAME, "in_size": SHAPE}
+    options["target_size"] = Option((3, None, 2)[:dims])
+    options["channel_axis"] = (
+        Option({"channel_axis": None, "target_size": 2}, everywhere=True)
+        if dims == 2
+        else _TOGETHER
+    )
+    return Constructor(_image(dims), {"target_size": 2}, options, images=True)
+
+
+def _pad_options(kind, dims):
+    pads = (1, 0, 2, 1, 0, 1)[: 2 * dims]
+    options = {"padding": Option(pads), "in_size": SHAPE, "name": NAME}
+    if kind == "Constant":
+        options["value"] = Option(2.5) if dims == 2 else _TOGETHER
+        options["padding"] = Option({"padding": pads, "value": -1.5})
+    return Constructor(_image(dims), {"padding": 1}, options, images=True)
+
+
+def _dropout_options(dims):
+    x = (40, 2, 2, 2)[: dims + 1] + (30,)
+    return Constructor(
+        x,
+        {"prob": 0.5},
+        {
+            "prob": Option(0.3),
+            "channel_axis": Option(0, x=(200, 9, 2)) if dims == 1 else "as there",
+            "name": NAME,
+        },
+    )
 
 
 _CELL = {"num_in": 3, "num_out": 4}
@@ -509,9 +556,23 @@ CONSTRUCTORS = {
     ),
     **{
         getattr(nn, f"{kind}Pool{dims}d"): _pool_options(kind, dims)
+        for kind in ("Max", "Avg", "LP")
+        for dims in (1, 2, 3)
+    },
+    **{
+        getattr(nn, f"Adaptive{kind}Pool{dims}d"): _adaptive_options(dims)
         for kind in ("Max", "Avg")
         for dims in (1, 2, 3)
     },
+    **{
+        getattr(nn, f"{kind}Pad{dims}d"): _pad_options(kind, dims)
+        for kind in ("Zero", "Constant", "Reflection", "Replication", "Circular")
+        for dims in (1, 2, 3)
+    },
+    **dict.fromkeys(
+        [nn.MaxUnpool1d, nn.MaxUnpool2d, nn.MaxUnpool3d],
+        "it has two inputs: tests/test_spatial.py",
+    ),
     nn.Embedding: Constructor(
         jnp.arange(6) % 5,
         {"num_embeddings": 5, "embedding_size": 3},
@@ -557,6 +618,35 @@ CONSTRUCTORS = {
         (1000, 4),
         {},
         {"prob": Option(0.3), "broadcast_dims": Option((1,)), "name": NAME},
+    ),
+    nn.Dropout1d: _dropout_options(1),
+    nn.Dropout2d: _dropout_options(2),
+    nn.Dropout3d: _dropout_options(3),
+    nn.AlphaDropout: Constructor((1000, 4), {}, {"prob": Option(0.3), "name": NAME}),
+    nn.FeatureAlphaDropout: Constructor(
+        (400, 3, 10),
+        {},
+        {"prob": Option(0.3), "channel_axis": Option(1), "name": NAME},
+    ),
+    nn.DropoutFixed: "it keeps its mask: tests/test_dropout.py",
+    nn.PReLU: Constructor(
+        (6, 4),
+        {},
+        {"num_parameters": Option(4), "init": INITIAL, "dtype": Option(jax.numpy.bfloat16)},
+    ),
+    nn.RReLU: Constructor(
+        (6, 4),
+        {},
+        {
+            "lower": Option(0.2, refused=ALL, named="lower, upper"),
+            "upper": "it comes with lower",
+        },
+    ),
+    nn.SpikeBitwise: "it has two inputs: tests/test_activations.py",
+    nn.Unflatten: Constructor(
+        (6, 12),
+        {"axis": 1, "sizes": (3, 4)},
+        {"axis": Option(-1), "sizes": Option((2, -1)), "name": NAME, "in_size": SHAPE},
     ),
     nn.Flatten: Constructor(
         (6, 2, 3, 4),

@@ -126,6 +126,10 @@ def dropout(rate):
     return eqx.nn.Dropout(rate)
 
 
+def prelu(slope):
+    return eqx.nn.Lambda(eqx.nn.PReLU(slope))  # it takes no key
+
+
 def sequential(*layers):
     """``layers`` may be pairs of layer and state; at most one of them holds a state."""
     state = next((part[1] for part in layers if isinstance(part, tuple) and part[1]), None)
@@ -183,6 +187,8 @@ def _call(module, state, x, key):
         takes_state = isinstance(module, eqx.nn.StatefulLayer) and module.is_stateful()
         if state is not None and (takes_state or isinstance(module, eqx.nn.Sequential)):
             return module(x, state, key=key)
+        if isinstance(module, eqx.nn.PReLU):
+            return module(x), state
         if isinstance(module, eqx.nn.MultiheadAttention):
             return module(x, x, x, key=key), state
         return module(x, key=key), state
@@ -327,19 +333,41 @@ def _transposed_options(dims, **base):
     )
 
 
+_TOGETHER = "with kernel_size; alone in the layer for two axes"
+
+
 def _pool_options(kind, dims):
-    refused = {"refused": ("brainstate",), "named": "counts_padding"} if kind == "Avg" else {}
-    return Constructor(
-        (2, 4, 7, 6, 5)[: dims + 2],
-        {"kernel_size": 2},
-        {
-            "kernel_size": Option((3, 2, 3)[:dims]),
-            "stride": Option(3),
-            "padding": Option(((1, 0),) * dims, **refused),
-            "use_ceil": Option(True, refused=ALL),
-        },
-        images=True,
-    )
+    every = {
+        "kernel_size": (3, 2, 3)[:dims],
+        "stride": 3,
+        "padding": ((1, 0),) * dims,
+    }
+    options = {name: Option(value) for name, value in every.items()}
+    options["use_ceil"] = Option({"use_ceil": True, "stride": 2, "kernel_size": 3})
+    if dims != 2:
+        options |= dict.fromkeys(every, _TOGETHER) | {"kernel_size": Option(every)}
+    base = {"kernel_size": 2}
+    if kind == "":
+        base |= {"init": 0.0, "operation": jax.lax.add, "num_spatial_dims": 2}
+        options |= {
+            "init": Option({"init": 0.5, "operation": jax.lax.max}),
+            "operation": Option({"init": 1.0, "operation": jax.lax.mul}),
+            "num_spatial_dims": Option(1, x=(2, 4, 7)),
+        }
+    return Constructor((2, 4, 7, 6, 5)[: dims + 2], base, options, images=True)
+
+
+def _adaptive_options(dims, **base):
+    options = {"target_shape": Option((3, 4, 2)[:dims])}
+    if base:
+        options |= {
+            "num_spatial_dims": Option(
+                {"num_spatial_dims": 4, "target_shape": 2}, x=(2, 2, 3, 4, 3, 2)
+            ),
+            "operation": Option(jnp.median),
+        }
+    x = (2, 4, 7, 6, 5)[: dims + 2]
+    return Constructor(x, {"target_shape": 2} | base, options, images=True)
 
 
 _CELL = Constructor(
@@ -464,6 +492,14 @@ CONSTRUCTORS = {
         for kind in ("Max", "Avg")
         for dims in (1, 2, 3)
     },
+    eqx.nn.Pool: _pool_options("", 2),
+    **{
+        getattr(eqx.nn, f"Adaptive{kind}Pool{dims}d"): _adaptive_options(dims)
+        for kind in ("Max", "Avg")
+        for dims in (1, 2, 3)
+    },
+    eqx.nn.AdaptivePool: _adaptive_options(2, num_spatial_dims=2, operation=jnp.sum),
+    eqx.nn.PReLU: Constructor((6, 4), {}, {"init_alpha": Option(jnp.arange(4.0))}),
     eqx.nn.Embedding: Constructor(
         jnp.arange(6) % 5,
         {"num_embeddings": 5, "embedding_size": 3, "key": _KEY},

@@ -112,6 +112,10 @@ def dropout(rate):
     return nn.Dropout(rate, deterministic=True), {}
 
 
+def prelu(slope):
+    return nn.PReLU(negative_slope_init=slope), {"params": {"negative_slope": slope}}
+
+
 def sequential(*layers):
     modules, variables = [], {}
     for i, layer in enumerate(layers):
@@ -614,6 +618,11 @@ CONSTRUCTORS = {
             "axis_name": Option("batch", refused=("equinox",), attribute=True),
         },
         images=True,
+    ),
+    nn.PReLU: Constructor(
+        (6, 4),
+        {},
+        _MODULE | {"param_dtype": Option(jnp.bfloat16), "negative_slope_init": INITIAL},
     ),
     nn.Dropout: Constructor(
         (1000, 4),

@@ -138,6 +138,10 @@ def dropout(rate):
     return nnx.Dropout(rate)
 
 
+def prelu(slope):
+    return nnx.PReLU(slope)
+
+
 def sequential(*layers):
     return nnx.Sequential(*layers)
 
@@ -704,6 +708,17 @@ CONSTRUCTORS = {
             "axis_name": Option("batch", refused=("equinox",), attribute=True),
         },
         images=True,
+    ),
+    nnx.PReLU: Constructor(
+        (6, 4),
+        {},
+        {
+            "negative_slope_init": INITIAL,
+            "dtype": Option(jnp.bfloat16),
+            "param_dtype": Option(jnp.bfloat16),
+            "promote_dtype": Option(_promote, refused=ALL),
+            "negative_slope_metadata": _note("negative_slope_metadata", "negative_slope"),
+        },
     ),
     nnx.Dropout: Constructor(
         (1000, 4),

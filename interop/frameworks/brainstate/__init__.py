@@ -9,12 +9,14 @@ from . import (
     connections,
     contractions,
     convolutions,
+    dropouts,
     embedding,
     functions,
     linear,
     norms,
     recurrent,
     sequential,
+    spatial,
 )
 from .adapter import adapter
 

@@ -1,4 +1,4 @@
-"""Layers without weights: dropout, pooling, activations, other functions."""
+"""Functions, and layers that are little more."""
 
 from __future__ import annotations
 
@@ -8,49 +8,7 @@ from brainstate import nn
 
 from ... import formulas, specs
 from ...composites.brainstate import Lambda
-from .adapter import adapter
-
-
-@adapter.reads(nn.Dropout, specs.Dropout)
-def read_dropout(m, ctx):
-    return specs.Dropout(
-        rate=formulas.complement(m.prob),
-        broadcast_dims=tuple(m.broadcast_dims),
-        rng_collection="dropout",
-    )
-
-
-@adapter.builds(specs.Dropout, carries=("broadcast_dims",))
-def build_dropout(spec, ctx):
-    return nn.Dropout(formulas.complement(spec.rate), broadcast_dims=spec.broadcast_dims)
-
-
-_POOLS = {
-    False: (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
-    True: (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-}
-
-
-_POOL = {"return_indices": False, "channel_axis": -1}
-
-
-@adapter.reads(nn.MaxPool1d, specs.Pool, fixed=_POOL)
-@adapter.reads(nn.MaxPool2d, specs.Pool, fixed=_POOL)
-@adapter.reads(nn.MaxPool3d, specs.Pool, fixed=_POOL)
-@adapter.reads(nn.AvgPool1d, specs.Pool, fixed=_POOL)
-@adapter.reads(nn.AvgPool2d, specs.Pool, fixed=_POOL)
-@adapter.reads(nn.AvgPool3d, specs.Pool, fixed=_POOL)
-def read_pool(m, ctx):
-    return specs.pool(isinstance(m, _POOLS[True]), False, m.kernel_size, m.stride, m.padding)
-
-
-@adapter.builds(specs.Pool)
-def build_pool(spec, ctx):
-    if spec.space > 3:
-        ctx.refuse("window_shape", spec.window, "BrainState has 1 to 3 axes of space")
-    return _POOLS[spec.mean][spec.space - 1](
-        spec.window, stride=spec.strides, padding=spec.padding
-    )
+from .adapter import adapter, arrays_of
 
 
 @adapter.reads(nn.Flatten, specs.Flatten)
@@ -58,9 +16,58 @@ def read_flatten(m, ctx):
     return specs.Flatten(start_axis=m.start_axis, end_axis=m.end_axis, in_size=m.in_size)
 
 
-@adapter.builds(specs.Flatten)
+@adapter.builds(specs.Flatten, carries=specs.options(specs.Flatten))
 def build_flatten(spec, ctx):
     return nn.Flatten(spec.start_axis, spec.end_axis, in_size=spec.in_size)
+
+
+@adapter.reads(nn.Unflatten, specs.Unflatten)
+def read_unflatten(m, ctx):
+    return specs.Unflatten(axis=m.axis, sizes=tuple(m.sizes))
+
+
+@adapter.builds(specs.Unflatten)
+def build_unflatten(spec, ctx):
+    return nn.Unflatten(spec.axis, spec.sizes)
+
+
+@adapter.reads(nn.PReLU, specs.PReLU, state=("weight",))
+def read_prelu(m, ctx):
+    arrays = arrays_of(m, ctx, weight=m.weight.value.shape)
+    return specs.PReLU(slope=arrays["weight"])
+
+
+@adapter.builds(specs.PReLU)
+def build_prelu(spec, ctx):
+    shape = spec.slope.shape
+    layer = nn.PReLU(1)
+    layer.num_parameters = shape[0] if len(shape) == 1 else shape
+    layer.weight.value = spec.slope
+    return layer
+
+
+@adapter.reads(nn.SpikeBitwise, specs.SpikeBitwise)
+def read_spike_bitwise(m, ctx):
+    known = ("or", "and", "xor", "iand", "ixor")
+    if m.op not in known:
+        ctx.refuse("op", m.op, f"BrainState computes {', '.join(known)}")
+    return specs.SpikeBitwise(op=m.op)
+
+
+@adapter.builds(specs.SpikeBitwise)
+def build_spike_bitwise(spec, ctx):
+    return nn.SpikeBitwise(spec.op)
+
+
+@adapter.reads(nn.RReLU, specs.Refused)
+def read_rrelu(m, ctx):
+    ctx.refuse(
+        "lower, upper",
+        (m.lower, m.upper),
+        "its slopes are drawn from BrainState's global random state at each call, in "
+        "evaluation too: there is no function of the input to convert",
+        f"Put LeakyReLU({(m.lower + m.upper) / 2}) in its place for evaluation",
+    )
 
 
 @adapter.reads(Lambda, specs.Function, state=())
@@ -94,6 +101,7 @@ _ACTIVATIONS: list[tuple[type, str, dict[str, str]]] = [
     (nn.Sigmoid, "sigmoid", {}),
     (nn.SiLU, "silu", {}),
     (nn.Softmax, "softmax", {"dim": "axis"}),
+    (nn.Softmax2d, "softmax_2d", {}),
     (nn.Softmin, "softmin", {"dim": "axis"}),
     (nn.Softplus, "softplus", {}),
     (nn.Softshrink, "soft_shrink", {"lambd": "lambd"}),
@@ -118,12 +126,6 @@ def _reads_activation(cls: type, name: str, attributes: dict[str, str]) -> None:
 
 for _row in _ACTIVATIONS:
     _reads_activation(*_row)
-
-
-# Softmax2d is softmax over the third axis from the end, so that it is read and never built.
-@adapter.reads(nn.Softmax2d, specs.Activation)
-def read_softmax2d(m, ctx):
-    return specs.Activation(name="softmax", options={"axis": -3})
 
 
 _CLASSES: dict[str, tuple[type, dict[str, str]]] = {

@@ -10,6 +10,7 @@ from . import (
     attention,
     contractions,
     convolutions,
+    dropouts,
     embedding,
     functions,
     linear,
@@ -17,6 +18,7 @@ from . import (
     norms,
     recurrent,
     sequential,
+    spatial,
 )
 from .adapter import adapter
 

@@ -57,7 +57,7 @@ class Equinox(Adapter):
         return node.module.spec(node.state)
 
     def build_composite(self, cls, spec, ctx):
-        if spec.mixes_examples:
+        if spec.mixes_examples(None if ctx.shape is None else len(ctx.shape)):
             ctx.refuse(
                 "the batch axis",
                 "an operand",

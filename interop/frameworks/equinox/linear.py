@@ -57,20 +57,22 @@ def read_mlp(node, ctx):
         for i, layer in enumerate(layers)
     ]
     parts = [first]
-    for layer in rest:
-        parts += [_read_neuron(node, ctx, "activation"), layer]
+    for i, layer in enumerate(rest):
+        parts += [_read_neuron(node, ctx, "activation", i), layer]
     default = inspect.signature(eqx.nn.MLP).parameters["final_activation"].default
     if m.depth > 0 and m.final_activation is not default:  # else it is not applied
         parts.append(_read_neuron(node, ctx, "final_activation"))
     return specs.Sequential(layers=tuple(parts))
 
 
-def _read_neuron(node, ctx, name: str) -> specs.Spec:
-    """A function that is applied to each neuron by itself."""
-    fn = getattr(node.module, name)
+def _read_neuron(node, ctx, name: str, *index: int) -> specs.Spec:
+    """A function that is applied to each neuron by itself; its arrays have an axis for them."""
+    fn, path = getattr(node.module, name), f"{ctx.path}.{name}"
+    if type(fn) is eqx.nn.PReLU and fn.negative_slope.ndim == 1 + len(index):
+        own = eqx.nn.PReLU(fn.negative_slope[index]) if index else fn
+        return ctx.read(Node(own, node.state), path)
     if any(map(eqx.is_array, jax.tree.leaves(fn))):
-        ctx.refuse(name, fn, "only one without weights converts")
-    path = f"{ctx.path}.{name}"
+        ctx.refuse(name, fn, "of those with weights only PReLU with one slope converts")
     layer = fn if isinstance(fn, eqx.Module) else eqx.nn.Lambda(fn)
     spec = ctx.read(Node(layer, node.state), path)
     if isinstance(spec, specs.Function) and spec.per_example:

@@ -11,6 +11,7 @@ from . import (
     attention,
     contractions,
     convolutions,
+    dropouts,
     embedding,
     functions,
     linear,
@@ -18,6 +19,7 @@ from . import (
     norms,
     recurrent,
     sequential,
+    spatial,
     variables,
 )
 from .adapter import adapter

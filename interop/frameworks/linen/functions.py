@@ -1,56 +1,29 @@
-"""Layers without weights: dropout, pooling, activations, other functions."""
+"""Functions, and layers that are little more."""
 
 from __future__ import annotations
 
-import functools
-
 import flax.linen as nn
 
-from ... import formulas, specs
-from ..nnx.functions import build_pool
-from .adapter import Node, adapter
+from ... import specs
+from ..nnx.functions import build_activation, build_formula, build_function
+from .adapter import adapter, node_of
+
+# The functions are those of NNX.
+adapter.builds(specs.Activation)(build_activation)
+adapter.builds(specs.Flatten, carries=specs.options(specs.Flatten))(build_formula)
+adapter.builds(specs.Unflatten)(build_formula)
+adapter.builds(specs.Function)(build_function)
 
 
-@adapter.reads(nn.Dropout, specs.Dropout)
-def read_dropout(node, ctx):
-    m = node.module
-    return specs.Dropout(
-        rate=m.rate, broadcast_dims=tuple(m.broadcast_dims), rng_collection=m.rng_collection
-    )
+@adapter.reads(nn.PReLU, specs.PReLU)
+def read_prelu(node, ctx):
+    return specs.PReLU(slope=node.array("negative_slope"), keeps_dtype=True)
 
 
-@adapter.builds(specs.Dropout, carries=("broadcast_dims",))
-def build_dropout(spec, ctx):
-    return Node(
-        nn.Dropout(
-            spec.rate,
-            broadcast_dims=spec.broadcast_dims,
-            deterministic=not ctx.options.get("train", False),
-            rng_collection=spec.rng_collection,
-        ),
-        {},
-    )
-
-
-adapter.builds(specs.Pool, carries=("counts_padding",))(build_pool)  # the same functions
-
-
-@adapter.builds(specs.Activation)
-def build_activation(spec, ctx):
-    fn = formulas.ACTIVATIONS[spec.name]
-    return functools.partial(fn, **spec.options) if spec.options else fn
-
-
-@adapter.builds(specs.Flatten)
-def build_flatten(spec, ctx):
-    return functools.partial(
-        formulas.flatten,
-        start_axis=spec.start_axis,
-        end_axis=spec.end_axis,
-        in_size=spec.in_size,
-    )
-
-
-@adapter.builds(specs.Function)
-def build_function(spec, ctx):
-    return formulas.Batched(spec.fn) if spec.per_example else spec.fn
+@adapter.builds(specs.PReLU, carries=("keeps_dtype",))
+def build_prelu(spec, ctx):
+    if not spec.keeps_dtype:
+        ctx.refuse("keeps_dtype", False, "Flax casts the slope to the dtype of the input")
+    if spec.slope.shape != ():
+        ctx.refuse("slope", spec.slope.shape, "Linen has one slope for all elements")
+    return node_of(nn.PReLU(param_dtype=spec.slope.dtype), {"negative_slope": spec.slope})

@@ -9,6 +9,7 @@ from . import (
     attention,
     contractions,
     convolutions,
+    dropouts,
     embedding,
     functions,
     linear,
@@ -16,6 +17,7 @@ from . import (
     norms,
     recurrent,
     sequential,
+    spatial,
 )
 from .adapter import adapter
 

@@ -194,15 +194,19 @@ def returns(array: Any) -> Any:
     return lambda *_: array
 
 
+POOLS = {"max": nnx.max_pool, "min": nnx.min_pool, "mean": nnx.avg_pool, "fold": nnx.pool}
+
+
 def read_pool(fn: Any) -> specs.Pool | None:
-    """Flax's ``max_pool`` or ``avg_pool`` with its options in a ``functools.partial``."""
-    if not isinstance(fn, functools.partial) or fn.args:
+    """One of Flax's pooling functions with its options in a ``functools.partial``."""
+    if not isinstance(fn, functools.partial) or fn.args or "window_shape" not in fn.keywords:
         return None
-    if fn.func not in (nnx.max_pool, nnx.avg_pool) or "window_shape" not in fn.keywords:
-        return None
-    options: dict[str, Any] = {"strides": None, "padding": "VALID", "count_include_pad": True}
-    options |= fn.keywords
-    window = options["window_shape"]
-    strides = options["strides"] or (1,) * len(window)
-    mean = fn.func is nnx.avg_pool
-    return specs.pool(mean, options["count_include_pad"], window, strides, options["padding"])
+    kind = next((kind for kind, pool in POOLS.items() if pool is fn.func), None)
+    options = {"strides": None, "padding": "VALID", "count_include_pad": True} | fn.keywords
+    given = options["window_shape"], options["strides"], options["padding"]
+    if kind == "fold" and isinstance(options.get("init"), int | float):
+        operation = options.get("reduce_fn")
+        return specs.pool("fold", *given, operation=operation, init=options["init"])
+    if kind == "mean" and not options["count_include_pad"]:
+        return specs.pool("mean", *given, counts="float32")
+    return None if kind in (None, "fold") else specs.pool(kind, *given)

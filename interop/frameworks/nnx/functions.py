@@ -1,4 +1,4 @@
-"""Layers without weights: dropout, pooling, activations, other functions."""
+"""Functions, and layers that are little more."""
 
 from __future__ import annotations
 
@@ -7,34 +7,22 @@ import functools
 from flax import nnx
 
 from ... import formulas, specs
-from .adapter import adapter
+from .adapter import adapter, array_of
 
 
-@adapter.reads(nnx.Dropout, specs.Dropout, state=("rngs",))
-def read_dropout(m, ctx):
-    return specs.Dropout(
-        rate=m.rate, broadcast_dims=tuple(m.broadcast_dims), rng_collection=m.rng_collection
-    )
+@adapter.reads(nnx.PReLU, specs.PReLU, state=("negative_slope",))
+def read_prelu(m, ctx):
+    slope, dtype = array_of(m, ctx, "negative_slope"), specs.dtype(m.dtype)
+    return specs.PReLU(slope=slope, dtype=dtype, keeps_dtype=dtype is None)
 
 
-@adapter.builds(specs.Dropout, carries=("broadcast_dims",))
-def build_dropout(spec, ctx):
-    return nnx.Dropout(
-        spec.rate,
-        broadcast_dims=spec.broadcast_dims,
-        deterministic=True,
-        rng_collection=spec.rng_collection,
-        rngs=ctx.options.get("rngs"),
-    )
-
-
-@adapter.builds(specs.Pool, carries=("counts_padding",))
-def build_pool(spec, ctx):
-    options = {"window_shape": spec.window, "strides": spec.strides, "padding": spec.padding}
-    if not spec.mean:
-        return functools.partial(nnx.max_pool, **options)
-    options["count_include_pad"] = spec.counts_padding
-    return functools.partial(nnx.avg_pool, **options)
+@adapter.builds(specs.PReLU, carries=("dtype", "keeps_dtype"))
+def build_prelu(spec, ctx):
+    if spec.dtype is None and not spec.keeps_dtype:
+        ctx.refuse("dtype", None, "Flax casts the slope to the dtype of the input")
+    layer = nnx.PReLU(0.0, dtype=spec.dtype, param_dtype=spec.slope.dtype)
+    layer.negative_slope.set_value(spec.slope)
+    return layer
 
 
 @adapter.builds(specs.Activation)
@@ -43,14 +31,10 @@ def build_activation(spec, ctx):
     return functools.partial(fn, **spec.options) if spec.options else fn
 
 
-@adapter.builds(specs.Flatten)
-def build_flatten(spec, ctx):
-    return functools.partial(
-        formulas.flatten,
-        start_axis=spec.start_axis,
-        end_axis=spec.end_axis,
-        in_size=spec.in_size,
-    )
+@adapter.builds(specs.Flatten, carries=specs.options(specs.Flatten))
+@adapter.builds(specs.Unflatten)
+def build_formula(spec, ctx):
+    return spec.function
 
 
 @adapter.builds(specs.Function)
