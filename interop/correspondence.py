@@ -16,6 +16,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from . import rearrangement, specs
 from .api import convert_with, keywords_of, open_model, sample_shape
@@ -456,6 +457,12 @@ class _Numbered:
         self.shapes: Shapes = {
             path: tuple(leaf.shape) for path, leaf in arrays(self.parameters).items()
         }
+        if empty := [name(path) for path, shape in self.shapes.items() if 0 in shape]:
+            raise ConversionError(
+                f"{', '.join(empty)} of {adapter.name} has no elements to follow",
+                path="model",
+                remedy="Map the model without that layer",
+            )
         self.ids = rearrangement.number(self.shapes)
         self.size = sum(map(math.prod, self.shapes.values()))
         readings = [
@@ -475,6 +482,7 @@ class _Numbered:
             if fields:
                 self.layers.append((where, _kind(part), fields))
 
+    @jax.ensure_compile_time_eval()
     def _read(self, digits: dict[Path, Any]) -> list[tuple[str, specs.Spec]]:
         numbered = [jnp.asarray(digits[path], jnp.float32) for path in arrays(self.parameters)]
         container = jax.tree.unflatten(jax.tree.structure(self.parameters), numbered)
@@ -491,7 +499,9 @@ class _Numbered:
     ) -> dict[str, Any]:
         """For each array of a layer the numbers of its elements, and what is added to them."""
         fields: dict[str, Any] = {}
-        for key in readings[0][1]:
+        for key, read in readings[0][1].items():
+            if isinstance(magnitude(read), Tracer):
+                continue  # numbers are none, so that it is no parameter
             pairs = [(scale, *_as_floats(up[key], down[key])) for scale, up, down in readings]
             if np.array_equal(*pairs[0][1:]):
                 continue  # an array that is no parameter

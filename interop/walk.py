@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from . import formulas, specs
@@ -75,7 +76,7 @@ class Reading:
         """The spec that ``rule`` makes of the layer being read."""
         self._check_fixed(self.adapter.module(node), rule)
         spec = self._remember(self._spec_by(rule, node), self.path, self._found)
-        if mismatched := spec.mismatches():
+        if mismatched := spec.mismatches() or _not_inexact(spec):
             raise ConversionError(
                 f"the arrays of {self._found.__qualname__} do not fit",
                 path=self.path,
@@ -93,7 +94,12 @@ class Reading:
             for name, array in leaves_by_name(self.adapter.held(node)).items():
                 if is_quantity(array):
                     raise _unit_refused(self._found, name, array.unit, self.path) from e
-            raise
+            raise ConversionError(
+                f"{self._found.__qualname__} cannot be read ({type(e).__name__}: {e})",
+                path=self.path,
+                remedy="Check what was assigned to it after it was built; if it works, wrap it "
+                "live with shims.wrap",
+            ) from e
 
     def read_all(self, nodes: Any) -> tuple[specs.Spec, ...]:
         """The specs of a stack's layers, in order."""
@@ -424,6 +430,18 @@ class Building:
                     f"{self.adapter.name} has no counterpart",
                     "Leave the option at its default, or wrap the layer live with shims.wrap",
                 )
+
+
+def _not_inexact(spec: specs.Spec) -> list[str]:
+    """A line for each weight of integers: frameworks promote them in ways of their own."""
+    if spec.takes_integers:  # its weights are looked up, not computed with
+        return []
+    found = {name: getattr(spec, name) for name in spec.trained}
+    return [
+        f"{name} has dtype {array.dtype.name}, wanted floating-point or complex numbers"
+        for name, array in found.items()
+        if array is not None and not jnp.issubdtype(array.dtype, np.inexact)
+    ]
 
 
 def _unit_refused(

@@ -375,6 +375,8 @@ def mismatches_of(**arrays: tuple[Array | None, Shape | None]) -> list[str]:
     for name, (array, shape) in arrays.items():
         if array is not None and not hasattr(array, "__array__"):
             lines.append(f"{name} is a {type(array).__qualname__}, not an array")
+        elif isinstance(array, jax.Array) and _is_deleted(array):
+            lines.append(f"{name} has been deleted, as by donating it to a compiled function")
         elif array is not None and shape not in (None, array.shape):
             lines.append(f"{name} has shape {array.shape}, wanted {shape}")
     return lines
@@ -394,6 +396,10 @@ def spec_of(part: Any, wanted: type[Spec]) -> Any:
             remedy="Convert another framework's layer first, or build it from this package",
         )
     return spec
+
+
+def _is_deleted(array: jax.Array) -> bool:
+    return not isinstance(array, Tracer) and array.is_deleted()
 
 
 def shape_of(fn: Callable[..., Any], example: Shape) -> Shape | None:

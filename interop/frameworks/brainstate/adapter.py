@@ -32,8 +32,7 @@ class BrainState(Adapter):
         return [(k, v) for k, v in vars(node).items() if isinstance(v, brainstate.State)]
 
     def added_state(self, module, rule):
-        held = brainstate.State | brainstate.graph.Node
-        return {k for k, v in vars(module).items() if isinstance(v, held)} - rule.state
+        return {k for k, v in vars(module).items() if _holds_state(v)} - rule.state
 
     def close(self, built, options):
         return built if isinstance(built, nn.Module) else Lambda(built)
@@ -81,6 +80,15 @@ class BrainState(Adapter):
             return copy(*inputs)
 
 
+def _holds_state(value: Any) -> bool:
+    """Whether ``value`` is, or a container with, what BrainState finds states in."""
+    if isinstance(value, list | tuple):
+        return any(map(_holds_state, value))
+    if isinstance(value, dict):
+        return any(map(_holds_state, value.values()))
+    return isinstance(value, brainstate.State | brainstate.graph.Node)
+
+
 adapter = BrainState()
 
 
@@ -100,11 +108,14 @@ def arrays_of(layer, ctx, name: str = "weight", **shapes: tuple[int, ...]) -> di
         )
     arrays = state.value if isinstance(state.value, dict) else {name: state.value}
     for key, value in arrays.items():
-        if np.size(value) != math.prod(shapes[key]):
+        found, wanted = ([n for n in s if n != 1] for s in (np.shape(value), shapes[key]))
+        if found != wanted:
             ctx.refuse(
                 f"{name}[{key!r}].shape",
                 np.shape(value),
-                f"one value is used for several of {shapes[key]}",
+                f"the layer has {shapes[key]} of such values"
+                if math.prod(found) == math.prod(wanted)
+                else f"one value is used for several of {shapes[key]}",
                 "Initialise the layer with an array of the full shape",
             )
     arrays = {key: _without_no_unit(value) for key, value in arrays.items()}
