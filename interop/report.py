@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -209,8 +210,8 @@ def explain(
 ) -> Report:
     """Tell what :func:`convert` will do with each layer, and all that stands in its way.
 
-    Layers of the target are made one by one and dropped again; no random number is drawn, and
-    nothing is changed.
+    No model is built: each layer of the target is made by itself and dropped again, before the
+    next one. No random number is drawn, and nothing is changed.
 
     Args:
         model: as in :func:`convert`, or a pair: ``(module, variables)`` for Linen, ``(model,
@@ -296,12 +297,14 @@ class _Survey(Reading):
         try:
             spec = super().read(node, path)
         except InteropError as e:
-            self.problems.append(e)
-            spec = self._refused(node, path, e)
+            is_told = not self._fits and isinstance(e, ConversionError)
+            if not is_told:  # with all the weights that do not fit
+                self.problems.append(e)
+            spec = self._refused(node, path, None if is_told else e)
         except Exception:
             if self._fits:
                 raise
-            spec = self._refused(node, path, None)  # its weights are not those it needs
+            spec = self._refused(node, path, None)
         self.nodes.setdefault(id(spec), node)
         return spec
 
@@ -318,6 +321,7 @@ class _Trial(Building):
         self.rows: list[Row] = []
         self._survey, self._there = survey, there
         self._rowed: set[int] = set()
+        self._uses = Counter(map(id, _leaves(there.spec)))
         self._depth = 0
 
     def build(self, spec: specs.Spec) -> Any:
@@ -339,7 +343,10 @@ class _Trial(Building):
         if built is None:
             self.passed(spec)
         self._take_down(spec, built, error, (before, self._shape_here()))
-        return formulas.identity if built is None else built
+        if built is not None and self._uses[id(spec)] > 1:
+            return built  # for what is said of a second use
+        self._built[id(spec)] = formulas.identity
+        return formulas.identity
 
     def _stack(self, spec: specs.Sequential) -> Any:
         try:

@@ -1,5 +1,9 @@
 """What a conversion will do, told before it is done."""
 
+import dataclasses
+import gc
+import weakref
+
 import brainstate
 import brainunit
 import equinox as eqx
@@ -10,6 +14,7 @@ import pytest
 from flax import nnx
 
 import interop
+from interop.registry import registry
 
 from . import test_images as images
 from .cases import (
@@ -257,6 +262,28 @@ def test_explaining_draws_nothing_and_changes_nothing(source, target):
     assert brainstate.random.DEFAULT.value is key
     same = jax.tree.map(lambda a, b: bool((a == b).all()), before, source.read(model))
     assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize("to", ["brainstate", "linen", "equinox"])
+def test_explaining_holds_one_layer_at_a_time(to, monkeypatch):
+    made, most = [], []
+    adapter = registry.adapter(to)
+    rule = adapter.builders[interop.specs.Linear]
+
+    def build(spec, ctx):
+        built = rule.build(spec, ctx)
+        made.append(weakref.ref(adapter.module(built)))
+        gc.collect()
+        most.append(sum(ref() is not None for ref in made))
+        return built
+
+    monkeypatch.setitem(
+        adapter.builders, interop.specs.Linear, dataclasses.replace(rule, build=build)
+    )
+    layers = [nnx.Linear(3, 3, rngs=nnx.Rngs(0)) for _ in range(3)]
+    report = interop.explain(nnx.Sequential(*layers[:1], nnx.Sequential(*layers[1:])), to)
+    assert report.ok
+    assert most == [1, 1, 1]
 
 
 def test_a_registered_layer_is_in_the_report():
