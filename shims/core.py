@@ -592,6 +592,11 @@ def check_guest(
     framework = registry.framework_of(module)
     if framework is None:
         raise no_module(module)
+    if hasattr(module.__class__, "_shim_report"):
+        raise ArgumentError(
+            f"{module.__class__.__qualname__} is a shim itself",
+            remedy="Wrap what it holds: shim.unwrap()",
+        )
     make = side_of(framework, "guest")
     if make is None:
         raise UnsupportedStructureError(

@@ -116,7 +116,7 @@ def eager_steps(source, host):
     descends(source, host, compiled=False)
 
 
-@case("compiled train steps, compiled once")
+@case("compiled train steps with one compilation")
 def compiled_steps(source, host):
     descends(source, host, compiled=True)
     assert _compiled  # the listener works
@@ -139,7 +139,7 @@ def _run_over_time(host_type, static, state, xs):
     return jax.lax.scan(lambda state, x: host_type.run(static, state, x)[::-1], state, xs)
 
 
-@case("jax.jit and jax.lax.scan of the split state, traced once for equal shims")
+@case("jax.jit and jax.lax.scan of the split state with one trace for equal shims")
 def split_state(source, host):
     static, state = host.split(train=True)
     state, outs = _run_over_time(type(host), static, state, XS)

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import functools
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -743,3 +744,112 @@ def test_parameters_named_params_have_no_place_in_linen():
         shims.ToLinen(Holds())
     assert_array_equal(shims.ToNNX(Holds())(X), X)
     assert shims.ToLinen(bnn.Sequential(Holds())).init(KEY, X).keys() == {"params"}
+
+
+class Sows(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = self.perturb("perturbed", nn.Dense(4)(x))
+        self.sow("intermediates", "seen", x)
+        self.sow("losses", "size", (x**2).sum())
+        return x
+
+
+@pytest.mark.parametrize("into", ["brainstate", "equinox", "nnx"])
+def test_what_a_linen_guest_sows_is_no_state(into):
+    module = Sows()
+    variables = module.init(KEY, X)
+    weights = {"params": variables["params"]}
+    assert set(variables) == {"params", "losses", "perturbations"}
+    shim = shims.wrap(module, into=into, params=weights)
+    for _ in range(2):
+        out = jax.vmap(shim)(X) if into == "equinox" else shim(X)
+        assert_allclose(out, module.apply(weights, X), rtol=1e-5)
+    assert len(shims.explain(shim).rows) == 2
+    if into == "equinox":
+        make = eqx.nn.make_with_state(shims.ToEquinox)
+        grown, state = make(module, params=variables, batched=True)
+        grown = functools.partial(grown, state=state)
+    else:
+        grown = shims.wrap(module, into=into, params=variables)
+    with pytest.raises(interop.UnsupportedStructureError, match=r"'losses', as sow does"):
+        grown(X)
+
+
+def test_a_brainstate_guest_may_draw_in_evaluation():
+    class Noise(bnn.Module):
+        def update(self, x):
+            return x + brainstate.random.normal(size=x.shape)
+
+    shim = shims.ToLinen(Noise(), deterministic=True)
+    first, second = (
+        shim.apply({}, X, rngs={"dropout": jax.random.key(seed)}) for seed in (0, 1)
+    )
+    assert (np.asarray(first) != np.asarray(second)).any()
+    with pytest.raises(interop.MissingKeyError):
+        shim.apply({}, X)
+
+
+def test_a_shim_is_not_wrapped_again():
+    shim = shims.ToNNX(bnn.Linear(4, 4))
+    for into in ("brainstate", "equinox", "linen"):
+        with pytest.raises(interop.ArgumentError, match=r"a shim itself.*unwrap"):
+            shims.wrap(shim, into=into)
+
+
+class Resistors(bnn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = brainstate.ParamState(array(4, 2, seed=67) * u.ohm)
+
+    def update(self, current):
+        return current @ self.w.value
+
+
+IN_HOST = {
+    "nnx": lambda shim: lambda x: nnx.jit(lambda shim, x: shim(x))(shim, x),
+    "linen": lambda shim: lambda x: jax.jit(shim.apply)(shim.init(KEY, x), x),
+    "equinox": lambda shim: lambda x: eqx.filter_jit(lambda s, x: jax.vmap(s)(x))(shim, x),
+}
+
+
+@pytest.mark.parametrize("into", IN_HOST)
+def test_arguments_and_results_of_a_brainstate_guest_keep_their_units(into):
+    call = IN_HOST[into](shims.wrap(Resistors(), into=into))
+    voltage = call(X * u.mA)
+    assert_allclose(voltage.to_decimal(u.mV), X @ array(4, 2, seed=67), rtol=1e-5)
+
+
+class ScalesInNnx(nnx.Module):
+    def __init__(self):
+        self.w = nnx.Param(array(4, seed=68))
+
+    def __call__(self, x):
+        return x * self.w[...]
+
+
+class ScalesInEquinox(eqx.Module):
+    w: jax.Array
+
+    def __call__(self, x):
+        return x * self.w
+
+
+class ScalesInLinen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x * self.param("w", lambda _: array(4, seed=68))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: shims.FromNNX(ScalesInNnx()),
+        lambda: shims.FromEquinox(ScalesInEquinox(array(4, seed=68))),
+        lambda: shims.FromLinen(ScalesInLinen(), ScalesInLinen().init(KEY, X)),
+    ],
+    ids=["nnx", "equinox", "linen"],
+)
+def test_arguments_and_results_keep_their_units_in_brainstate(make):
+    out = brainstate.transform.jit(make())(X * u.mV)
+    assert_allclose(1e3 * out.to_decimal(u.volt), X * array(4, seed=68), rtol=1e-5)

@@ -118,6 +118,9 @@ _DOC = """A live ``eqx.Module`` around a module of another framework.
     A function that closes over a shim keeps its leaves as constants, as with any
     ``eqx.Module``.
 
+    Leaves, state and carries hold values with physical units without them, in the units that
+    the guest has; arguments and results of calls keep theirs.
+
     Recurrent state is per example, and so an explicit carry: a guest that is a recurrent cell,
     or that has hidden state, is called ``carry, out = shim(x, carry)``, with its input first
     as Equinox's own cells have it, and with the result that the body of ``jax.lax.scan``

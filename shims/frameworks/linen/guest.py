@@ -21,7 +21,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from interop.errors import ArgumentError, MissingKeyError
+from interop.errors import ArgumentError, MissingKeyError, UnsupportedStructureError
 from interop.frameworks.linen.adapter import boxed, is_box, partitioning_of
 from interop.partitioning import Partitioning
 
@@ -149,6 +149,7 @@ class LinenStructure(Structure):
                 rngs=_rngs(call) if self._draws else {},
                 **(_mode(self._module, method, call) | dict(call.kwargs)),
             )
+        _check_grown(variables, changed)
         return out, dict(_leaves({**variables, **changed})), self
 
     def initial_carry(self, values, input_shape, key):
@@ -160,6 +161,22 @@ class LinenStructure(Structure):
 
     def convert_arguments(self, native):
         return {"params": native[1]}
+
+
+def _check_grown(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Refuse a collection that a call has given another structure.
+
+    Raises:
+        UnsupportedStructureError: as ``sow`` does, whose values are results and no state.
+    """
+    for name in after:
+        if jax.tree.structure(after[name]) != jax.tree.structure(before[name]):
+            raise UnsupportedStructureError(
+                f"a call changes the structure of the collection {name!r}, as sow does, and "
+                f"the next one would not know",
+                remedy=f"Leave {name!r} out of params=, and nothing is sown; or make its "
+                f"variables before the module is wrapped",
+            )
 
 
 def _mode(module: nn.Module, method: Any, call: Call) -> dict[str, bool]:

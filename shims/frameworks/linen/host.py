@@ -119,6 +119,9 @@ _DOC = """A live ``flax.linen.Module`` around a module of another framework.
     Under ``nn.vmap`` and ``nn.scan`` with split parameters all members start out identical,
     as there is nothing random in handing out weights.
 
+    Variables and carries hold values with physical units without them, in the units that the
+    guest has; arguments and results of calls keep theirs.
+
     Args:
         module: the guest, a module instance.
         deterministic: the mode, as ``nn.Dropout`` has it: here or in the call.
@@ -215,7 +218,7 @@ class ToLinen(nn.Module):
         structure = self._shim_structure
         is_step = method == "__call__" and self._shim_takes_carry(args)
         values = self._shim_values(structure, structure.carried if is_step else ())
-        call = Call(method, args, kwargs, training, self._shim_key(training))
+        call = Call(method, args, kwargs, training, self._shim_key())
         out, new, after = (structure.step if is_step else structure.run)(values, call)
         check_kept(structure, after, method)
         if not self.is_initializing():
@@ -394,9 +397,9 @@ class ToLinen(nn.Module):
             value = after[collection][name]
             self._shim_variable(collection, name, value).value = value
 
-    def _shim_key(self, training: bool | None) -> Callable[[], jax.Array]:
+    def _shim_key(self) -> Callable[[], jax.Array]:
         names = [name for name in ("dropout", "params") if self.has_rng(name)]
-        if training is False or not names:
+        if not names:
             return _no_key
         key = self.make_rng(names[0])
         return lambda: key

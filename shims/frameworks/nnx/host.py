@@ -145,7 +145,8 @@ _DOC = """A live ``nnx.Module`` around a module of another framework.
     other buffers have Variable types of their own, so that no optimiser sees them.
     ``model.train()`` and ``model.eval()`` reach the guest, as does a call's
     ``deterministic=``. A guest that draws random numbers gets a fresh key from ``rngs`` at
-    each call. Values with physical units are seen by NNX without them.
+    each call. Variables and carries hold values with physical units without them, in the
+    units that the guest has; arguments and results of calls keep theirs.
 
     A function that closes over a shim sees what one that closes over a native NNX module
     sees: the values at trace time, as constants.
