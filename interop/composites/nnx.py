@@ -81,16 +81,7 @@ class Composite(nnx.Module):
 
 
 class Cell(Composite, nnx.RNNCellBase):
-    """A recurrent cell that is given by its formula; its carry is as in Flax's own cells.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from interop.composites.nnx import MGUCell
-        >>> cell = MGUCell(3, 4, rngs=nnx.Rngs(0))
-        >>> nnx.RNN(cell)(jnp.ones((5, 7, 3))).shape
-        (5, 7, 4)
-    """
+    """A recurrent cell that is given by its formula; its carry is as in Flax's own cells."""
 
     def __call__(self, carry: Any, inputs: Any) -> Any:
         """One step: ``(new carry, output)``."""

@@ -154,6 +154,12 @@ def _cells(states: Mapping[Path, brainstate.State]) -> list[_StateCell]:
     ]
 
 
+def _cells_of(module: brainstate.nn.Module) -> list[_StateCell]:
+    """The cells of a private copy, which is looked at once."""
+    _refresh(module)
+    return _cells(graph.flatten(module, treefy_state=False)[1].to_flat())
+
+
 def _is_shim(node: Any) -> bool:
     return hasattr(type(node), "_shim_refresh")
 
@@ -296,7 +302,7 @@ class BrainStateStructure(Structure):
         own = graph.flatten(module, treefy_state=False)[1].to_flat().values()
         with _random_from(call.key, private={id(state) for state in own}):
             out = _invoke(module, dataclasses.replace(call, args=tuple(inputs)))
-            new = BrainStateGuest(module).cells()
+            new = _cells_of(module)
             others = {c.path: c.get() for c in new if c.kind is not Kind.HIDDEN}
             return (_hidden(module), out), others, self
 
@@ -327,7 +333,7 @@ class BrainStateStructure(Structure):
             size = math.prod(batch)
             arguments: Any = {"batch_size": size} if batch else {}
             brainstate.nn.init_all_states(module, **arguments)
-        for cell in BrainStateGuest(module).cells() if len(batch) > 1 else ():
+        for cell in _cells_of(module) if len(batch) > 1 else ():
             value = cell.get()
             if cell.kind is Kind.HIDDEN and value.shape[:1] == (size,):
                 cell._put(jnp.reshape(value, (*batch, *value.shape[1:])))
@@ -344,7 +350,7 @@ def _any_key() -> jax.Array:
 
 def _hidden(module: brainstate.nn.Module) -> dict[str, Any]:
     """The hidden state of a module, by the paths of its arrays."""
-    cells = BrainStateGuest(module).cells()
+    cells = _cells_of(module)
     return {path_text(cell.path): cell.get() for cell in cells if cell.kind is Kind.HIDDEN}
 
 
@@ -365,7 +371,7 @@ def _fill(module: brainstate.nn.Module, values: Mapping[Path, Any], carry: Any) 
             unexpected=sorted(map(str, given - hidden)),
             remedy="Start from initialize_carry",
         )
-    cells = BrainStateGuest(module).cells()
+    cells = _cells_of(module)
     others = {path_text(cell.path) for cell in cells if cell.path not in values}
     if lost := sorted(others - hidden):
         raise UnsupportedStructureError(
