@@ -20,11 +20,13 @@ from .errors import (
     ArgumentError,
     BrokenDependencyError,
     ConversionError,
+    InteropError,
     MissingDependencyError,
     UnsupportedStructureError,
 )
 from .exporting import evaluated, in_batches
 from .files import write
+from .programs import needed
 from .progress import working
 
 __all__ = ["to_onnx"]
@@ -70,20 +72,34 @@ def to_onnx(
             return _evaluate(program.jaxpr, program.consts, *xs)
 
         try:
-            return converter.to_onnx(flat, list(shapes)).SerializeToString()
+            found = converter.to_onnx(flat, list(shapes))
         except Exception as e:
+            name = _operation(e)
+            what = f"the operation {name}" if name else "the model"
             raise UnsupportedStructureError(
-                f"{_operation(e)} cannot be written as ONNX ({type(e).__name__}: {e})",
+                f"{what} cannot be written as ONNX ({type(e).__name__}: {e})",
                 path="model",
-                remedy="Replace that operation, or use interop.export",
+                remedy=_REMEDIES.get(name, "Replace that operation, or use interop.export"),
             ) from e
+        # Its notes on the shapes in between, which may be wrong, mislead onnxruntime.
+        del found.graph.value_info[:]
+        return found.SerializeToString()
 
     with working("converting to ONNX"):
         data = in_batches(convert, functools.partial(jax.eval_shape, fn), inputs, batch)
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # it warns of what it leaves out of a sound graph
-    session = runtime.InferenceSession(data, options)
-    _check(session, fn, inputs, grow=batch == "symbolic")
+    try:
+        session = runtime.InferenceSession(data, options)
+        _check(session, fn, inputs, grow=batch == "symbolic")
+    except InteropError:
+        raise
+    except Exception as e:
+        raise UnsupportedStructureError(
+            f"onnxruntime cannot run what became of it ({type(e).__name__}: {e})",
+            path="model",
+            remedy="Nothing was written. Use interop.export",
+        ) from e
     write(path, data)
 
 
@@ -109,7 +125,12 @@ _NESTED = {
     "closed_call": "call_jaxpr",
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
+    "custom_vmap_call": "call",
     "checkpoint": "jaxpr",
+}
+_REMEDIES = {
+    "call_exported": "It runs an exported program, as a traced module does: pass the model as "
+    "it was before, with its live shims",
 }
 _POOLS: dict[str, tuple[Any, float]] = {
     "reduce_window_max": (jax.lax.max, -np.inf),
@@ -128,7 +149,7 @@ def _evaluate(jaxpr: Any, consts: Any, *args: Any) -> list[Any]:
         is_literal = isinstance(variable, Literal)
         return variable.val if is_literal else values[variable]
 
-    for eqn in jaxpr.eqns:
+    for eqn in needed(jaxpr):  # a start at zero may have drawn a key
         operands, name = list(map(read, eqn.invars)), eqn.primitive.name
         if name in _NESTED:
             nested = eqn.params[_NESTED[name]]
@@ -136,6 +157,8 @@ def _evaluate(jaxpr: Any, consts: Any, *args: Any) -> list[Any]:
             out = _evaluate(inner, getattr(nested, "consts", ()), *operands)
         elif name in _POOLS and set(eqn.params["base_dilation"]) == {1}:
             out = [_pooled(eqn, *operands)]
+        elif name == "gather" and _takes_rows(eqn, *operands):
+            out = [_rows(eqn, *operands)]
         else:
             out = eqn.primitive.bind(*operands, **eqn.params)
             out = out if eqn.primitive.multiple_results else [out]
@@ -160,13 +183,43 @@ def _pooled(eqn: Any, x: Any) -> Any:
     return x
 
 
+def _takes_rows(eqn: Any, x: Any, starts: Any) -> bool:
+    """Whether a gather slices whole rows off its operand, as an index under ``vmap`` does."""
+    facts = eqn.params["dimension_numbers"]
+    kept = starts.ndim - 1
+    return (
+        eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP
+        and tuple(eqn.params["slice_sizes"]) == (1, *x.shape[1:])
+        and 0 in facts.start_index_map
+        and not facts.collapsed_slice_dims
+        and not facts.operand_batching_dims
+        and facts.offset_dims == tuple(range(kept, kept + x.ndim))
+    )
+
+
+def _rows(eqn: Any, x: Any, starts: Any) -> Any:
+    """jax2onnx reads starts along several axes wrongly; but for rows, all others are zero."""
+    facts, kept = eqn.params["dimension_numbers"], starts.ndim - 1
+    column = facts.start_index_map.index(0)
+    rows = jax.lax.gather(
+        x,
+        jax.lax.slice_in_dim(starts, column, column + 1, axis=kept),
+        jax.lax.GatherDimensionNumbers(
+            offset_dims=facts.offset_dims[:-1], collapsed_slice_dims=(0,), start_index_map=(0,)
+        ),
+        eqn.params["slice_sizes"],
+        mode="clip",
+    )
+    return jax.lax.expand_dims(rows, (kept,))
+
+
 def _operation(error: BaseException) -> str:
-    """The operation that jax2onnx was at: the last in its frames."""
-    found, trace = "the model", error.__traceback__
+    """The operation that jax2onnx was at: the last in its frames; nothing if it was at none."""
+    found, trace = "", error.__traceback__
     while trace is not None:
         eqn: Any = trace.tb_frame.f_locals.get("eqn")
         if hasattr(eqn, "primitive"):
-            found = f"the operation {eqn.primitive.name}"
+            found = eqn.primitive.name
         trace = trace.tb_next
     return found
 

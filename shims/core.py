@@ -46,6 +46,7 @@ __all__ = [
     "Guest",
     "Kind",
     "LiveGuest",
+    "Noted",
     "Looks",
     "Path",
     "Probe",
@@ -59,6 +60,7 @@ __all__ = [
     "check_kept",
     "check_partitionings",
     "check_places",
+    "described",
     "first_values",
     "guest_of",
     "is_cell",
@@ -67,7 +69,7 @@ __all__ = [
     "materialize_structure",
     "named_paths",
     "nest",
-    "noted",
+    "noting",
     "path_of",
     "path_text",
     "recording",
@@ -414,6 +416,7 @@ class Structure(ABC):
         feature_axes: trailing axes of a recurrent cell's input that are not batch axes; None
             for what is no cell.
         carried: paths of hidden state that ``step`` takes from the carry, not from values.
+        batch_axes: leading axes of a call's input that are no part of an example.
     """
 
     guest_type: type
@@ -427,6 +430,7 @@ class Structure(ABC):
     partitionings: Mapping[Path, Partitioning] = {}
     feature_axes: int | None = None
     carried: Collection[Path] = ()
+    batch_axes: int = 1
 
     @abstractmethod
     def build(self, values: Mapping[Path, Any]) -> Any:
@@ -626,30 +630,42 @@ def materialize_structure(
     to: str,
     options: Mapping[str, Any],
     *,
-    copy: bool,
     plain: Callable[[Any], Any] = lambda native: native,
+    example: tuple[int, ...] | None = None,
 ) -> Any:
     """What ``interop`` makes of a guest that holds ``values``, for the framework ``to``.
 
-    With ``copy`` the result has buffers of its own; otherwise arrays whose layout agrees are
-    the same objects. ``plain`` replaces the shims in a native object.
+    Arrays whose layout agrees are the same objects. ``plain`` replaces the shims in a native
+    object; ``example`` is the shape of one, if it is known.
     """
-    if copy:
-        values = {path: jax.numpy.copy(value) for path, value in values.items()}
     native = plain(structure.build(values))
     arguments = structure.convert_arguments(native)
-    return convert_with(structure.module(native), to, options=options, **arguments)
+    module = structure.module(native)
+    return convert_with(module, to, options=options, sample_input=example, **arguments)
 
 
-Noted = tuple[Any, tuple[Any, ...], tuple[str, ...]]
-"""A shim that was called, the arguments described, and the names of keyword arguments."""
+@dataclass(frozen=True)
+class Noted:
+    """One call of a shim.
+
+    Attributes:
+        shim: the shim that was called; transformations call copies.
+        args, kwargs: the arguments that go to the guest, described by shape and dtype.
+        options: the names of those that the host's shims take themselves.
+    """
+
+    shim: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    options: frozenset[str]
+
 
 _calls: ContextVar[list[Noted] | None] = ContextVar("calls", default=None)
 
 
 @contextlib.contextmanager
 def recording() -> Generator[list[Noted]]:
-    """The calls of shims inside."""
+    """The calls of shims inside; not those that a guest makes of shims of its own."""
     calls: list[Noted] = []
     token = _calls.set(calls)
     try:
@@ -658,17 +674,42 @@ def recording() -> Generator[list[Noted]]:
         _calls.reset(token)
 
 
-def noted(shim: Any, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Note a call of ``shim`` if somebody is :func:`recording`; whether that is so."""
+@contextlib.contextmanager
+def noting(
+    shim: Any,
+    method: str,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    **options: Any,
+) -> Generator[bool]:
+    """Note a call of ``shim`` if somebody is :func:`recording`; whether that is so.
+
+    ``options`` are those that the host's shims take themselves, or None.
+    """
     calls = _calls.get()
-    if calls is None or method != "__call__":
-        return calls is not None
+    if calls is None:
+        yield False
+        return
+    if method == "__call__":
+        given = frozenset(name for name, value in options.items() if value is not None)
+        calls.append(Noted(shim, described(args), described(dict(kwargs)), given))
+    token = _calls.set(None)
+    try:
+        yield True
+    finally:
+        _calls.reset(token)
 
-    def described(x: Any) -> Any:
-        return jax.ShapeDtypeStruct(jax.numpy.shape(x), jax.numpy.result_type(x))
 
-    calls.append((shim, jax.tree.map(described, args), tuple(kwargs)))
-    return True
+def described(arguments: Any) -> Any:
+    """Arguments with shape and dtype in place of arrays; what is no array stays."""
+
+    def describe(x: Any) -> Any:
+        try:
+            return jax.ShapeDtypeStruct(jax.numpy.shape(x), jax.numpy.result_type(x))
+        except TypeError:
+            return x
+
+    return jax.tree.map(describe, arguments)
 
 
 def report_of(

@@ -6,8 +6,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +32,7 @@ from .core import (
     Path,
     Structure,
     check_alive,
+    described,
     materialize_structure,
     path_text,
     side_of,
@@ -37,9 +41,6 @@ from .program import Program
 from .tracing import trace
 
 __all__ = ["Remake", "Replacement", "Whole", "by_path", "materialize"]
-
-Call = tuple[tuple[Any, ...], tuple[str, ...]]
-"""Arguments of a call, described, and the names of its keyword arguments."""
 
 METHODS = ("structural", "trace", "auto")
 
@@ -53,16 +54,19 @@ class Replacement:
         guest: the class that it wrapped.
         method: ``"structural"`` or ``"trace"``.
         reason: why it was traced, for ``method="auto"``; else None.
+        fixed_by: why a traced module takes the sample's batch size alone; None if it takes any.
     """
 
     path: str
     guest: str
     method: str
     reason: str | None = None
+    fixed_by: str | None = None
 
     def __str__(self) -> str:
         why = "" if self.reason is None else f" ({self.reason})"
-        return f"{self.path}: {self.guest}, {self.method}{why}"
+        size = "" if self.fixed_by is None else f"; for one batch size ({self.fixed_by})"
+        return f"{self.path}: {self.guest}, {self.method}{why}{size}"
 
 
 @dataclass
@@ -72,7 +76,7 @@ class Remake:
     Attributes:
         to: the host's framework.
         method, train, copy: as in :func:`materialize`.
-        calls: of each shim that was called, by its path, the arguments of the first call.
+        calls: by the path of each shim, its calls in one of the model.
         programs: by path, those of shims that were traced before.
         rows: what was done.
     """
@@ -81,7 +85,7 @@ class Remake:
     method: str
     train: bool
     copy: bool
-    calls: Mapping[Path, Call]
+    calls: Mapping[Path, Sequence[Noted]]
     whole: Whole
     programs: Mapping[Path, Program] = field(default_factory=dict[Path, Program])
     rows: list[Replacement] = field(default_factory=list[Replacement])
@@ -93,6 +97,7 @@ class Remake:
         *,
         path: Path,
         ties: str | None = None,
+        is_batched: bool = True,
         finish: Callable[[Any], Any] = lambda made: made,
         structural: Mapping[str, Any] | None = None,
         traced: Mapping[str, Any] | None = None,
@@ -103,6 +108,7 @@ class Remake:
             structure, values: the guest as it is now.
             path: where the shim is in the model.
             ties: what it shares with others and a conversion would not, or None.
+            is_batched: whether calls of the shim see batches.
             finish: brings a converted module into the shim's mode.
             structural, traced: the host's options for both.
 
@@ -116,20 +122,27 @@ class Remake:
         check_alive(values)
         if self.copy:
             values = {p: jax.numpy.copy(value) for p, value in values.items()}
+        calls = self.calls.get(path, ())
+        example = _example(calls, structure.batch_axes if is_batched else 0)
+        converted = functools.partial(
+            self._converted, structure, values, ties, structural or {}, example, calls, finish
+        )
+        program = functools.partial(self._program, structure, values, calls, where)
         reason = None
         if self.method != "trace":
             try:
-                made = finish(self._converted(structure, values, ties, structural or {}))
-                self.rows.append(Replacement(where, name, "structural"))
-                return made
+                made = converted()
             except InteropError as e:
                 if self.method == "structural":
-                    raise _located(e, where, _TRACE) from e.__cause__
+                    remedy = _OTHERS if not calls else _TRACE if _works(program) else None
+                    raise _located(e, where, remedy) from e.__cause__
                 reason = e.problem
-        modes = (False, True) if self.train else (False,)
-        program = self._traced(structure, values, path, where, modes)
-        self.rows.append(Replacement(where, name, "trace", reason))
-        return self.whole.make(program, values, training=self.train, **(traced or {}))
+            else:
+                self.rows.append(Replacement(where, name, "structural"))
+                return made
+        found, fixed_by = self._traced(program, converted, reason)
+        self.rows.append(Replacement(where, name, "trace", reason, fixed_by))
+        return self.whole.make(found, values, training=self.train, **(traced or {}))
 
     def _converted(
         self,
@@ -137,71 +150,137 @@ class Remake:
         values: Mapping[Path, Any],
         ties: str | None,
         options: Mapping[str, Any],
+        example: tuple[int, ...] | None,
+        calls: Sequence[Noted],
+        finish: Callable[[Any], Any],
     ) -> Any:
         if ties is not None:
             raise UnsupportedStructureError(
                 f"it shares {ties} with another part of the model; conversion would untie them"
             )
-        return materialize_structure(
-            structure, values, self.to, options, copy=False, plain=_without_shims
+        made = materialize_structure(
+            structure, values, self.to, options, plain=_without_shims, example=example
         )
+        self._check_options(made, calls)
+        return finish(made)
 
     def _traced(
-        self, structure: Structure, values: Any, path: Path, where: str, modes: Any
-    ) -> Program:
+        self,
+        program: Callable[[], tuple[Program, str | None]],
+        converted: Callable[[], Any],
+        reason: str | None,
+    ) -> tuple[Program, str | None]:
+        try:
+            return program()
+        except UnsupportedStructureError as e:
+            if reason is not None:
+                e.problem = f"{e.problem}; and {reason}"
+            is_other = self.method == "trace" and _works(converted)
+            raise _located(e, None, _STRUCTURAL if is_other else None) from e.__cause__
+
+    def _check_options(self, made: Any, calls: Sequence[Noted]) -> None:
+        """Refuse a converted module that does not take what the model passes by name.
+
+        A stack may take such an argument for its first layer alone.
+        """
+        module: Any = made[0] if isinstance(made, tuple) else made
+        given = {name for call in calls for name in (*call.kwargs, *call.options)}
+        taken = inspect.signature(self.whole.forward(module)).parameters
+        if unknown := sorted(given - taken.keys()):
+            raise UnsupportedStructureError(
+                f"the model calls it with {', '.join(unknown)}=, which the native "
+                f"{type(module).__qualname__} does not take",
+            )
+
+    def _program(
+        self, structure: Structure, values: Any, calls: Sequence[Noted], where: str
+    ) -> tuple[Program, str | None]:
         name = structure.guest_type.__qualname__
-        if path not in self.calls:
+        if not calls:
             raise UnsupportedStructureError(
                 f"{name} is not called by the model on sample_input",
                 path=where,
                 remedy="Pass a sample_input that reaches it",
             )
-        args, kwargs = self.calls[path]
-        if kwargs:
+        first, *others = [(call.args, dict(call.kwargs)) for call in calls]
+        if any(_examples(first) != _examples(other) for other in others):
             raise UnsupportedStructureError(
-                f"{name} is called with keyword arguments ({', '.join(sorted(kwargs))}), which "
-                f"a traced module does not take",
+                f"{name} is called with arguments of several shapes, and a traced module is "
+                f"for one",
                 path=where,
-                remedy="Pass them by position",
+                remedy="Wrap the module once for each",
             )
-        try:
-            return trace(structure, values, args, modes=modes, path=where)
-        except UnsupportedStructureError as e:
-            if self.method == "trace" and self._converts(structure, values):
-                raise _located(e, None, _STRUCTURAL) from e.__cause__
-            raise
-
-    def _converts(self, structure: Structure, values: Mapping[Path, Any]) -> bool:
-        try:
-            self._converted(structure, values, None, {})
-        except InteropError:
-            return False
-        return True
+        modes = (False, True) if self.train else (False,)
+        return trace(structure, values, *first, modes=modes, path=where)
 
 
-_TRACE = 'method="trace" with sample_input= takes any forward logic'
-_STRUCTURAL = 'method="structural" would work'
+_OTHERS = 'method="trace" or "auto", with sample_input=, takes any forward logic'
+_TRACE = 'method="trace" and "auto" would work'
+_STRUCTURAL = 'method="structural" and "auto" would work'
 
 
-def _located(error: InteropError, where: str | None, remedy: str) -> InteropError:
+def _works(make: Callable[[], object]) -> bool:
+    try:
+        make()
+    except InteropError:
+        return False
+    return True
+
+
+def _example(calls: Sequence[Noted], batch_axes: int) -> tuple[int, ...] | None:
+    """The shape of one example in the input of a call."""
+    shape = getattr(calls[0].args[0], "shape", None) if calls and calls[0].args else None
+    return None if shape is None else tuple(shape[batch_axes:])
+
+
+def _examples(call: Any) -> Any:
+    """What calls agree in that differ in the batch size at most."""
+    leaves, tree = jax.tree.flatten(call)
+    shapes = [getattr(x, "shape", ()) for x in leaves]
+    dtypes = [getattr(x, "dtype", x) for x in leaves]
+    return tree, [shape[1:] for shape in shapes], list(map(len, shapes)), dtypes
+
+
+def _located(error: InteropError, where: str | None, remedy: str | None) -> InteropError:
     """``error``, which a part of a model raised, as one of the model."""
     path = error.path
     if where is not None:
         inner = (path or "model").removeprefix("model")
         path = where + inner
-    given = "" if error.remedy is None else f"{error.remedy.rstrip('.')}. "
-    InteropError.__init__(error, error.problem, path=path, remedy=given + remedy)
+    remedies = [text.rstrip(".") for text in (error.remedy, remedy) if text]
+    InteropError.__init__(error, error.problem, path=path, remedy=". ".join(remedies) or None)
     return error
 
 
 def by_path(
-    calls: Iterable[Noted], shims: Iterable[tuple[Path, Any]], same: Callable[[Any], int] = id
-) -> dict[Path, Call]:
-    """The first call of each shim; ``same`` tells which objects are one shim."""
-    found: dict[int, Call] = {}
-    for shim, args, names in calls:
-        found.setdefault(same(shim), (args, names))
-    return {path: found[same(shim)] for path, shim in shims if same(shim) in found}
+    calls: Iterable[Noted],
+    shims: Iterable[tuple[Path, Any]],
+    same: Callable[[Any, Any], bool] = operator.is_,
+    where: Callable[[Any], str] = lambda shim: "model",
+) -> dict[Path, list[Noted]]:
+    """The calls of each shim.
+
+    Args:
+        calls, shims: what was called in a model, and what it holds.
+        same: tells whether a shim of ``shims`` was called as that one.
+        where: the path of a shim that the model does not hold.
+
+    Raises:
+        UnsupportedStructureError: one was called that the model does not hold.
+    """
+    found: dict[Path, list[Noted]] = {}
+    for call in calls:
+        paths = [path for path, shim in shims if same(shim, call.shim)]
+        if not paths:
+            raise UnsupportedStructureError(
+                f"{type(call.shim).__qualname__} is made in the code of the model, where it "
+                f"cannot be replaced",
+                path=where(call.shim),
+                remedy="Hold the shim as a field or attribute of the module that calls it",
+            )
+        for path in paths:
+            found.setdefault(path, []).append(call)
+    return found
 
 
 class Whole(ABC):
@@ -232,8 +311,29 @@ class Whole(ABC):
         """The shims in a model, each once, with their paths."""
 
     @abstractmethod
-    def run(self, model: Any, companion: Any, inputs: tuple[Any, ...]) -> dict[Path, Call]:
-        """Call a copy of the model in evaluation mode, and tell how it calls its shims."""
+    def run(
+        self, model: Any, companion: Any, inputs: tuple[Any, ...]
+    ) -> dict[Path, list[Noted]]:
+        """Call a copy of the model in evaluation mode, and tell how it calls its shims.
+
+        Raises:
+            UnsupportedStructureError: it makes some in its code.
+        """
+
+    def check_held(self, model: Any) -> None:  # noqa: B027 - few hosts have such models
+        """Refuse a model whose shims only a call can tell.
+
+        Raises:
+            ArgumentError: that is so.
+        """
+
+    def call_of(self, shim: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments that a guest's step or call gets where its shim is called so."""
+        return inputs
+
+    def forward(self, module: Any) -> Callable[..., Any]:
+        """The call of a native module, as its class defines it."""
+        return type(module).__call__
 
     @abstractmethod
     def replace(self, model: Any, companion: Any, remake: Callable[..., Any]) -> Any:
@@ -256,15 +356,18 @@ def materialize(
 
     Args:
         model: a shim, or a model that holds shims anywhere; ``(module, variables)`` for Linen
-            and ``(model, state)`` for Equinox may be given as a pair. It is not changed. Of a
-            Linen module those shims are found that it holds as fields.
+            and ``(model, state)`` for Equinox may be given as a pair. It is not changed. Shims
+            that it makes in its own code (Linen's ``compact`` and ``setup``) are refused.
         method: ``"structural"`` converts each guest, as ``interop.convert`` does.
             ``"trace"`` takes any forward logic: it is exported as a program, in a module of
             the host whose parameters and buffers keep their paths and kinds. ``"auto"``
             converts what it can, and traces the rest.
-        sample_input: for tracing, the argument of a call of the model, or a tuple of its
-            arguments: arrays, as the model itself takes them. Traced modules take any batch
-            size where the guests' code does, and these shapes otherwise.
+        sample_input: the argument of a call of the model, or a tuple of its arguments, as the
+            model itself takes them. Tracing needs it: traced modules take any batch size where
+            the guests' code does, and these shapes otherwise. Converting needs it for layers
+            that depend on the shape of their input, and for Linen models with code of their
+            own, which may make shims in it; and what the model passes its shims by name is
+            then checked.
         train: trace for training as well, and start in that mode; by default traced modules
             are for evaluation. Converted ones stay in the shim's mode, and have both.
         variables: the variables of a Linen model.
@@ -320,14 +423,10 @@ def materialize(
     if not whole.shims(module):
         raise ArgumentError(
             f"{type(module).__qualname__} holds no shims",
-            remedy="Pass a shim or a model that holds some; shims that a compact or setup "
-            "method makes cannot be replaced, pass them as fields",
+            remedy="Pass a shim, or a model that holds some as fields or attributes; those "
+            "that its code makes, as in compact or setup, cannot be replaced",
         )
-    calls: dict[Path, Call] = {}
-    if method != "structural":
-        inputs = _tuple(sample_input)
-        lone = whole.shims(module)[0][1] is module
-        calls = {(): (inputs, ())} if lone else whole.run(module, companion, inputs)
+    calls = _calls_of(whole, module, companion, sample_input)
     remake = Remake(to, method, train, copy, calls, whole)
     made = whole.replace(module, companion, remake)
     if verify is not None:
@@ -337,6 +436,20 @@ def materialize(
         for row in remake.rows:
             report(str(row))
     return made
+
+
+def _calls_of(
+    whole: Whole, module: Any, companion: Any, sample_input: Any
+) -> dict[Path, list[Noted]]:
+    """How a call of the model on ``sample_input``, if there is one, calls its shims."""
+    if sample_input is None:
+        whole.check_held(module)
+        return {}
+    inputs = _tuple(sample_input)
+    if whole.shims(module)[0][1] is not module:
+        return whole.run(module, companion, inputs)
+    arguments = described(whole.call_of(module, inputs))
+    return {(): [Noted(module, arguments, {}, frozenset())]}
 
 
 def _tuple(inputs: Any) -> tuple[Any, ...]:
@@ -368,7 +481,8 @@ def _without_shims(native: Any) -> Any:
     whole: Any = side_of(registry.framework_of(module) or "", "whole")
     if whole is None or not whole.shims(module):
         return native
-    return materialize(native)
+    inner, companion, to, whole = _opened(native, None, None)
+    return whole.replace(inner, companion, Remake(to, "structural", False, False, {}, whole))
 
 
 def _mapping(model: Any, other: Any, sample_input: Any) -> WeightMapping | None:

@@ -23,7 +23,7 @@ from interop.errors import ArgumentError, ConversionError, MissingDependencyErro
 from .core import Kind, Path, path_text
 from .operation import Level, Operation
 
-__all__ = ["Mode", "Program", "Value", "deserialize", "key_data", "serialize"]
+__all__ = ["Mode", "Program", "Step", "Value", "deserialize", "key_data", "serialize"]
 
 KEYS = "threefry2x32"
 
@@ -88,6 +88,28 @@ class Mode:
         return tuple(Level(*map(deserialize, exports)) for exports in self.levels)
 
 
+@dataclass(frozen=True)
+class Step:
+    """That a program is one step of a recurrent cell: of the carry and the inputs.
+
+    Attributes:
+        feature_axes: trailing axes of its input that are not batch axes; None if all are an
+            example's.
+        start: a serialised export of arrays, a key and an input, which makes the first carry;
+            None where that depends on the arrays.
+        draws: whether it draws random numbers.
+    """
+
+    feature_axes: int | None
+    start: bytes | None
+    draws: bool
+
+    @functools.cached_property
+    def exported(self) -> export.Exported | None:
+        """The export, read."""
+        return None if self.start is None else deserialize(self.start)
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """The forward logic of a traced module: compares equal where it computes the same.
@@ -96,16 +118,19 @@ class Program:
         guest: the name of the class that was traced.
         values: its arrays, the parameters first.
         modes: what it computes in evaluation (False) and in training (True).
+        step: for a recurrent cell, how it starts.
     """
 
     guest: str
     values: tuple[Value, ...]
     modes: Mapping[bool, Mode]
+    step: Step | None = None
 
     def run(
         self,
         values: Mapping[Path, Any],
         args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
         *,
         training: bool | None,
         key: Callable[[], jax.Array],
@@ -114,7 +139,7 @@ class Program:
 
         Args:
             values: the arrays by path.
-            args: the arguments of the call.
+            args, kwargs: the arguments of the call.
             training: the mode; None where the host has none.
             key: draws a random key; asked for only where the mode draws.
 
@@ -127,13 +152,62 @@ class Program:
         exported = mode.exported[0].plain
         data = [key_data(values[value.path]) for value in self.values]
         drawn = _key(key()) if mode.draws else jnp.zeros(2, jnp.uint32)
-        inputs, tree = jax.tree.flatten((args, {}))
+        inputs, tree = jax.tree.flatten((args, dict(kwargs)))
         inputs = [jnp.asarray(x) for x in inputs]
         self._check(exported, data, inputs, tree)
         outs = operation(*data, drawn, *inputs)
         out, new = jax.tree.unflatten(exported.out_tree, outs)
         known = {value.path: value for value in self.values}
         return out, {p: known[p].wrapped(x) for p, x in zip(mode.writes, new, strict=True)}
+
+    @property
+    def is_cell(self) -> bool:
+        """Whether it is a recurrent cell that takes batches."""
+        return self.step is not None and self.step.feature_axes is not None
+
+    @property
+    def feature_axes(self) -> int:
+        """Trailing axes of a cell's input that are not batch axes."""
+        return (self.step and self.step.feature_axes) or 0
+
+    @property
+    def feature_shape(self) -> tuple[int, ...]:
+        """The sizes of those axes."""
+        (mode, *_) = self.modes.values()
+        _, given = _arguments(mode.exported[0].plain)
+        args, _ = jax.tree.unflatten(
+            given, mode.exported[0].plain.in_avals[len(self.values) + 1 :]
+        )
+        return args[1].shape[args[1].ndim - self.feature_axes :]
+
+    def initial_carry(self, input_shape: tuple[int, ...], key: Callable[[], jax.Array]) -> Any:
+        """The carry that a recurrent cell starts from.
+
+        Args:
+            input_shape: the shape of one step's input.
+            key: draws a random key; asked for only where it is needed.
+
+        Raises:
+            ArgumentError: it is no cell, it was not traced how it starts, or the shape is not
+                that of its inputs.
+        """
+        start = None if self.step is None else self.step.exported
+        if self.step is None or start is None:
+            raise ArgumentError(
+                f"it was not traced what {self.guest} starts from",
+                remedy="Pass the carry",
+            )
+        *data, drawn, like = start.in_avals
+        inputs = jnp.zeros(input_shape, like.dtype)
+        if not _fits(inputs, like):
+            raise ArgumentError(
+                f"{self.guest} was traced for {_text(like)}, and is to start for "
+                f"{_text(inputs)}",
+                remedy="Trace it with a sample_input like that",
+            )
+        zeros = [jnp.zeros(value.shape, value.dtype) for value in data]
+        drawn = _key(key()) if self.step.draws else jnp.zeros(2, jnp.uint32)
+        return start.call(*zeros, drawn, inputs)
 
     def check_names(self, attributes: tuple[str, ...], base: type) -> None:
         """Refuse values whose attribute the host's module needs itself.
@@ -186,8 +260,8 @@ class Program:
         )
         if not same:
             raise ArgumentError(
-                f"{self.guest} was traced for {_listed(wanted[first:])}, and got "
-                f"{_listed(inputs)}",
+                f"{self.guest} was traced for {_listed(arguments, wanted[first:])}, and got "
+                f"{_listed(tree, inputs)}",
                 remedy="Call it with such arrays, or trace it with a sample_input like them",
             )
         mismatched = [
@@ -240,7 +314,9 @@ class Program:
     def _shapes(self, mode: Mode) -> str:
         exported = mode.exported[0].plain
         outs = exported.out_avals[: len(exported.out_avals) - len(mode.writes)]
-        return f"{_listed(exported.in_avals[len(self.values) + 1 :])} -> {_listed(outs)}"
+        _, arguments = _arguments(exported)
+        inputs = exported.in_avals[len(self.values) + 1 :]
+        return f"{_listed(arguments, inputs)} -> {', '.join(map(_text, outs)) or 'nothing'}"
 
     # -- as bytes --
 
@@ -257,11 +333,14 @@ class Program:
                 }
                 for training, mode in self.modes.items()
             },
+            "step": self.step
+            and {"feature_axes": self.step.feature_axes, "draws": self.step.draws},
         }
 
     def parts(self) -> dict[str, bytes]:
         """The programs, by names for :meth:`assemble`."""
-        return {
+        start = None if self.step is None else self.step.start
+        return ({} if start is None else {"start": start}) | {
             f"{_name(training)}.{i}.{j}": data
             for training, mode in self.modes.items()
             for i, exports in enumerate(mode.levels)
@@ -292,7 +371,9 @@ class Program:
             )
             for name, facts in header["modes"].items()
         }
-        return cls(header["guest"], values, modes)
+        facts = header["step"]
+        step = facts and Step(facts["feature_axes"], parts.get("start"), facts["draws"])
+        return cls(header["guest"], values, modes, step)
 
 
 def _name(training: bool) -> str:
@@ -314,7 +395,7 @@ def _arguments(exported: export.Exported) -> tuple[Any, Any]:
     """The trees of what a program takes: weights and others, and the call's arguments."""
     (inputs, _) = jax.tree.unflatten(exported.in_tree, [0] * exported.in_tree.num_leaves)
     *first, arguments = inputs
-    return jax.tree.structure(tuple(first)), jax.tree.structure((arguments, {}))
+    return jax.tree.structure(tuple(first)), jax.tree.structure(arguments)
 
 
 def _fits(x: Any, aval: Any) -> bool:
@@ -332,8 +413,11 @@ def _text(x: Any) -> str:
     return f"{x.dtype}[{', '.join(map(str, x.shape))}]"
 
 
-def _listed(avals: Any) -> str:
-    return ", ".join(map(_text, avals)) or "no arrays"
+def _listed(tree: Any, avals: Any) -> str:
+    """Arguments of a call, those that have a name with it."""
+    args, kwargs = jax.tree.unflatten(tree, list(map(_text, avals)))
+    named = [f"{key}={', '.join(jax.tree.leaves(value))}" for key, value in kwargs.items()]
+    return ", ".join([*jax.tree.leaves(args), *named]) or "no arrays"
 
 
 def serialize(exported: export.Exported) -> bytes:

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,10 +16,11 @@ import jax.numpy as jnp
 from jax import export
 
 from interop.errors import InteropError, UnsupportedStructureError
+from interop.programs import inputs_read
 
 from .core import Call, Kind, Path, Structure, path_text
 from .operation import Function, cotangents, derivative
-from .program import KEYS, Mode, Program, Value, key_data, serialize
+from .program import KEYS, Mode, Program, Step, Value, key_data, serialize
 
 __all__ = ["trace"]
 
@@ -29,18 +32,23 @@ def trace(
     structure: Structure,
     values: Mapping[Path, Any],
     args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
     *,
     modes: Sequence[bool],
     path: str,
-) -> Program:
+) -> tuple[Program, str | None]:
     """Trace a guest.
 
     Args:
         structure, values: the guest, and its arrays.
-        args: the arguments of a call, or ``jax.ShapeDtypeStruct``s of them. Where the guest's
-            code allows it, the leading axis of the first, the batch, may have another size.
+        args, kwargs: the arguments of a call, described by shape and dtype; of a recurrent
+            cell's step, the carry and the inputs. Where the guest's code allows it, the
+            leading axis of the first, the batch, may have another size.
         modes: training (True), evaluation (False), or both.
         path: where the guest is, for errors.
+
+    Returns:
+        The program, and why it is for the given batch size alone; None if it is not.
 
     Raises:
         UnsupportedStructureError: the guest cannot be traced, or the trace cannot leave this
@@ -50,12 +58,13 @@ def trace(
     kinds = structure.kinds
     ordered = sorted(values, key=lambda p: kinds[p] is not Kind.PARAMETER)
     described = tuple(Value.of(p, kinds[p], values[p]) for p in ordered)
+    call = (args, dict(kwargs))
+    traces = {m: _Tracing(structure, described, m, path) for m in modes}
     with structure.tracing():
-        found = {
-            training: _Tracing(structure, described, training, path).mode(args)
-            for training in modes
-        }
-    return Program(structure.guest_type.__qualname__, described, found)
+        found = {training: tracing.mode(call) for training, tracing in traces.items()}
+        step = next(iter(traces.values())).start(call)
+    program = Program(structure.guest_type.__qualname__, described, found, step)
+    return program, next((t.fixed_by for t in traces.values() if t.fixed_by), None)
 
 
 class _Tracing:
@@ -69,36 +78,66 @@ class _Tracing:
         self._weights = sum(value.kind is Kind.PARAMETER for value in values)
         self._writes: tuple[Path, ...] = ()
         self._draws = False
-        self.fixed_by: Exception | None = None
+        self.fixed_by: str | None = None
 
-    def mode(self, args: tuple[Any, ...]) -> Mode:
+    def mode(self, given: Any) -> Mode:
         """The programs for such arguments: for any batch size if that can be traced."""
-        fixed = jax.tree.map(_described, args)
-        for open_batch, hidden in self._with_open_batch(fixed):
+        first: Exception | None = None
+        for open_batch, hidden in self._with_open_batch(given):
             try:
                 return self._exported(open_batch, hidden)
             except Exception as e:
                 # What a guest does with an unknown size may raise anything. If the fault is
                 # another, tracing with the size that was given raises it too.
-                self.fixed_by = self.fixed_by or e
+                first = first or e
         try:
-            return self._exported(fixed, None)
+            found = self._exported(given, None)
         except InteropError:
             raise
         except Exception as e:
-            raise self._refusal(fixed, e) from (self.fixed_by or e)
+            raise self._refusal(given, e) from (first or e)
+        self.fixed_by = first and _in_a_line(first)
+        return found
+
+    def start(self, given: Any) -> Step | None:
+        """How a recurrent cell starts; None for what is called without a carry."""
+        args, _ = given
+        if not self._structure.takes_carry(args):
+            return None
+        axes, inputs = self._structure.feature_axes, args[1]
+        n = 0 if axes is None else inputs.ndim - axes
+        batch, features = inputs.shape[:n], inputs.shape[n:]
+
+        def start(*given: Any) -> Any:
+            *data, key, x = given
+            draw: Any = functools.partial(jax.random.wrap_key_data, key, impl=KEYS)
+            return self._structure.initial_carry(self._wrapped(data), x.shape, draw)
+
+        data = [*map(self._data, self._values), jax.ShapeDtypeStruct((2,), jnp.uint32)]
+        read = inputs_read(jax.make_jaxpr(start)(*data, inputs).jaxpr)
+        if any(i < len(self._values) for i in read):
+            return Step(axes, None, False)  # the weights are not at hand everywhere
+        for size in (export.symbolic_shape("b"), batch) if n == 1 else (batch,):
+            like = jax.ShapeDtypeStruct((*size, *features), inputs.dtype)
+            with contextlib.suppress(Exception):  # as in ``mode``
+                found = export.export(jax.jit(start), platforms=PLATFORMS)(*data, like)
+                return Step(axes, serialize(found), len(self._values) in read)
+        return Step(axes, None, False)
+
+    def _wrapped(self, data: Sequence[Any]) -> dict[Path, Any]:
+        return {v.path: v.wrapped(x) for v, x in zip(self._values, data, strict=True)}
 
     def _function(self, *given: Any) -> tuple[Any, list[Any]]:
         """The guest's call as a pure function: data of the values, of the key, arguments."""
-        *data, key, args = given
-        values = {v.path: v.wrapped(x) for v, x in zip(self._values, data, strict=True)}
+        *data, key, (args, kwargs) = given
+        values = self._wrapped(data)
         self._draws = False
 
         def draw() -> jax.Array:
             self._draws = True
             return jax.random.wrap_key_data(key, impl=KEYS)
 
-        call = Call("__call__", args, {}, training=self._training, key=draw)
+        call = Call("__call__", args, kwargs, training=self._training, key=draw)
         is_step = self._structure.takes_carry(args)
         run = self._structure.step if is_step else self._structure.run
         out, changed, after = run(values, call)
@@ -139,14 +178,14 @@ class _Tracing:
         same_rank = a.ndim == b.ndim
         return same_rank and a.shape[start:] == b.shape[start:] and a.dtype == b.dtype
 
-    def _exported(self, args: tuple[Any, ...], hidden: Any) -> Mode:
+    def _exported(self, given: Any, hidden: Any) -> Mode:
         """The programs; ``hidden`` is the batch size of hidden state, if that is open."""
         data = [self._data(value, hidden) for value in self._values]
         key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-        flat, tree = jax.tree.flatten(args)
+        flat, tree = jax.tree.flatten(given)
         traced: Any = jax.jit(self._function)
         inputs = [*data, key, *flat]
-        plain = export.export(traced, platforms=PLATFORMS)(*data, key, args)
+        plain = export.export(traced, platforms=PLATFORMS)(*data, key, given)
         if leaf := _foreign_node(plain.out_tree):
             raise self._refused(
                 f"it returns a {leaf}, which needs its package to be read",
@@ -202,24 +241,24 @@ class _Tracing:
             # examples. If the fault is another, this raises it too.
             return export.export(jax.jit(one_by_one), platforms=PLATFORMS)(*leading)
 
-    def _with_open_batch(self, args: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
-        """``args`` with the size of their leading axis left open, and that of hidden state.
+    def _with_open_batch(self, given: Any) -> Iterator[tuple[Any, Any]]:
+        """The arguments with their leading axis left open, and the size for hidden state.
 
         Hidden state that a call makes anew may have been for another batch; where that cannot
         be traced, the sizes are one, or hidden state is for no batch at all.
         """
-        shapes = [x.shape for x in jax.tree.leaves(args) if x.shape]
+        shapes = [x.shape for x in jax.tree.leaves(given) if getattr(x, "shape", ())]
         if not shapes:
             return
         b, h = export.symbolic_shape("b, h")
         size = shapes[0][0]
 
         def opened(x: Any) -> Any:
-            if not x.shape or x.shape[0] != size:
+            if not getattr(x, "shape", ()) or x.shape[0] != size:
                 return x
             return jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype)
 
-        opened_args = jax.tree.map(opened, args)
+        opened_args = jax.tree.map(opened, given)
         has_hidden = any(value.kind is Kind.HIDDEN for value in self._values)
         for hidden in (h, b, None) if has_hidden else (None,):
             yield opened_args, hidden
@@ -236,15 +275,15 @@ class _Tracing:
             f"{self._name} cannot be traced: {problem}", path=self._path, remedy=remedy
         )
 
-    def _refusal(self, args: tuple[Any, ...], error: Exception) -> Exception:
+    def _refusal(self, given: Any, error: Exception) -> Exception:
         """The error for a trace that failed."""
         key = jax.ShapeDtypeStruct((2,), jnp.uint32)
         data = [self._data(value) for value in self._values]
         try:
-            jaxpr = jax.make_jaxpr(self._function)(*data, key, args)
+            jaxpr = jax.make_jaxpr(self._function)(*data, key, given)
         except Exception:
             return self._refused(
-                f"it does not run with traced arrays ({type(error).__name__}: {error})",
+                f"it does not run with traced arrays ({_in_a_line(error)})",
                 "Use jax.lax for what depends on values, and check sample_input",
             )
         foreign = sorted(set(_foreign(jaxpr.jaxpr)))
@@ -253,11 +292,12 @@ class _Tracing:
                 f"it uses {', '.join(foreign)}, which cannot leave this process",
                 "Take them out of its forward logic, or keep the shim",
             )
-        return self._refused(f"{type(error).__name__}: {error}", "Keep the shim")
+        return self._refused(_in_a_line(error), "Keep the shim")
 
 
-def _described(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+def _in_a_line(error: Exception) -> str:
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}"
 
 
 def _scope(inputs: Sequence[Any]) -> Any:

@@ -228,13 +228,94 @@ def test_an_lstm_over_time_that_starts_anew_in_each_call():
     assert made.cell["h"].shape == (2, 4)
 
 
-def test_a_recurrent_cell_is_traced_with_its_carry():
-    cell = shims.ToNNX(brainstate.nn.LSTMCell(3, 4))
-    carry = {"c": array(5, 4, seed=38), "h": array(5, 4, seed=39)}
-    made = cell.materialize(method="trace", sample_input=(carry, X))
-    (after, out), (expected, wanted) = made(carry, X), cell(carry, X)
-    assert_allclose(out, wanted, **TOLERANCE)
-    assert_allclose(after["c"], expected["c"], **TOLERANCE)
+WX, WH = array(3, 4, seed=43), array(4, 4, seed=44)
+XS = array(5, 6, 3, seed=45)
+
+
+class Leaky(brainstate.nn.RNNCell):
+    """h <- tanh(x WX + h WH) + h / 10; it returns twice that."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_size, self.out_size = (3,), (4,)
+        self.x = brainstate.nn.Linear(3, 4, w_init=WX, b_init=None)
+        self.h_weight = brainstate.ParamState(WH)
+
+    def init_state(self, batch_size=None, **kwargs):
+        batch = () if batch_size is None else (batch_size,)
+        self.h = brainstate.HiddenState(jnp.full((*batch, 4), 0.5))
+
+    def update(self, x):
+        h = self.h.value
+        self.h.value = jnp.tanh(self.x(x) + h @ self.h_weight.value) + h / 10
+        return 2 * self.h.value
+
+
+class LeakyFlax(nnx.RNNCellBase):
+    num_feature_axes = 1
+
+    def __init__(self):
+        self.x, self.h = nnx.Param(WX), nnx.Param(WH)
+
+    def __call__(self, carry, x):
+        carry = jnp.tanh(x @ self.x[...] + carry @ self.h[...]) + carry / 10
+        return carry, 2 * carry
+
+    def initialize_carry(self, input_shape, rngs=None, carry_init=None):
+        return jnp.full((*input_shape[:-1], 4), 0.5)
+
+
+def leaky(xs, wh=WH):
+    h, outs = jnp.full((len(xs), 4), 0.5), []
+    for t in range(xs.shape[1]):
+        h = jnp.tanh(xs[:, t] @ WX + h @ wh) + h / 10
+        outs.append(2 * h)
+    return jnp.stack(outs, 1)
+
+
+def over_time(name, cell, xs):
+    """The outputs of a cell of that host, driven as its own cells are."""
+    match name:
+        case "nnx":
+            return nnx.RNN(cell)(xs)
+        case "linen":
+            module, variables = cell
+            return nn.RNN(module).apply({"params": {"cell": variables["params"]}}, xs)
+        case "equinox":
+            start = cell.initialize_carry(xs[0, 0].shape)
+            one = jax.vmap(lambda x: jax.lax.scan(lambda c, x: cell(x, c), start, x)[1])
+            return one(xs)
+    cell.init_state(len(xs))
+    return brainstate.transform.for_loop(cell.update, xs.swapaxes(0, 1)).swapaxes(0, 1)
+
+
+def test_a_traced_cell_is_a_cell_of_its_host_and_of_every_other(tmp_path):
+    rnn = nnx.RNN(shims.ToNNX(Leaky()))
+    made = shims.materialize(rnn, method="trace", sample_input=XS)
+    assert isinstance(made.cell, nnx.RNNCellBase)
+    assert_allclose(made(XS), leaky(XS), **TOLERANCE)
+    assert_allclose(made(XS[:2]), leaky(XS[:2]), **TOLERANCE)
+    slope = nnx.grad(lambda m: (m(XS) ** 2).sum())(made)["cell"]["h_weight"].get_value()
+    expected = jax.grad(lambda w: (leaky(XS, w) ** 2).sum())(WH)
+    assert_allclose(slope, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(interop.ArgumentError, match=r"is to start for float32\[5, 4\]"):
+        made.cell.initialize_carry((5, 4))
+    shims.save_traced(tmp_path / "cell", made.cell)
+    for host in ("linen", "brainstate"):
+        cell = shims.load_traced(tmp_path / "cell", into=host)
+        assert_allclose(over_time(host, cell, XS), leaky(XS), **TOLERANCE)
+
+
+@pytest.mark.parametrize("host", ["equinox", "brainstate"])
+def test_a_cell_is_traced_alone(host):
+    if host == "equinox":
+        shim = shims.ToEquinox(Leaky())
+        sample = (X[0], shim.initialize_carry((3,)))
+    else:
+        shim, sample = shims.FromNNX(LeakyFlax()), X
+    made = shim.materialize(method="trace", sample_input=sample)
+    assert not isinstance(made, type(shim))
+    assert_allclose(over_time(host, made, XS), leaky(XS), **TOLERANCE)
 
 
 def test_a_convolution_maps_over_weights_for_each_example():
@@ -506,6 +587,162 @@ def test_a_shim_inside_a_guest_is_materialized_too():
     assert type(made.layers[0]) is nnx.Linear
 
 
+class Passing(nnx.Module):
+    """Calls a shim with keyword arguments, in a function that it compiles itself."""
+
+    def __init__(self, core, **kwargs):
+        self.core, self.kwargs = core, nnx.static(kwargs)
+
+    @nnx.jit
+    def __call__(self, x):
+        return self.core(x, **self.kwargs)
+
+
+class Scaled(Residual):
+    def update(self, x, scale=1.0):
+        return scale * super().update(x)
+
+
+def test_a_traced_module_takes_what_a_model_passes_by_name():
+    model = Passing(shims.ToNNX(Scaled()), scale=2.0)
+    model(X)  # is compiled for the shim by now
+    made = shims.materialize(model, method="auto", sample_input=X, verify=X)
+    assert "float32[b, 3], scale=float32[] ->" in repr(made.core)
+    assert_allclose(made(X), 2 * residual(X), **TOLERANCE)
+    with pytest.raises(interop.ArgumentError, match=r"and got float32\[5, 3\]\. "):
+        made.core(X)
+
+
+class Switching(nn.Module):
+    core: nn.Module
+
+    def __call__(self, x, train=False):
+        return self.core(x, deterministic=not train)
+
+
+def test_an_argument_that_a_stack_would_pass_to_its_first_layer_alone_is_refused():
+    """So the second dropout would drop nothing."""
+    drop = brainstate.nn.Dropout(0.5)
+    stack = brainstate.nn.Sequential(drop, brainstate.nn.Linear(3, 3), drop)
+    model = Passing(shims.ToNNX(stack, rngs=nnx.Rngs(0)), deterministic=False)
+    linen = Switching(shims.ToLinen(stack))
+    variables = linen.init(jax.random.key(0), X)
+    for whole in (model, (linen, variables)):
+        with pytest.raises(
+            interop.UnsupportedStructureError, match="with deterministic=, which"
+        ) as found:
+            shims.materialize(whole, sample_input=X)
+        assert found.value.path == "model.core"
+        assert 'method="trace" and "auto" would work' in found.value.remedy
+
+
+class InSetup(nn.Module):
+    last: nn.Module
+
+    def setup(self):
+        self.core = shims.ToLinen(brainstate.nn.Linear(3, 3))
+
+    def __call__(self, x):
+        return self.last(self.core(x))
+
+
+class InCompact(nn.Module):
+    last: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return self.last(shims.ToLinen(brainstate.nn.Linear(3, 3), name="hidden")(x))
+
+
+@pytest.mark.parametrize(("made", "path"), [(InSetup, "core"), (InCompact, "hidden")])
+def test_a_shim_that_a_linen_model_makes_itself_is_refused_by_name(made, path):
+    model = made(shims.ToLinen(brainstate.nn.Linear(3, 3)))
+    variables = model.init(jax.random.key(0), X)
+    with pytest.raises(interop.ArgumentError, match="Pass sample_input="):
+        shims.materialize((model, variables))
+    with pytest.raises(interop.UnsupportedStructureError, match="Hold the shim") as found:
+        shims.materialize((model, variables), sample_input=X)
+    assert found.value.path == f"model.{path}"
+
+
+def test_a_shim_that_a_call_makes_is_refused():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.core = shims.ToNNX(brainstate.nn.Linear(3, 3))
+
+        def __call__(self, x):
+            return shims.ToNNX(brainstate.nn.Linear(3, 3))(self.core(x))
+
+    with pytest.raises(interop.UnsupportedStructureError, match="made in the code"):
+        shims.materialize(Model(), sample_input=X)
+
+
+def test_an_equinox_model_that_compiles_itself_is_seen_through():
+    class Model(eqx.Module):
+        core: shims.ToEquinox
+
+        @eqx.filter_jit
+        def __call__(self, x):
+            return self.core(x)
+
+    model = Model(shims.ToEquinox(Residual()))
+    eqx.nn.inference_mode(model)(X[0])
+    made = shims.materialize(model, method="trace", sample_input=X[0])
+    assert_allclose(jax.vmap(made)(X), residual(X), **TOLERANCE)
+
+
+def test_a_sample_tells_a_conversion_the_shape_of_an_image():
+    images = array(2, 4, 4, 2, seed=46)
+    head = brainstate.nn.Linear(8, 3, w_init=array(8, 3, seed=47))
+    pool = brainstate.nn.MaxPool2d(2, 2, channel_axis=-1)
+    stack = brainstate.nn.Sequential(pool, brainstate.nn.Flatten(start_axis=-3), head)
+    shim = shims.ToEquinox(stack)
+    with pytest.raises(interop.MissingShapeError):
+        shim.materialize()
+    with pytest.raises(interop.ArgumentError, match="18 elements at a layer that takes 8"):
+        shim.materialize(sample_input=array(6, 6, 2, seed=46))
+    made = shim.materialize(sample_input=images[0])
+    found = jax.vmap(made)(jnp.moveaxis(images, -1, 1))
+    assert_allclose(found, stack(images), **TOLERANCE)
+
+
+def test_a_report_tells_why_a_trace_is_for_one_batch_size():
+    def looped(self, x):
+        return jnp.stack([row + 1 for row in x])
+
+    lines = []
+    made = shims.ToNNX(guest_with(looped)).materialize(
+        method="trace", sample_input=X, report=lines.append
+    )
+    assert "float32[5, 3] -> float32[5, 3]" in repr(made)
+    assert "for one batch size (" in lines[0]
+
+
+def test_errors_tell_what_else_would_work():
+    def branches(self, x):
+        return x if float(x.sum()) > 0 else -x
+
+    neither = nnx.Sequential(shims.ToNNX(guest_with(branches)))
+    with pytest.raises(
+        interop.UnsupportedStructureError, match="ConcretizationTypeError.*; and "
+    ) as found:
+        shims.materialize(neither, method="auto", sample_input=X)
+    assert found.value.path == "model.layers[0]"
+    assert "would work" not in str(found.value)
+
+
+def test_a_shim_that_is_called_with_several_shapes_is_refused():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.core = shims.ToNNX(Residual())
+
+        def __call__(self, x):
+            return self.core(x) @ self.core(x[0])
+
+    with pytest.raises(interop.UnsupportedStructureError, match="several shapes"):
+        shims.materialize(Model(), method="trace", sample_input=X)
+
+
 def test_verify_tells_what_differs(monkeypatch):
     from shims import materialization
 
@@ -728,11 +965,11 @@ def test_a_whole_model_trains_on_with_its_optimiser_state(host):
         layer = other.sequential(other.linear(W, B), other.activation(jnp.tanh))
         return mixed(host, Residual() if host == "nnx" else layer)
 
-    method = {"method": "trace", "sample_input": X} if host == "nnx" else {}
+    method = {"nnx": {"method": "trace", "sample_input": X}, "linen": {"sample_input": X}}
     train = TRAIN[host]
     expected, *_ = train(model(), None, 6)
     before, live, state = train(model(), None, 3)
-    made = shims.materialize(live, **method)
+    made = shims.materialize(live, **method.get(host, {}))
     moved = interop.mapping(live, made).apply(state)
     after, *_ = train(made, moved, 3)
     assert_allclose(before + after, expected, rtol=1e-5)

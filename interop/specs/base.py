@@ -355,7 +355,18 @@ def promoted_dtype(statistics: Array, *parameters: Array | None) -> DType | None
 
 
 def rows(array: Array, order: np.ndarray[Any, Any]) -> Array:
-    """``array[order]``, split over devices as ``array`` is."""
+    """``array[order]``, split over devices as ``array`` is.
+
+    Raises:
+        ArgumentError: ``order``, which the shape of an example tells, is for another size.
+    """
+    if len(order) != array.shape[0]:
+        raise ArgumentError(
+            f"an example of that shape has {len(order)} elements at a layer that takes "
+            f"{array.shape[0]}",
+            path="model",
+            remedy="Pass sample_input as the model takes it, without its batch axis",
+        )
     if isinstance(array, Tracer) or not isinstance(array, jax.Array):
         return array[order]
     sharding: Any = array.sharding

@@ -92,7 +92,7 @@ class ToToy(toy.Module):
         return self.guest.structure().run(self.values, call)[0]
 
     def materialize(self):
-        return materialize_structure(self.guest.structure(), self.values, "toy", {}, copy=False)
+        return materialize_structure(self.guest.structure(), self.values, "toy", {})
 
 
 guest = ToyGuest

@@ -83,7 +83,7 @@ class _StateCell(Cell):
         self.state.value = jax.tree.unflatten(tree, flat)
 
 
-def _forward(cls: type[brainstate.nn.Module]) -> Callable[..., Any]:
+def forward_of(cls: type[brainstate.nn.Module]) -> Callable[..., Any]:
     """``update``, unless the class overrides the call itself."""
     own_call = cls.__call__ is not brainstate.nn.Module.__call__
     return cls.__call__ if own_call else cls.update
@@ -206,7 +206,7 @@ class BrainStateStructure(Structure):
         self._numbers = {path: numbers[state] for path, state in states.items()}
         self.guest_type = type(module)
         self.base_type = brainstate.nn.Module
-        self.forward = _forward(type(module))
+        self.forward = forward_of(type(module))
         self._definition = definition
         # The states without their values: an equal structure may live as long as the process.
         self._states = {

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Self
 import brainstate
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from interop.errors import ArgumentError, ConversionError, InteropError, MissingKeyError
 from interop.registry import registry
@@ -39,9 +38,8 @@ from ...core import (
     guest_of,
     is_cell,
     is_traced,
-    leaves,
     nest,
-    noted,
+    noting,
     path_text,
     report_of,
 )
@@ -55,6 +53,7 @@ from ...forwarding import (
 )
 from ...materialization import materialize
 from ...report import LinkReport
+from .cells import CarryCell
 
 __all__ = ["FromEquinox", "FromLinen", "FromNNX", "Wrapped"]
 
@@ -373,7 +372,12 @@ class Wrapped(brainstate.nn.Module):
         *,
         is_step: bool = False,
     ) -> Any:
-        noted(self, method, args, kwargs)
+        with noting(self, method, args, kwargs):
+            return self._shim_called(method, args, kwargs, is_step=is_step)
+
+    def _shim_called(
+        self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, is_step: bool
+    ) -> Any:
         self._shim_refresh()
         states = self._shim_states()
         values = {path: state.value for path, state in states.items()}
@@ -439,7 +443,7 @@ class Wrapped(brainstate.nn.Module):
         self._shim_structure = structure
 
 
-class WrappedCell(Wrapped, brainstate.nn.RNNCell):
+class WrappedCell(CarryCell, Wrapped):
     """A recurrent cell of another framework as a ``brainstate.nn.RNNCell``.
 
     The classes for each framework make it of a guest that is a cell: an ``RNNCellBase`` of
@@ -454,56 +458,20 @@ class WrappedCell(Wrapped, brainstate.nn.RNNCell):
             convolutions; set it for those.
     """
 
-    carry: Any = None
-    _shim_carried: Any
-
     @property
     def __signature__(self) -> inspect.Signature:
         return cell_signature(("inputs",), ())
 
-    def init_state(self, batch_size: Any = None, **kwargs: Any) -> None:
-        """Make the hidden states.
+    @property
+    def _shim_name(self) -> str:
+        return self._shim_structure.guest_type.__qualname__
 
-        Args:
-            batch_size: the batch axis, or axes; None for one example.
+    def _shim_step(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        return self._shim_run("__call__", args, kwargs, is_step=True)
 
-        Raises:
-            ArgumentError: the cell starts by the size of its input, and ``in_size`` is not set.
-        """
-        start = self._shim_start(batch_size)
-        states = {path: brainstate.HiddenState(leaf) for path, leaf in leaves((), start)}
-        self._shim_carried = tuple(states), jax.tree.structure(start)
-        self.carry = nest(states) if () not in states else states[()]
-
-    def reset_state(self, batch_size: Any = None, **kwargs: Any) -> None:
-        """Give the hidden states the values that ``init_state`` gives them.
-
-        Raises:
-            ArgumentError: there are none, or as ``init_state`` does.
-        """
-        states = self._shim_hidden()
-        fresh = jax.tree.leaves(self._shim_start(batch_size))
-        for state, value in zip(states, fresh, strict=True):
-            state.value = value
-
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        states, tree = self._shim_hidden(), self._shim_carried[1]
-        carry = jax.tree.unflatten(tree, [state.value for state in states])
-        after, out = self._shim_run("__call__", (carry, *args), kwargs, is_step=True)
-        if jax.tree.structure(after) != tree:
-            raise ConversionError(
-                f"{self._shim_structure.guest_type.__qualname__} returned a carry of another "
-                f"structure: {jax.tree.structure(after)}, it was {tree}",
-                remedy="Return (carry, output), with the carry as it came",
-            )
-        for state, value in zip(states, jax.tree.leaves(after), strict=True):
-            state.value = value
-        return out
-
-    def _shim_start(self, batch_size: Any) -> Any:
+    def _shim_start(self, batch: tuple[int, ...]) -> Any:
         self._shim_refresh()
         structure = self._shim_structure
-        batch = () if batch_size is None else tuple(np.atleast_1d(batch_size).tolist())
         size: Any = self.in_size
         features = size or (_UnknownSize(),) * (structure.feature_axes or 0)
         size_known = (*batch, *features)
@@ -511,18 +479,9 @@ class WrappedCell(Wrapped, brainstate.nn.RNNCell):
             return structure.initial_carry(self._shim_values(), size_known, _drawn_key)
         except _SizeWantedError as e:
             raise ArgumentError(
-                f"{structure.guest_type.__qualname__} starts by the size of its input, which "
-                f"is not known",
+                f"{self._shim_name} starts by the size of its input, which is not known",
                 remedy="Set it: shim.in_size = (features,), without batch axes",
             ) from e
-
-    def _shim_hidden(self) -> list[brainstate.State]:
-        if self.carry is None:
-            raise ArgumentError(
-                f"the cell {self._shim_structure.guest_type.__qualname__} has no state yet",
-                remedy="Call init_state(batch_size) first",
-            )
-        return [at(self.carry, path) for path in self._shim_carried[0]]
 
 
 class _SizeWantedError(Exception):

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import brainstate
+import jax.numpy as jnp
 
 from ...core import Path, recording
 from ...graph import Graph
 from ...materialization import Whole, by_path
 from ...program import Program
-from .host import Wrapped
-from .traced import STATES, Traced
+from .guest import forward_of
+from .host import Wrapped, WrappedCell
+from .traced import STATES, Traced, TracedCell
 
 __all__ = ["Models"]
 
@@ -23,7 +25,8 @@ class Models(Whole):
     module_type = Traced
 
     def make(self, program: Program, values: Mapping[Path, Any], **options: Any) -> Traced:
-        return Traced(program, values)  # the mode is brainstate.environ's
+        made = TracedCell if program.is_cell else Traced
+        return made(program, values)  # the mode is brainstate.environ's
 
     def parts(self, model):
         states = model.traced_states()
@@ -37,6 +40,15 @@ class Models(Whole):
         with recording() as calls, brainstate.environ.context(fit=False):
             copy(*inputs)
         return by_path(calls, self.shims(copy))
+
+    def call_of(self, shim, inputs):
+        if not isinstance(shim, WrappedCell):
+            return inputs
+        batch = jnp.shape(inputs[0])[: -(shim._shim_structure.feature_axes or 0) or None]
+        return shim._shim_start(batch), *inputs
+
+    def forward(self, module):
+        return forward_of(type(module))
 
     def replace(self, model, companion, remake):
         for _, shim in self.shims(model):

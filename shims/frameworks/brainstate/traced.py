@@ -12,8 +12,9 @@ from interop.errors import ArgumentError
 
 from ...core import Kind, Path, at, attribute_path, nest
 from ...program import Program
+from .cells import CarryCell
 
-__all__ = ["STATES", "Traced"]
+__all__ = ["STATES", "Traced", "TracedCell"]
 
 STATES = {
     Kind.PARAMETER: brainstate.ParamState,
@@ -40,7 +41,7 @@ class Traced(brainstate.nn.Module):
 
     def __init__(self, program: Program, values: Mapping[Path, Any], *, training: bool = False):
         super().__init__()
-        program.check_names(("program", "traced_states"), brainstate.nn.Module)
+        program.check_names(("program", "traced_states"), type(self))
         self.program = program
         states = {
             attribute_path(v.path): values[v.path]
@@ -50,12 +51,13 @@ class Traced(brainstate.nn.Module):
         }
         vars(self).update(nest(states))
 
-    def update(self, *args: Any) -> Any:
+    def update(self, *args: Any, **kwargs: Any) -> Any:
         """The output; States that the call changes are written."""
         states = self.traced_states()
         out, new = self.program.run(
             {path: state.value for path, state in states.items()},
             args,
+            kwargs,
             training=brainstate.environ.get("fit", None),
             key=brainstate.random.split_key,
         )
@@ -78,3 +80,18 @@ class Traced(brainstate.nn.Module):
                 remedy="Write its value instead: state.value = ...",
             )
         return found
+
+
+class TracedCell(CarryCell, Traced):
+    """A traced recurrent cell: ``init_state(batch_size)`` makes its hidden states."""
+
+    @property
+    def _shim_name(self) -> str:
+        return self.program.guest
+
+    def _shim_step(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        return Traced.update(self, *args, **kwargs)
+
+    def _shim_start(self, batch: tuple[int, ...]) -> Any:
+        features = self.program.feature_shape
+        return self.program.initial_carry((*batch, *features), brainstate.random.split_key)

@@ -108,7 +108,7 @@ class EquinoxStructure(Structure):
         self.base_type = eqx.Module
         self.forward = type(module).__call__
         self.fills = frozenset(("key", "state", "inference", "deterministic"))
-        self._batch_axes, self._axis_name = batch_axes, axis_name
+        self.batch_axes, self._axis_name = batch_axes, axis_name
         flat, self._tree = _flatten(module)
         self._leaves = [(path, None if eqx.is_array(leaf) else leaf) for path, leaf in flat]
         self._is_array = [eqx.is_array(leaf) for _, leaf in flat]
@@ -145,7 +145,7 @@ class EquinoxStructure(Structure):
         return type(other) is EquinoxStructure and (self is other or self._key == other._key)
 
     def __hash__(self):
-        return hash((self.guest_type, tuple(self.kinds), self._batch_axes, self._axis_name))
+        return hash((self.guest_type, tuple(self.kinds), self.batch_axes, self._axis_name))
 
     def values_of(self, module, state):
         """The arrays of a module and a state of this structure, by path."""
@@ -171,7 +171,7 @@ class EquinoxStructure(Structure):
         return module, state
 
     def run(self, values, call):
-        return self._run(values, call, self._batch_axes)
+        return self._run(values, call, self.batch_axes)
 
     def step(self, values, call):
         if len(call.args) < 2:

@@ -36,7 +36,7 @@ from ...core import (
     first_values,
     guest_of,
     nest,
-    noted,
+    noting,
     path_text,
     report_of,
 )
@@ -51,6 +51,7 @@ from ...forwarding import (
 )
 from ...materialization import materialize
 from ...report import LinkReport
+from .traced import carry_first
 
 __all__ = ["ToEquinox"]
 
@@ -62,9 +63,11 @@ _METHODS += ("params", "buffers", "inference", "batched")
 class _Link:
     """The live guest behind a shim, or none. Shims of one guest compare equal, of two they
     differ. Compiled functions keep links, with the trees that they were called with, and so a
-    link keeps no guest alive."""
+    link keeps no guest alive. A ``mark`` tells one from all others, so that no compiled
+    function knows it."""
 
-    def __init__(self, guest: LiveGuest | None):
+    def __init__(self, guest: LiveGuest | None, mark: object = None):
+        self.mark = mark
         self._make: Any = type(guest)
         self._native = None if guest is None else weakref.ref(guest.native)
 
@@ -75,7 +78,9 @@ class _Link:
 
     def __eq__(self, other: object) -> bool:
         # All weak references to one object are one object, and stay so when it is gone.
-        return isinstance(other, _Link) and self._native is other._native
+        return isinstance(other, _Link) and (
+            self._native is other._native and self.mark is other.mark
+        )
 
     def __hash__(self) -> int:
         return hash(id(self._native))
@@ -261,24 +266,31 @@ class ToEquinox(eqx.nn.StatefulLayer):
     ) -> Any:
         if state is None and args and isinstance(args[-1], eqx.nn.State):
             args, state = args[:-1], args[-1]
-        noted(self, method, args, kwargs)
+        cell_args = carry_first(args)
+        is_call = method == "__call__"
+        is_step = is_call and self._shim_structure.takes_carry(cell_args)
+        given = cell_args if is_step else args
+        with noting(self, method, given, kwargs, key=key):
+            return _ToEquinox._shim_called(self, method, given, kwargs, state, key, is_step)
+
+    def _shim_called(
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        state: Any,
+        key: Any,
+        is_step: bool,
+    ) -> Any:
         _ToEquinox._shim_check_state(self, state)
         values = _ToEquinox._shim_values(self, state)
         structure = self._shim_structure
-        cell_args = (*args[1:2], *args[:1], *args[2:])  # the carry first, as a step has it
-        is_call = method == "__call__"
-        is_step = is_call and structure.takes_carry(cell_args)
-        if is_call:
+        if method == "__call__":
             _ToEquinox._shim_check_carry(self, is_step and len(args) > 1)
         else:
             _ToEquinox._shim_check_method(self, method)
-        call = Call(
-            method,
-            cell_args if is_step else args,
-            kwargs,
-            training=not self.inference,
-            key=_key_source(key),
-        )
+        training, draw = not self.inference, _key_source(key)
+        call = Call(method, args, kwargs, training=training, key=draw)
         out, new, structure_after = (structure.step if is_step else structure.run)(values, call)
         check_kept(structure, structure_after, method)
         if self.buffers is None or state is None:
@@ -398,6 +410,7 @@ class ToEquinox(eqx.nn.StatefulLayer):
             self._shim_structure,
             self._shim_current(state),
             **facts,
+            is_batched=self.batched,
             finish=lambda made: eqx.nn.inference_mode(made, value=self.inference),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,8 @@ from interop.frameworks.equinox.adapter import is_index, takes_state
 from ...core import Path, path_of, recording
 from ...materialization import Whole, by_path
 from ...program import Program
-from .host import ToEquinox
-from .traced import Traced
+from .host import ToEquinox, _Link
+from .traced import Traced, carry_first
 
 __all__ = ["Models"]
 
@@ -41,13 +42,21 @@ class Models(Whole):
         return [(path_of(keys), leaf) for keys, leaf in flat if _is_shim(leaf)]
 
     def run(self, model, companion, inputs):
-        module = eqx.nn.inference_mode(model)
+        module = jax.tree.map(_marked, eqx.nn.inference_mode(model), is_leaf=_is_shim)
         # A copy, because Equinox marks a state that a call has replaced as used up.
         state = jax.tree.map(lambda x: x, companion)
         given = {"state": state} if takes_state(module) else {}
         with recording() as calls:
             module(*inputs, **given)
-        return by_path(calls, self.shims(module), lambda shim: id(shim._shim_link))
+        return by_path(
+            calls,
+            self.shims(module),
+            lambda shim, called: shim._shim_link.mark is called._shim_link.mark,
+        )
+
+    def call_of(self, shim, inputs):
+        given = carry_first(inputs)
+        return given if shim._shim_structure.takes_carry(given) else inputs
 
     def replace(self, model, companion, remake):
         if companion is None and not _is_shim(model):
@@ -73,6 +82,15 @@ class Models(Whole):
 
 def _is_shim(x: Any) -> bool:
     return isinstance(x, ToEquinox)
+
+
+def _marked(leaf: Any) -> Any:
+    """A shim that compiled functions do not know, and whose copies are told from others."""
+    if not _is_shim(leaf):
+        return leaf
+    shim = copy.copy(leaf)
+    object.__setattr__(shim, "_shim_link", _Link(leaf._shim_link.guest, object()))
+    return shim
 
 
 def _with_state(model: Any, state: eqx.nn.State | None) -> tuple[Any, eqx.nn.State]:

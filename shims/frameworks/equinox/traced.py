@@ -13,7 +13,7 @@ from interop.errors import ArgumentError, MissingKeyError
 from ...core import Kind, Path, at, nest
 from ...program import Program
 
-__all__ = ["Traced"]
+__all__ = ["Traced", "carry_first"]
 
 
 class Traced(eqx.nn.StatefulLayer):
@@ -47,7 +47,7 @@ class Traced(eqx.nn.StatefulLayer):
         """Whether calls take and return an ``eqx.nn.State``."""
         return self.buffers is not None
 
-    def __call__(self, *args: Any, state: Any = None, key: Any = None) -> Any:
+    def __call__(self, *args: Any, state: Any = None, key: Any = None, **kwargs: Any) -> Any:
         if state is None and args and isinstance(args[-1], eqx.nn.State):
             args, state = args[:-1], args[-1]
         if (state is None) != (self.buffers is None):
@@ -57,22 +57,29 @@ class Traced(eqx.nn.StatefulLayer):
                 remedy="is_stateful() tells; eqx.nn.make_with_state makes the state",
             )
 
-        def draw() -> jax.Array:
-            if key is None:
-                raise MissingKeyError(
-                    "the traced module draws random numbers, and the call has no key",
-                    remedy="Pass key=, or switch to eqx.nn.inference_mode",
-                )
-            return key
-
         values = self.values(state)
-        out, new = self.program.run(values, args, training=not self.inference, key=draw)
+        args = args if self.program.step is None else carry_first(args)
+        out, new = self.program.run(
+            values, args, kwargs, training=not self.inference, key=lambda: _given(key)
+        )
         if self.buffers is None or state is None:
             return out
         if not new:
             return out, state
         others = _paths(self.program, trainable=False)
         return out, state.set(self.buffers, tuple(new.get(p, values[p]) for p in others))
+
+    def initialize_carry(self, input_shape: tuple[int, ...], *, key: Any = None) -> Any:
+        """The carry that a recurrent cell starts from: ``carry, out = cell(x, carry)``.
+
+        Args:
+            input_shape: the shape of one step's input.
+            key: for cells that start at random.
+
+        Raises:
+            ArgumentError: it is no cell, or was traced for other shapes.
+        """
+        return self.program.initial_carry(input_shape, lambda: _given(key))
 
     def values(self, state: Any = None) -> dict[Path, Any]:
         """The arrays by the wrapped module's paths; those in ``state`` if it is given."""
@@ -82,6 +89,20 @@ class Traced(eqx.nn.StatefulLayer):
             others = _paths(self.program, trainable=False)
             values |= zip(others, state.get(self.buffers), strict=True)
         return values
+
+
+def carry_first(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A cell's arguments, ``(x, carry, ...)``, as a step has them."""
+    return (*args[1:2], *args[:1], *args[2:])
+
+
+def _given(key: Any) -> jax.Array:
+    if key is None:
+        raise MissingKeyError(
+            "the traced module draws random numbers, and the call has no key",
+            remedy="Pass key=, or switch to eqx.nn.inference_mode",
+        )
+    return key
 
 
 def _paths(program: Program, *, trainable: bool) -> list[Path]:

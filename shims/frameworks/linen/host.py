@@ -35,7 +35,7 @@ from ...core import (
     guest_of,
     is_cell,
     nest,
-    noted,
+    noting,
     path_text,
     report_of,
 )
@@ -210,11 +210,22 @@ class ToLinen(nn.Module):
 
     @nn.compact
     def __call__(self, *args: Any, deterministic: bool | None = None, **kwargs: Any) -> Any:
-        deterministic = self.deterministic if deterministic is None else deterministic
         method = kwargs.pop("_shim_method", "__call__")  # the one compact entry of them all
-        if noted(self, method, args, kwargs) and deterministic is None:
-            deterministic = True
-        training = None if deterministic is None else not deterministic
+        with noting(self, method, args, kwargs, deterministic=deterministic) as is_noted:
+            deterministic = self.deterministic if deterministic is None else deterministic
+            if is_noted and deterministic is None:
+                deterministic = True
+            training = None if deterministic is None else not deterministic
+            return self._shim_called(method, args, kwargs, training)
+
+    @nn.nowrap
+    def _shim_called(
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        training: bool | None,
+    ) -> Any:
         structure = self._shim_structure
         is_step = method == "__call__" and self._shim_takes_carry(args)
         values = self._shim_values(structure, structure.carried if is_step else ())

@@ -14,7 +14,7 @@ from ...core import Path, at, path_text, recording
 from ...materialization import Whole, by_path
 from ...program import Program
 from .host import ToLinen
-from .traced import Traced, variables_of
+from .traced import Traced, TracedCell, variables_of
 
 __all__ = ["Models"]
 
@@ -28,7 +28,8 @@ class Models(Whole):
     def make(
         self, program: Program, values: Mapping[Path, Any], *, training: bool = False
     ) -> tuple[Traced, dict[str, Any]]:
-        return Traced(program, deterministic=not training), variables_of(program, values)
+        made = TracedCell if program.is_cell else Traced
+        return made(program, deterministic=not training), variables_of(program, values)
 
     def parts(self, model):
         if not isinstance(model, tuple):
@@ -46,19 +47,36 @@ class Models(Whole):
         return list(found.values())
 
     def run(self, model, companion, inputs):
+        _check_given(companion)
         with recording() as calls:
             mutable = [name for name in companion if name != "params"]
             model.apply(companion, *inputs, mutable=mutable)
-        return by_path(calls, self.shims(model), lambda shim: id(shim.module))
+        return by_path(
+            calls,
+            self.shims(model),
+            lambda shim, called: shim.module is called.module,
+            lambda called: ".".join(("model", *called.scope.path)),
+        )
+
+    def check_held(self, model):
+        own = [
+            type(part).__qualname__
+            for _, part in _fields(model, ())
+            if isinstance(part, nn.Module)
+            and not isinstance(part, ToLinen)
+            and not type(part).__module__.startswith("flax.linen.")
+        ]
+        if own:
+            raise ArgumentError(
+                f"{own[0]} may make shims in setup or compact methods, where they could not be "
+                f"replaced, and only a call shows them",
+                remedy="Pass sample_input=, an input as the model takes it",
+            )
 
     def replace(self, model, companion, remake):
         if isinstance(model, ToLinen):
             return model._shim_remade(remake, companion, path=())
-        if companion is None:
-            raise ArgumentError(
-                "the variables of the model are missing",
-                remedy="Pass (module, variables), or variables=",
-            )
+        _check_given(companion)
         variables = {name: tree for name, tree in nn.unbox(companion).items()}
         made: dict[int, Any] = {}
         bound = model.bind(companion)
@@ -71,6 +89,14 @@ class Models(Whole):
                 tree = _with(_plain(variables.get(name, {})), scope, new.get(name))
                 variables[name] = tree
         return _swapped(model, made), {name: tree for name, tree in variables.items() if tree}
+
+
+def _check_given(variables: Any) -> None:
+    if variables is None:
+        raise ArgumentError(
+            "the variables of the model are missing",
+            remedy="Pass (module, variables), or variables=",
+        )
 
 
 def _fields(part: Any, path: Path) -> Iterator[tuple[Path, Any]]:

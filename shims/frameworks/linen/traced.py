@@ -13,7 +13,7 @@ from interop.errors import ArgumentError, ConversionError, MissingKeyError
 from ...core import Kind, Path, at, nest
 from ...program import Program
 
-__all__ = ["COLLECTIONS", "Traced", "place", "variables_of"]
+__all__ = ["COLLECTIONS", "Traced", "TracedCell", "place", "variables_of"]
 
 COLLECTIONS = {
     Kind.PARAMETER: "params",
@@ -56,7 +56,7 @@ class Traced(nn.Module):
     deterministic: bool | None = None
 
     @nn.compact
-    def __call__(self, *args: Any, deterministic: bool | None = None) -> Any:
+    def __call__(self, *args: Any, deterministic: bool | None = None, **kwargs: Any) -> Any:
         if self.is_initializing():
             raise ArgumentError(
                 f"the weights of {self.program.guest} came with it, and are not made anew",
@@ -66,7 +66,8 @@ class Traced(nn.Module):
         training = None if deterministic is None else not deterministic
         places = {v.path: place(v.kind, v.path) for v in self.program.values}
         values = self.values(self.variables)
-        out, new = self.program.run(values, args, training=training, key=self._key(training))
+        key = self._key(training)
+        out, new = self.program.run(values, args, kwargs, training=training, key=key)
         after = nest({where: new.get(p, values[p]) for p, where in places.items()})
         for collection, name in sorted({places[path][:2] for path in new}):
             self.put_variable(collection, name, after[collection][name])
@@ -95,6 +96,28 @@ class Traced(nn.Module):
         if not self.has_rng("dropout"):
             return _no_key
         return lambda: self.make_rng("dropout")
+
+
+class TracedCell(Traced, nn.RNNCellBase):
+    """A traced recurrent cell, called ``cell(carry, x)``, which returns ``(carry, output)``."""
+
+    @property
+    def num_feature_axes(self) -> int:
+        """Trailing axes of the input that are not batch axes."""
+        return self.program.feature_axes
+
+    @nn.nowrap
+    def initialize_carry(self, rng: jax.Array, input_shape: tuple[int, ...]) -> Any:
+        """The carry that the cell starts from.
+
+        Args:
+            rng: a key, for cells that start at random.
+            input_shape: the shape of one step's input, ``(batch, *features)``.
+
+        Raises:
+            ArgumentError: the cell was traced for other shapes.
+        """
+        return self.program.initial_carry(input_shape, lambda: rng)
 
 
 def _no_key() -> jax.Array:

@@ -33,7 +33,7 @@ from ...core import (
     is_cell,
     is_traced,
     nest,
-    noted,
+    noting,
     path_text,
     report_of,
 )
@@ -49,7 +49,7 @@ from ...forwarding import (
 )
 from ...materialization import materialize
 from ...report import LinkReport
-from .streams import key_source, named_streams, no_key, stream_of
+from .streams import first_carry, key_source, named_streams, stream_of
 from .views import check_link, owned, view_of
 
 __all__ = ["ToNNX", "ToNNXCell"]
@@ -365,7 +365,17 @@ class ToNNX(nnx.Module):
         rngs: Any = None,
         deterministic: bool | None = None,
     ) -> Any:
-        noted(self, method, args, kwargs)
+        with noting(self, method, args, kwargs, rngs=rngs, deterministic=deterministic):
+            return self._shim_called(method, args, kwargs, rngs, deterministic)
+
+    def _shim_called(
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        rngs: Any,
+        deterministic: bool | None,
+    ) -> Any:
         training = not (self.deterministic if deterministic is None else deterministic)
         own = self._shim_own_streams()
         every = [stream for stream in (self.rngs, *own.values()) if stream is not None]
@@ -525,20 +535,13 @@ class ToNNXCell(ToNNX, nnx.RNNCellBase):
             MissingKeyError: the guest or ``carry_init`` needs a key, and there is no ``rngs``.
         """
         structure = self._shim_anchor.structure
-        draw = _carry_source(rngs)
-        carry = structure.initial_carry(self._shim_values(structure), input_shape, draw)
-        if carry_init is None:
-            return carry
-        return jax.tree.map(lambda leaf: carry_init(draw(), leaf.shape, leaf.dtype), carry)
+        values = self._shim_values(structure)
+        return first_carry(
+            lambda draw: structure.initial_carry(values, input_shape, draw), rngs, carry_init
+        )
 
     def _shim_takes_carry(self, args: tuple[Any, ...]) -> bool:
         return self._shim_anchor.structure.takes_carry(args)
-
-
-def _carry_source(rngs: Any) -> Callable[[], jax.Array]:
-    if rngs is None:
-        return no_key
-    return rngs.carry if isinstance(rngs, nnx.Rngs) else rngs
 
 
 def _check_defaults() -> None:

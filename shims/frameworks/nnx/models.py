@@ -12,7 +12,7 @@ from ...graph import Graph
 from ...materialization import Whole, by_path
 from ...program import Program
 from .host import ToNNX
-from .traced import TYPES, Traced
+from .traced import TYPES, Traced, TracedCell
 
 __all__ = ["Models"]
 
@@ -23,7 +23,7 @@ class Models(Whole):
     module_type = Traced
 
     def make(self, program: Program, values: Mapping[Path, Any], **options: Any) -> Traced:
-        return Traced(program, values, **options)
+        return (TracedCell if program.is_cell else Traced)(program, values, **options)
 
     def parts(self, model):
         return model.program, model.values(), not model.deterministic
@@ -34,9 +34,13 @@ class Models(Whole):
     def run(self, model, companion, inputs):
         copy = nnx.clone(model)
         copy.eval()
+        shims = self.shims(copy)
+        for _, shim in shims:
+            # Transformations call copies, and a compiled function that knows the model none.
+            shim._shim_mark = object()
         with recording() as calls:
             copy(*inputs)
-        return by_path(calls, self.shims(copy))
+        return by_path(calls, shims, lambda shim, called: _mark(called) is shim._shim_mark)
 
     def replace(self, model, companion, remake):
         for _, shim in self.shims(model):
@@ -46,6 +50,10 @@ class Models(Whole):
             lambda shim, **facts: shim._shim_remade(remake, **facts),
             lambda made: vars(made) if isinstance(made, Traced) else None,
         )
+
+
+def _mark(shim: Any) -> Any:
+    return vars(shim).get("_shim_mark")
 
 
 def _graph(model: Any) -> Graph:

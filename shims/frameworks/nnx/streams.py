@@ -11,7 +11,7 @@ from flax.errors import TraceContextError
 
 from interop.errors import ArgumentError, MissingKeyError
 
-__all__ = ["key_source", "named_streams", "no_key", "stream_of"]
+__all__ = ["first_carry", "key_source", "named_streams", "no_key", "stream_of"]
 
 
 def stream_of(rngs: Any) -> Any:
@@ -75,3 +75,20 @@ def no_key() -> jax.Array:
         "the wrapped layer draws random numbers, and the shim has no key for it",
         remedy="Pass rngs=nnx.Rngs(seed) to ToNNX or to the call, or switch to .eval()",
     )
+
+
+def first_carry(
+    start: Callable[[Callable[[], jax.Array]], Any], rngs: Any, carry_init: Any
+) -> Any:
+    """What a cell starts from: ``start(draw)``, or ``carry_init`` of each of its arrays."""
+    draw = _carry_source(rngs)
+    carry = start(draw)
+    if carry_init is None:
+        return carry
+    return jax.tree.map(lambda leaf: carry_init(draw(), leaf.shape, leaf.dtype), carry)
+
+
+def _carry_source(rngs: Any) -> Callable[[], jax.Array]:
+    if rngs is None:
+        return no_key
+    return rngs.carry if isinstance(rngs, nnx.Rngs) else rngs

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from flax import nnx
 
 from interop.errors import ArgumentError
 
 from ...core import Kind, Path, at, attribute_path, nest
 from ...program import Program
-from .streams import key_source, stream_of
+from .streams import first_carry, key_source, stream_of
 from .views import Buffer, HiddenState
 
-__all__ = ["TYPES", "Traced"]
+__all__ = ["TYPES", "Traced", "TracedCell"]
 
 TYPES = {
     Kind.PARAMETER: nnx.Param,
@@ -47,7 +48,7 @@ class Traced(nnx.Module):
         training: bool = False,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
     ):
-        program.check_names(("program", "deterministic", "rngs", "values"), nnx.Module)
+        program.check_names(("program", "deterministic", "rngs", "values"), type(self))
         self.program = program
         self.deterministic = not training
         self.rngs = nnx.data(None if rngs is None else stream_of(rngs).fork())
@@ -60,11 +61,14 @@ class Traced(nnx.Module):
         for name, tree in nest(variables).items():
             setattr(self, name, nnx.data(tree))
 
-    def __call__(self, *args: Any, rngs: Any = None, deterministic: bool | None = None) -> Any:
+    def __call__(
+        self, *args: Any, rngs: Any = None, deterministic: bool | None = None, **kwargs: Any
+    ) -> Any:
         training = not (self.deterministic if deterministic is None else deterministic)
         out, new = self.program.run(
             self.values(),
             args,
+            kwargs,
             training=training,
             key=key_source(rngs if rngs is not None else self.rngs, training=training),
         )
@@ -89,3 +93,33 @@ class Traced(nnx.Module):
                 remedy="Write its value instead: variable.set_value(...)",
             )
         return found
+
+
+class TracedCell(Traced, nnx.RNNCellBase):
+    """A traced recurrent cell, called ``cell(carry, x)``, which returns ``(carry, output)``."""
+
+    @property
+    def num_feature_axes(self) -> int:
+        """Trailing axes of the input that are not batch axes."""
+        return self.program.feature_axes
+
+    def initialize_carry(
+        self,
+        input_shape: tuple[int, ...],
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        carry_init: Callable[..., jax.Array] | None = None,
+    ) -> Any:
+        """The carry that the cell starts from.
+
+        Args:
+            input_shape: the shape of one step's input, ``(batch, *features)``.
+            rngs: for cells that start at random.
+            carry_init: an initializer for each array of the carry, in place of the cell's.
+
+        Raises:
+            ArgumentError: the cell was traced for other shapes.
+            MissingKeyError: a key is needed, and there is no ``rngs``.
+        """
+        return first_carry(
+            lambda draw: self.program.initial_carry(input_shape, draw), rngs, carry_init
+        )
