@@ -51,6 +51,12 @@ MADE = {
     "ScaledWSConv": ((4, 6, (3, 2)), {"groups": 2, "padding": "SAME"}, (2, 5, 7, 4)),
     "Embedding": ((5, (2, 3)), {"max_norm": 0.5, "norm_type": 1.0}, jnp.arange(4)),
     "FrozenEmbedding": ((5, 3), {"padding_idx": 2}, jnp.arange(4)),
+    "SparseLinear": ((3, 4, [2, 0, 2], [1, 3, 0]), {"use_bias": True}, (5, 3)),
+    "FixedNumConn": (
+        (3, 4, [[0, 0], [1, 1], [2, 2]], [[1, 3], [0, 0], [2, 1]]),
+        {"one_weight": True},
+        (5, 3),
+    ),
     "ScaledWSLinear": ((3, 4), {"epsilon": 0.3, "use_bias": False}, (5, 3)),
     "SignedLinear": ((3, 4), {"sign": 1 - np.arange(12).reshape(3, 4) % 3}, (5, 3)),
     "LoRA": ((3, 2, 4), {"base": LINEAR, "dtype": jnp.float32}, (5, 3)),

@@ -37,6 +37,7 @@ from .layers import (
     linear,
     prelu,
     promote,
+    sparse_linear,
 )
 from .normalized_weights import spectral_norm, unit_norm
 from .norms import moments, normalize
@@ -90,6 +91,7 @@ __all__ = [
     "moments",
     "normalize",
     "promote",
+    "sparse_linear",
     "spectral_norm",
     "unit_norm",
     "ACTIVATIONS",

@@ -22,6 +22,7 @@ __all__ = [
     "linear",
     "prelu",
     "promote",
+    "sparse_linear",
 ]
 
 Array = Any
@@ -94,6 +95,26 @@ def all_to_all(
         y = weight * y
     else:
         y = x @ (weight if include_self else jnp.fill_diagonal(weight, 0, inplace=False))
+    return y if bias is None else y + bias
+
+
+def sparse_linear(
+    x: Array, weight: Array, bias: Array | None = None, *, rows: Array, columns: Array, out: int
+) -> jax.Array:
+    """``x @ matrix + bias``, the matrix having a few elements, which add up at one place.
+
+    Args:
+        x: ``(*batch, in)``.
+        weight: the elements, an array of any shape; or one of them for all.
+        bias: ``(out,)``, or None.
+        rows, columns: where they are, arrays of that shape.
+        out: the number of columns.
+
+    Returns:
+        An array ``(*batch, out)``.
+    """
+    parts = x[..., rows] * weight
+    y = jnp.zeros((*x.shape[:-1], out), parts.dtype).at[..., columns].add(parts)
     return y if bias is None else y + bias
 
 

@@ -25,7 +25,7 @@ from .base import (
     plain_dtype,
     promoted_dtype,
 )
-from .connections import AllToAll
+from .connections import AllToAll, FixedNumConn, SparseLinear
 from .contractions import Einsum, LinearGeneral
 from .convolutions import (
     Conv,
@@ -83,6 +83,7 @@ __all__ = [
     "DropoutFixed",
     "Einsum",
     "Embedding",
+    "FixedNumConn",
     "Flatten",
     "Formula",
     "FrozenEmbedding",
@@ -114,6 +115,7 @@ __all__ = [
     "Shape",
     "SignedLinear",
     "SimpleCell",
+    "SparseLinear",
     "Spec",
     "SpectralNorm",
     "SpikeBitwise",

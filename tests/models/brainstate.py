@@ -4,6 +4,7 @@ import functools
 import math
 
 import brainstate
+import brainunit
 import jax
 import jax.numpy as jnp
 from brainstate import nn
@@ -453,6 +454,8 @@ _CELL_OPTIONS = {
     "name": NAME,
 }
 
+_SPARSE = array(4), jnp.array([0, 1, 0, 2]), jnp.array([3, 0, 1, 2])
+
 CONSTRUCTORS = {
     nn.Sequential: "its layers are tested in stacks",
     nn.Linear: Constructor(
@@ -520,6 +523,36 @@ CONSTRUCTORS = {
             "b_init": Option(jnp.arange(4.0)),
             "include_self": Option(False),
             "name": NAME,
+            "param_type": Option(FrozenState, refused=ALL),
+        },
+    ),
+    nn.SparseLinear: Constructor(
+        (6, 3),
+        {"spar_mat": brainunit.sparse.COO(_SPARSE, shape=(3, 4))},
+        {
+            "spar_mat": Option(
+                brainunit.sparse.CSC((array(4), _SPARSE[1], jnp.arange(5)), shape=(3, 4))
+            ),
+            "b_init": Option(jnp.arange(4.0)),
+            "in_size": SHAPE,
+            "name": NAME,
+            "param_type": Option(FrozenState, refused=ALL),
+        },
+    ),
+    nn.FixedNumConn: Constructor(
+        (6, 3),
+        {"in_size": 3, "out_size": 4, "conn_num": 2, "conn_weight": array(3, 2), "seed": 1},
+        {
+            "in_size": SHAPE,
+            "out_size": SHAPE,
+            "conn_num": Option({"conn_num": 0, "conn_weight": 1.0}, refused=ALL),
+            "conn_weight": Option(1.5),
+            "efferent_target": "the other one is an error in BrainState",
+            "afferent_ratio": "tests/test_linear.py",
+            "allow_multi_conn": Option(False),
+            "seed": INITIAL,
+            "name": NAME,
+            "conn_init": INITIAL,
             "param_type": Option(FrozenState, refused=ALL),
         },
     ),
