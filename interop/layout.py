@@ -23,11 +23,12 @@ from .errors import (
     UnsupportedLayerError,
     UnsupportedStructureError,
 )
+from .spreading import spread
 
 if TYPE_CHECKING:
     from .registry import Adapter
 
-__all__ = ["Crossed", "Flow", "Place", "cross", "crossed"]
+__all__ = ["Crossed", "Flow", "Place", "cross", "crossed", "several_axes"]
 
 Origins = dict[int, tuple[str, type]]
 Change = Callable[[specs.Spec], specs.Spec]
@@ -164,12 +165,21 @@ def crossed(
     source: Adapter,
     target: Adapter,
 ) -> Crossed:
-    """:func:`cross`, where the frameworks differ in their order of axes; else ``root``."""
+    """:func:`cross`, where the frameworks differ in their order of axes; else ``root``.
+
+    In both cases after :func:`interop.spreading.spread`.
+    """
+    root = spread(root, origins, source, target)
     if source.channels_first == target.channels_first:
         places = (Place(),) * (len(list(_leaves(root))) + 1)
         return Crossed(root, shape, places, shape, source.channels_first)
     first, name = target.channels_first, target.name
     return cross(root, origins, shape, to_first=first, target=name)
+
+
+def several_axes(root: specs.Spec) -> bool:
+    """Whether some layer tells that examples have more axes than one, if not how many."""
+    return any(leaf.least_axes > 1 for leaf in _leaves(root))
 
 
 def _leaves(spec: specs.Spec) -> Iterator[specs.Spec]:

@@ -91,6 +91,8 @@ class Adapter(abc.ABC):
     """Whether modules see one example, and the caller maps over the batch."""
     channels_first: ClassVar[bool] = False
     """Whether spatial layers take their channels before the axes of space."""
+    spreads: ClassVar[bool] = False
+    """Whether its stacks call a layer with the parts of a tuple or dict that they pass on."""
     has_partitionings: ClassVar[bool] = False
     """Whether the framework notes beside arrays how to split them."""
     has_identity: ClassVar[bool] = True
@@ -231,6 +233,21 @@ class Adapter(abc.ABC):
     def native(self, node: Any) -> Any:
         """What a user holds: the module, or the module with what belongs to it."""
         return node
+
+    def steps(self, node: Any) -> list[tuple[Any, str]] | None:
+        """The layers and functions that a user's own module applies one after the other.
+
+        Returns:
+            Their nodes, each with its path from the module's; None for a layer that has a
+            rule, and for a module that does anything else.
+        """
+        bases = cast(Any, type(self.module(node))).__mro__
+        is_known = any(base in self.readers for base in bases)
+        return None if is_known else self.chain(node)
+
+    def chain(self, node: Any) -> list[tuple[Any, str]] | None:
+        """:meth:`steps` of a module without a rule."""
+        return None
 
     # -- rules --------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import dis
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, cast
 
@@ -23,7 +24,7 @@ from .errors import (
     UnsupportedLayerError,
     UnsupportedStructureError,
 )
-from .layout import Crossed, Flow
+from .layout import Crossed, Flow, several_axes
 from .parameters import is_quantity, leaves_by_name
 from .progress import advance
 from .registry import Adapter, BuildRule, ReadRule, Registry
@@ -49,6 +50,7 @@ class Reading:
         self.origins: dict[int, Origin] = {}
         self._registry = registry
         self._specs: dict[int, specs.Spec] = {}
+        self._alive: list[Any] = []
         self._owners: dict[int, tuple[str, object]] = {}
         self._found: type = object
 
@@ -59,18 +61,26 @@ class Reading:
             return self._remember(self.read_callable(module, path), path, type(module))
         if id(module) in self._specs:
             return self._specs[id(module)]
-        rule = self.adapter.reader(module, path)
+        steps = self.adapter.steps(node)
+        rule = None if steps else self.adapter.reader(module, path)
         outer = self.path, self._found
         self.path, self._found = path, type(module)
         try:
             self._check_owners(node, path)
-            spec = self.read_by(rule, node)
+            spec = self._read_steps(steps or []) if rule is None else self.read_by(rule, node)
         finally:
             self.path, self._found = outer
         if self.adapter.has_identity:
             self._specs[id(module)] = spec
         advance()
         return spec
+
+    def _read_steps(self, steps: list[tuple[Any, str]]) -> specs.Spec:
+        """The stack that a user's own module comes to."""
+        self._alive.append(steps)  # as they are known by their ids
+        nodes = [node for node, _ in steps]
+        layers = self.read_all(nodes, [f"{self.path}{path}" for _, path in steps])
+        return self._remember(specs.Sequential(layers=layers), self.path, self._found)
 
     def read_by(self, rule: ReadRule, node: Any) -> specs.Spec:
         """The spec that ``rule`` makes of the layer being read."""
@@ -101,15 +111,17 @@ class Reading:
                 "live with shims.wrap",
             ) from e
 
-    def read_all(self, nodes: Any) -> tuple[specs.Spec, ...]:
-        """The specs of a stack's layers, in order."""
-        layers = tuple(self.read(node, f"{self.path}[{i}]") for i, node in enumerate(nodes))
-        for i, layer in enumerate(layers):
+    def read_all(self, nodes: Any, paths: Any = None) -> tuple[specs.Spec, ...]:
+        """The specs of a stack's layers, in order; their paths are numbers if not given."""
+        nodes = list(nodes)
+        paths = paths or [f"{self.path}[{i}]" for i in range(len(nodes))]
+        layers = tuple(itertools.starmap(self.read, zip(nodes, paths, strict=True)))
+        for path, layer in zip(paths, layers, strict=True):
             if isinstance(layer, specs.Cell):
                 raise UnsupportedStructureError(
                     f"{self.origins[id(layer)][1].__qualname__} stands in a stack; other "
                     f"frameworks pass its state by hand, which a stack does not",
-                    path=f"{self.path}[{i}]",
+                    path=path,
                     remedy="Convert the cell by itself",
                 )
         if not layers:
@@ -217,6 +229,7 @@ class Building:
         self._origins = dict(origins)
         self._flow = Flow(self.sample, adapter.channels_first, self._origins)
         self._built: dict[int, Any] = {}
+        self._is_vague = there is not None and self.sample is None and several_axes(there.spec)
         self._levels = 0
         self._held: set[int] = set()
         self._unit = unit  # of the data here; None where they have none, ... where unknown
@@ -359,7 +372,13 @@ class Building:
         Raises:
             ConversionError: a function before this layer fails on its input's shape.
         """
-        return self._flow.shape
+        return None if self._is_vague else self._flow.shape
+
+    def fits(self, axes: int) -> bool:
+        """Whether examples have so many axes here, as far as anything tells."""
+        if self.shape is None:
+            return self.sample is None and not self._is_vague
+        return len(self.shape) == axes
 
     def refuse(
         self, option: str, value: Any, reason: str, remedy: str | None = None

@@ -20,8 +20,11 @@ import jax.numpy as jnp
 __all__ = [
     "ACTIVATIONS",
     "Batched",
+    "Gathered",
+    "Kept",
     "Moved",
     "Single",
+    "Spread",
     "activation_defaults",
     "activation_name",
     "complement",
@@ -151,6 +154,10 @@ class Batched:
         return jax.vmap(self.fn)(x)
 
 
+def _as_batch(x: Any) -> Any:
+    return x[None]
+
+
 @dataclass(frozen=True)
 class Single:
     """A function of a batch, applied to one example: ``fn(x[None])[0]``.
@@ -160,18 +167,68 @@ class Single:
 
     fn: Callable[..., Any]
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply ``fn`` to a batch that holds ``x`` alone.
+    def __call__(self, x: Any) -> Any:
+        """Apply ``fn`` to a batch that holds ``x`` alone; both may be several arrays.
 
         Raises:
             ValueError: ``fn`` returned no batch of one example.
         """
-        y = self.fn(x[None])
-        if y.shape[:1] != (1,):
-            raise ValueError(
-                f"{self.fn} mixes batch and features: {x[None].shape} -> {y.shape}"
-            )
-        return y[0]
+
+        def first(part: Any) -> Any:
+            if part.shape[:1] != (1,):
+                shapes = [(1, *leaf.shape) for leaf in jax.tree.leaves(x)]
+                raise ValueError(
+                    f"{self.fn} mixes batch and features: {shapes} -> {part.shape}"
+                )
+            return part[0]
+
+        return jax.tree.map(first, self.fn(jax.tree.map(_as_batch, x)))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A function that takes a tuple as its arguments, and a dict as keyword arguments."""
+
+    fn: Callable[..., Any]
+
+    def __call__(self, x: Any) -> Any:
+        """Call ``fn`` with the parts of ``x``, or with ``x`` if that is one array."""
+        if isinstance(x, tuple):
+            return self.fn(*x)
+        return self.fn(**x) if isinstance(x, dict) else self.fn(x)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Whole:
+    """A tuple or dict that nothing takes apart."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A function whose tuple or dict is to reach :class:`Gathered` whole."""
+
+    fn: Callable[..., Any]
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """The output of ``fn``; several as one :class:`Whole`."""
+        y = self.fn(*args, **options)
+        return Whole(y) if isinstance(y, tuple | dict) else y
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A function of one tuple or dict, where stacks spread them; see :class:`Kept`."""
+
+    fn: Callable[..., Any]
+
+    def __call__(self, x: Any, *rest: Any) -> Any:
+        """Call ``fn`` with what the layer before returned."""
+        if rest:  # of a layer that always returns so many
+            return self.fn((x, *rest))
+        return self.fn(x.value if isinstance(x, Whole) else x)
 
 
 @dataclass(frozen=True)

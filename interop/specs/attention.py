@@ -41,6 +41,7 @@ class RotaryEmbedding(Spec):
     max_length: int | None = None
 
     keeps_shape = True
+    least_axes = 2
 
     def apply(self, run: Run, x: Array, input_positions: Array | None = None) -> Array:
         return formulas.rotate(
@@ -102,6 +103,7 @@ class MultiHeadAttention(Spec):
 
     trained: ClassVar[tuple[str, ...]] = ("query_scale", "key_scale")
     children: ClassVar[tuple[str, ...]] = ("query", "key", "value", "out", "rope")
+    least_axes = 2
 
     def apply(
         self,

@@ -111,6 +111,8 @@ class Spec:
     """Fields that hold another spec, or None."""
     random: ClassVar[bool] = False
     """Whether training draws random numbers."""
+    least_axes: ClassVar[int] = 1
+    """How many axes an example has at least."""
     takes_examples: ClassVar[bool] = False
     """Whether the formula takes one example without a batch axis as well."""
     keeps_shape: ClassVar[bool] = False

@@ -622,6 +622,7 @@ class RNN(Spec):
 
     children: ClassVar[tuple[str, ...]] = ("cell",)
     takes_examples = True
+    least_axes = 2
 
     @property
     def space(self) -> int:
@@ -702,6 +703,7 @@ class Bidirectional(Spec):
 
     children: ClassVar[tuple[str, ...]] = ("forward_rnn", "backward_rnn")
     takes_examples = True
+    least_axes = 2
 
     @property
     def space(self) -> int:

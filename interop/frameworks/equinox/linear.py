@@ -31,7 +31,7 @@ def read_linear(node, ctx):
 @adapter.builds(specs.Linear, carries=("scalar_input", "scalar_output"))
 def build_linear(spec, ctx):
     check_one_dtype(spec.weight, spec.bias, ctx)
-    if ctx.shape is not None and len(ctx.shape) != 1 - spec.scalar_input:
+    if not ctx.fits(1 - spec.scalar_input):
         ctx.refuse("sample_input", ctx.shape, "Equinox's Linear takes examples of one axis")
     n_in, n_out = spec.weight.shape
     return make(

@@ -52,7 +52,7 @@ def build_layer_norm(spec, ctx):
         else spec.sized(ctx.require_shape(-spec.feature_axes[0]))
     )
     shape = spec.feature_shape
-    if ctx.shape is not None and len(ctx.shape) != len(shape):
+    if not ctx.fits(len(shape)):
         ctx.refuse("in_size", ctx.shape, f"Equinox normalises whole examples of shape {shape}")
     return make(
         eqx.nn.RMSNorm if isinstance(spec, specs.RMSNorm) else eqx.nn.LayerNorm,

@@ -13,6 +13,7 @@ import jax
 from flax.linen import dtypes
 
 from ... import specs
+from ...chains import MODES
 from ...composites.core import combine, split
 from ...composites.linen import COMPOSITES
 from ...errors import (
@@ -21,7 +22,7 @@ from ...errors import (
 from ...partitioning import Partitioning
 from ...registry import Adapter
 from ..nnx.adapter import read_pool
-from .variables import check_variables, leaves_of
+from .variables import chain_of, check_variables, leaves_of, within
 
 OVERWRITES = "each call gives the layer new parameters, which a function cannot do"
 OVERWRITTEN = (
@@ -55,6 +56,7 @@ class Linen(Adapter):
     edges = {specs.Embedding: "a too large index gives NaN"}
     fixed = {"promote_dtype": dtypes.promote_dtype}
     companion = "params"
+    spreads = True
     has_partitionings = True
 
     def open(self, model, params, state):
@@ -102,7 +104,7 @@ class Linen(Adapter):
         return node.module if isinstance(node, Node) else node
 
     def arrays(self, node):
-        masks = (getattr(m, "mask", None) for m, _, _ in leaves_of(node.module, (), None))
+        masks = (getattr(m, "mask", None) for m, _, _ in leaves_of(self, node.module, (), None))
         held = jax.tree.leaves(node.variables)
         return [*held, *(mask for mask in masks if mask is not None)]
 
@@ -155,7 +157,7 @@ class Linen(Adapter):
         module = _in_mode(node.module, train, {})
         taken = inspect.signature(type(module).__call__).parameters.keys()
         taken -= _fields(type(module))  # which are set already
-        modes = {name: train is value for name, value in _MODES.items() if name in taken}
+        modes = {name: train is value for name, value in MODES.items() if name in taken}
         return module.apply(node.variables, *inputs, mutable=mutable, **modes)[0]
 
     def for_callback(self, node):
@@ -166,6 +168,18 @@ class Linen(Adapter):
 
     def added_state(self, module, rule):
         return _fields(type(module)) - _fields(rule.layer_type)
+
+    def chain(self, node):
+        found = chain_of(self.module(node))
+        if found is None or not isinstance(node, Node):
+            return found and [(part, path) for part, path, _ in found]
+        nodes = {
+            id(part): Node(part, within(node.variables, names)) for part, _, names in found
+        }
+        return [
+            (nodes[id(part)] if isinstance(part, nn.Module) else part, path)
+            for part, path, _ in found
+        ]
 
     def has_children(self, module):
         return True  # they may appear in setup, or in a compact call
@@ -220,17 +234,6 @@ def boxed(value: Any, partitioning: Partitioning | None) -> Any:
     )
 
 
-# Fields of layers, and arguments of calls, that switch the mode; the value for training.
-_MODES = {
-    "use_running_average": False,
-    "deterministic": False,
-    "train": True,
-    "training": True,
-    "is_training": True,
-    "update_stats": True,
-}
-
-
 def _in_mode(layer: Any, train: bool, memo: dict[int, Any]) -> Any:
     """The layers of a stack with their modes set; one used twice stays one."""
     if not isinstance(layer, nn.Module):
@@ -240,8 +243,8 @@ def _in_mode(layer: Any, train: bool, memo: dict[int, Any]) -> Any:
             layers = tuple(_in_mode(x, train, memo) for x in layer.layers)
             changes: dict[str, Any] = {"layers": layers}
         else:
-            modes = _MODES.keys() & _fields(type(layer))
-            changes = {name: train is _MODES[name] for name in modes}
+            modes = MODES.keys() & _fields(type(layer))
+            changes = {name: train is MODES[name] for name in modes}
         memo[id(layer)] = layer.clone(**changes)
     return memo[id(layer)]
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from ... import formulas
+from ...chains import steps_of
 from ...composites.linen import COMPOSITES
 from ...errors import (
     ConversionError,
@@ -262,8 +263,8 @@ def check_variables(adapter: Adapter, model: nn.Module, variables: Mapping[str, 
     wanted: dict[Key, tuple[int | str, ...]] = {}
     parents: dict[int, Any] = {}
     given = dict(flatten(variables, ()))
-    for module, scope, parent in leaves_of(model, (), None):
-        places = "".join(f"[{name.removeprefix('layers_')}]" for name in scope)
+    for module, scope, parent in leaves_of(adapter, model, (), None):
+        places = "".join(map(_place, scope))
         declared = _declared(adapter, module, f"model{places}", set())
         if declared is None:  # it checks them by itself
             given = {k: v for k, v in given.items() if k[1 : 1 + len(scope)] != scope}
@@ -294,17 +295,55 @@ def check_variables(adapter: Adapter, model: nn.Module, variables: Mapping[str, 
     )
 
 
-def leaves_of(module: Any, scope: Key, parent: Any) -> Iterator[tuple[nn.Module, Key, Any]]:
+def leaves_of(
+    adapter: Adapter, module: Any, scope: Key, parent: Any
+) -> Iterator[tuple[nn.Module, Key, Any]]:
     """Every layer below ``module`` once a stack, with the scope of its variables."""
-    if not isinstance(module, nn.Sequential):
+    if isinstance(module, nn.Sequential):
+        parts = [(layer, (f"layers_{i}",)) for i, layer in enumerate(module.layers)]
+    elif isinstance(module, nn.Module) and adapter.steps(module):
+        parts = [(part, names) for part, _, names in chain_of(module) or ()]
+    else:
         if isinstance(module, nn.Module):
             yield module, scope, parent
         return
     seen: set[int] = set()
-    for i, layer in enumerate(module.layers):
+    for layer, names in parts:
         if id(layer) not in seen:
             seen.add(id(layer))
-            yield from leaves_of(layer, (*scope, f"layers_{i}"), module)
+            yield from leaves_of(adapter, layer, (*scope, *names), module)
+
+
+def chain_of(module: nn.Module) -> list[tuple[Any, str, Key]] | None:
+    """The layers and functions that a module with ``setup`` applies one after the other.
+
+    Returns:
+        Each layer by itself, and the names of its variables' place; None if that is not all.
+    """
+    method = getattr(type(module).__call__, "__wrapped__", None)  # by Flax's own wrapper
+    if hasattr(method, "__wrapped__") or getattr(method, "compact", False):
+        return None
+    try:
+        bound = module.bind({})
+    except Exception:
+        return None
+    steps = steps_of(method, bound, lambda value: isinstance(value, nn.Module))
+    alone: dict[int, Any] = {}
+    found: list[tuple[Any, str, Key]] = []
+    for part, path in steps or ():
+        is_module = isinstance(part, nn.Module)
+        if is_module and id(part) not in alone:
+            alone[id(part)] = part.unbind()[0]
+        names = tuple(part.scope.path) if is_module else ()  # pyright: ignore
+        found.append((alone.get(id(part), part), path, names))
+    return found or None
+
+
+def within(variables: Mapping[str, Any], names: Key) -> dict[str, Any]:
+    """The part of a module's variables that is at a place."""
+    for name in names:
+        variables = {c: tree[name] for c, tree in variables.items() if name in tree}
+    return dict(variables)
 
 
 def flatten(tree: Any, path: Key) -> Iterator[tuple[Key, Any]]:
@@ -313,6 +352,12 @@ def flatten(tree: Any, path: Key) -> Iterator[tuple[Key, Any]]:
             yield from flatten(value, (*path, str(key)))
     else:
         yield path, tree
+
+
+def _place(name: str) -> str:
+    """A name of a scope as part of a path: the layers of a stack have theirs by number."""
+    number = name.removeprefix("layers_")
+    return f"[{number}]" if number.isdigit() and number != name else f".{name}"
 
 
 def _mismatches(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from ... import specs
+from ...chains import steps_of
 from ...composites.nnx import COMPOSITES
 from ...errors import ArgumentError
 from ...partitioning import Partitioning
@@ -24,6 +26,7 @@ class Nnx(Adapter):
     module_type = nnx.Module
     edges = {specs.Embedding: "a too large index gives NaN"}
     fixed = {"promote_dtype": dtypes.promote_dtype}
+    spreads = True
     has_partitionings = True
 
     def containers(self, node):
@@ -32,6 +35,15 @@ class Nnx(Adapter):
     def added_state(self, module, rule):
         held = nnx.Variable | nnx.Pytree
         return {k for k, v in vars(module).items() if isinstance(v, held)} - rule.state
+
+    def chain(self, node):
+        cls = type(node)
+        if cls.__getattribute__ is not nnx.Module.__getattribute__:
+            return None
+        call = inspect.getattr_static(cls, "__call__", None)
+        steps = steps_of(call, node, _is_layer, _contents)
+        used = {id(v) for part, _ in steps or () for v in _held(part)}
+        return steps if used == {id(v) for v in _held(node)} else None
 
     def has_children(self, module):
         return any(path for path, _ in nnx.iter_modules(module))
@@ -151,6 +163,23 @@ def _lasting(node: nnx.Module) -> dict[tuple[Any, ...], Any]:
     """The Variables and plain arrays that outlast a run, by path, each once."""
     found = nnx.to_flat_state(nnx.state(node))
     return {path: v for path, v in found if not isinstance(v, _OF_A_RUN)}
+
+
+def _is_layer(value: Any) -> bool:
+    return isinstance(value, nnx.Module) and not isinstance(value, nnx.List | nnx.Dict)
+
+
+def _contents(value: Any) -> Any:
+    if isinstance(value, nnx.List):
+        return list(value)
+    return dict(value.items()) if isinstance(value, nnx.Dict) else value
+
+
+def _held(part: Any) -> list[Any]:
+    """The Variables below a module, but for random streams."""
+    if not isinstance(part, nnx.Module):
+        return []
+    return [v for _, v in _variables(part) if not isinstance(v, nnx.RngState)]
 
 
 def _value(part: Any) -> Any:

@@ -1,0 +1,283 @@
+"""Forward logic of a user's own module that only applies its layers one after the other.
+
+:func:`steps_of` runs the method with a stand-in for the input that nothing can look at: layers
+and functions take it and give back a new one, and every other use of it is an error. All that
+the code can reach, ``self``, globals and closures, is a stand-in of the same kind, or a plain
+constant. So the steps that are found are those of any call; where anything else happens, there
+are none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import itertools
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+__all__ = ["MODES", "Steps", "steps_of"]
+
+Steps = list[tuple[Any, str]]
+"""Layers and functions in the order of their calls, each with its path: ``.layers[0]``."""
+
+MODES = {
+    "use_running_average": False,
+    "deterministic": False,
+    "train": True,
+    "training": True,
+    "is_training": True,
+    "update_stats": True,
+}
+"""Names of fields of layers and of arguments that switch the mode; the value for training."""
+
+_CONSTANTS = (bool, int, float, str, types.NoneType)
+_BUILTINS = {
+    fn.__name__: fn for fn in (range, len, zip, enumerate, reversed, tuple, list, min, max, int)
+}
+
+
+class _OtherError(Exception):
+    """The method does something else."""
+
+
+def steps_of(
+    method: Any,
+    module: Any,
+    is_layer: Callable[[Any], bool],
+    contents: Callable[[Any], Any] = lambda value: value,
+) -> Steps | None:
+    """The layers and functions that a module's method applies, in order.
+
+    Args:
+        method: the plain function, ``(self, x)`` or with arguments that are only modes.
+        module: ``self``.
+        is_layer: whether a value is a module of the framework, and no container of such.
+        contents: a container of the framework as a list or dict; other values as they are.
+
+    Returns:
+        None if the method does anything else, in training or in evaluation, or if that cannot
+        be told.
+    """
+    if not isinstance(method, types.FunctionType) or not _is_plain(method.__code__):
+        return None
+    try:
+        traces = [_Trace(module, is_layer, contents, train) for train in (False, True)]
+        found = [trace.run(method) for trace in traces]
+    except Exception:  # of whatever kind: the code was not written for stand-ins
+        return None
+    if not all(a.is_same(b) for a, b in itertools.zip_longest(*found, fillvalue=_NOTHING)):
+        return None
+    return [(step.callable, step.path) for step in found[0]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """A call of a layer or function with the data, and options that are constants."""
+
+    part: Any
+    path: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+
+    def is_same(self, other: _Step) -> bool:
+        return self.part is other.part and self.options == other.options
+
+    @property
+    def callable(self) -> Any:
+        return functools.partial(self.part, **self.options) if self.options else self.part
+
+
+_NOTHING = _Step(None, "")
+
+
+def _is_plain(code: types.CodeType) -> bool:
+    """Whether there is no handler that could hide an error, here or in a function within."""
+    within = [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    waits = code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE)
+    return not (waits or code.co_exceptiontable) and all(map(_is_plain, within))
+
+
+def _refuse(*_: Any, **__: Any) -> Any:
+    raise _OtherError
+
+
+_HIDDEN = (
+    *("getattribute", "setattr", "eq", "ne", "bool", "hash", "iter", "len", "contains"),
+    *("getitem", "repr", "str", "format"),
+)
+_Hidden: Any = type("_Hidden", (), {"__slots__": (), **{f"__{n}__": _refuse for n in _HIDDEN}})
+
+
+class _Value(_Hidden):
+    """Stands for the data; nothing but its identity can be seen."""
+
+    __slots__ = ()
+
+
+class _Closed(_Hidden):
+    """Stands for what the code holds, and may call; nothing else."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any] = _refuse):
+        object.__setattr__(self, "_call", call)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return object.__getattribute__(self, "_call")(*args, **options)
+
+
+class _Names(_Hidden):
+    """Stands for ``self``, or a module of Python: a stand-in for each of its attributes."""
+
+    __slots__ = ("_get",)
+
+    def __init__(self, get: Callable[[str], Any]):
+        object.__setattr__(self, "_get", get)
+
+    def __getattribute__(self, name: str) -> Any:
+        return object.__getattribute__(self, "_get")(name)
+
+
+class _Parts(Mapping[Any, Any]):
+    """Stands for a dict, whose keys may be used as attributes as well."""
+
+    def __init__(self, parts: dict[Any, Any]):
+        self._parts = parts
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._parts[key]
+
+    def __getattr__(self, name: str) -> Any:
+        return self._parts[name]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+class _Trace:
+    """One run of a method, in one of the modes."""
+
+    def __init__(
+        self,
+        module: Any,
+        is_layer: Callable[[Any], bool],
+        contents: Callable[[Any], Any],
+        train: bool,
+    ):
+        self._module, self._train = module, train
+        self._is_layer, self._contents = is_layer, contents
+        self._steps: list[_Step] = []
+        self._latest = _Value()
+
+    def run(self, method: types.FunctionType) -> list[_Step]:
+        """The steps.
+
+        Raises:
+            Exception: it does something else.
+        """
+        names, scope = set(_names(method.__code__)), method.__globals__
+        known = {name: self._stand_in(scope[name], name) for name in names & scope.keys()}
+        cells = tuple(
+            types.CellType(self._stand_in(cell.cell_contents, name))
+            for name, cell in zip(
+                method.__code__.co_freevars, method.__closure__ or (), strict=True
+            )
+        )
+        run: Any = types.FunctionType(
+            method.__code__,
+            {"__builtins__": _BUILTINS, "__name__": "steps", **known},
+            method.__name__,
+            None,
+            cells,
+        )
+        _, data, *rest = inspect.signature(method).parameters.values()
+        kinds = (data.POSITIONAL_ONLY, data.POSITIONAL_OR_KEYWORD)
+        if data.kind not in kinds or any(name.name not in MODES for name in rest):
+            raise _OtherError
+        modes = {name.name: self._mode(name.name) for name in rest}
+        out = run(_Names(self._attribute), self._latest, **modes)
+        if out is not self._latest or not self._steps:
+            raise _OtherError
+        return self._steps
+
+    def _mode(self, name: str) -> bool:
+        return MODES[name] is self._train
+
+    def _attribute(self, name: str) -> Any:
+        if name in MODES:  # which a module may change after it is converted
+            raise _OtherError
+        return self._stand_in(attribute_of(self._module, name), f".{name}")
+
+    def _stand_in(self, value: Any, path: str) -> Any:
+        if type(value) in _CONSTANTS:
+            return value
+        if self._is_layer(value):
+            return _Closed(lambda *args, **options: self._layer(value, path, *args, **options))
+        value = self._contents(value)
+        if isinstance(value, list | tuple):
+            parts = cast("list[Any]", value)
+            return tuple(self._stand_in(part, f"{path}[{i}]") for i, part in enumerate(parts))
+        if isinstance(value, Mapping):
+            named = cast("Mapping[Any, Any]", value).items()
+            return _Parts({k: self._stand_in(part, f"{path}[{k!r}]") for k, part in named})
+        if isinstance(value, types.ModuleType):
+            return _Names(lambda name: self._stand_in(getattr(value, name), name))
+        if callable(value) and not isinstance(value, type | types.MethodType):
+            return _Closed(lambda *args, **options: self._function(value, *args, **options))
+        return _Closed()
+
+    def _layer(self, part: Any, path: str, data: Any, /, **options: Any) -> _Value:
+        for name, value in options.items():
+            if name not in MODES or value is not self._mode(name):
+                raise _OtherError
+        return self._step(_Step(part, path), data)
+
+    def _function(self, fn: Any, data: Any, /, *args: Any, **options: Any) -> _Value:
+        if args:
+            bound = inspect.signature(fn).bind(None, *args, **options)
+            (_, *given), options = bound.args, bound.kwargs
+            options |= zip(list(bound.arguments)[1 : len(bound.args)], given, strict=True)
+        if not all(map(_is_constant, options.values())):
+            raise _OtherError
+        name = getattr(fn, "__name__", type(fn).__qualname__)
+        return self._step(_Step(fn, f".{name}", options), data)
+
+    def _step(self, step: _Step, data: Any) -> _Value:
+        if data is not self._latest:
+            raise _OtherError
+        self._steps.append(step)
+        self._latest = _Value()
+        return self._latest
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Every name of a global, here or in a function within; some are of attributes."""
+    yield from code.co_names
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            yield from _names(const)
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_constant, cast("tuple[Any, ...]", value)))
+    return type(value) in _CONSTANTS
+
+
+def attribute_of(module: Any, name: str) -> Any:
+    """What ``module.name`` is, if that is no code of its class.
+
+    Raises:
+        AttributeError: it is, or there is no such attribute.
+    """
+    own = inspect.getattr_static(cast("Any", type(module)), name, None)
+    kind = cast("Any", type(own))
+    if not hasattr(kind, "__set__"):
+        value = getattr(module, name)  # which may set it first
+        if name in vars(module) or not hasattr(kind, "__get__"):
+            return value
+    raise AttributeError(name)

@@ -1,0 +1,314 @@
+"""A user's own module that only applies its layers one after the other is a stack of them."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import interop
+
+from . import truth
+from .cases import (
+    BIAS,
+    BIAS_2,
+    EPSILON,
+    MEAN,
+    MOMENTUM,
+    SCALE,
+    SHIFT,
+    VAR,
+    WEIGHT,
+    WEIGHT_2,
+    X,
+    array,
+)
+from .conftest import Framework
+
+SQUARE, SQUARE_2 = array(4, 4, seed=41), array(4, 4, seed=42)
+hidden_state = [0]
+
+
+class LinenNet(nn.Module):
+    """Layers in attributes, a list and a dict; functions, options and a mode."""
+
+    activation: object = jnp.tanh
+    second: bool = True
+
+    def setup(self):
+        self.norm = nn.BatchNorm(momentum=MOMENTUM, epsilon=EPSILON)
+        self.inp = nn.Dense(4)
+        self.blocks = [nn.Dense(4, use_bias=False) for _ in range(2)]
+        self.heads = {"a": nn.Dense(3), "b": nn.Dense(2)}
+        self.drop = nn.Dropout(0.3)
+
+    def __call__(self, x, *, train=False):
+        x = self.inp(self.norm(x, use_running_average=not train))
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i == 1 and self.second:
+                x = nn.leaky_relu(x, 0.2)
+        x = self.drop(self.activation(x), deterministic=not train)
+        return self.heads["b"](x)
+
+
+def linen_net():
+    params = {
+        "norm": {"scale": SCALE, "bias": SHIFT},
+        "inp": {"kernel": WEIGHT, "bias": BIAS},
+        "blocks_0": {"kernel": SQUARE},
+        "blocks_1": {"kernel": SQUARE_2},
+        "heads_b": {"kernel": WEIGHT_2, "bias": BIAS_2},
+    }
+    return LinenNet(), {
+        "params": params,
+        "batch_stats": {"norm": {"mean": MEAN, "var": VAR}},
+    }
+
+
+class NnxNet(nnx.Module):
+    """The same in NNX."""
+
+    def __init__(self):
+        fw = Framework("nnx")
+        self.norm = fw.batch_norm(SCALE, SHIFT, MEAN, VAR, EPSILON, MOMENTUM)
+        self.body = nnx.Dict(
+            inp=fw.linear(WEIGHT, BIAS),
+            blocks=nnx.List([fw.linear(SQUARE), fw.linear(SQUARE_2)]),
+        )
+        self.slope = 0.2
+        self.drop = nnx.Dropout(0.3, rngs=nnx.Rngs(0))
+        self.head = nnx.Sequential(jnp.tanh, self.drop, fw.linear(WEIGHT_2, BIAS_2))
+
+    def __call__(self, x):
+        x = self.body.inp(self.norm(x))
+        for block in self.body["blocks"]:
+            x = block(x)
+        return self.head(jax.nn.leaky_relu(x, negative_slope=self.slope))
+
+
+def wanted(x, mean=MEAN, var=VAR):
+    x = truth.linear(truth.batch_norm(x, SCALE, SHIFT, mean, var, EPSILON), WEIGHT, BIAS)
+    x = truth.linear(truth.linear(x, SQUARE), SQUARE_2)
+    return truth.linear(np.tanh(np.where(x > 0, x, 0.2 * x)), WEIGHT_2, BIAS_2)
+
+
+SOURCES = {"linen": linen_net, "nnx": NnxNet}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_it_converts_to_a_stack_in_evaluation_and_in_training(name, target):
+    if target.name == name:
+        return
+    model = SOURCES[name]()
+    converted = target.convert_from(Framework(name), model, sample_input=(3,))
+    np.testing.assert_allclose(target.call(converted, X), wanted(X), rtol=1e-5, atol=1e-5)
+    _, trained = target.run(converted, X, train=True, key=jax.random.key(0))
+    moved = truth.updated_statistics(X, MEAN, VAR, MOMENTUM)
+    np.testing.assert_allclose(target.call(trained, X), wanted(X, *moved), rtol=1e-4, atol=1e-4)
+
+
+def test_its_layers_have_paths_of_their_own():
+    module, variables = linen_net()
+    report = interop.explain(module, params=variables, to="nnx")
+    paths = [row.path for row in report.rows]
+    assert paths[:3] == ["model.norm", "model.inp", "model.blocks[0]"]
+    assert paths[-1] == "model.heads['b']"
+    paths = [row.path for row in interop.explain(NnxNet(), to="linen").rows]
+    assert paths[1:4] == ["model.body['inp']", "model.body['blocks'][0]"] + [
+        "model.body['blocks'][1]"
+    ]
+    module, variables = linen_net()
+    del variables["params"]["blocks_1"]
+    variables["params"]["other"] = {"kernel": SQUARE}
+    with pytest.raises(interop.ConversionError) as e:
+        interop.from_linen(module, variables)
+    assert e.value.missing == ("params/blocks_1/kernel",)
+    assert e.value.unexpected == ("params/other/kernel",)
+
+
+def test_a_layer_used_twice_stays_one_layer():
+    class Twice(nn.Module):
+        def setup(self):
+            self.layer = nn.Dense(3)
+
+        def __call__(self, x):
+            return self.layer(nn.tanh(self.layer(x)))
+
+    params = {"layer": {"kernel": SQUARE[:3, :3], "bias": BIAS[:3]}}
+    converted = interop.convert(Twice(), params={"params": params}, to="nnx")
+    assert converted.layers[0] is converted.layers[2]
+    inner = truth.linear(X, SQUARE[:3, :3], BIAS[:3])
+    expected = truth.linear(np.tanh(inner), SQUARE[:3, :3], BIAS[:3])
+    np.testing.assert_allclose(converted(X), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_its_own_modules_convert_within_each_other():
+    class Outer(nn.Module):
+        def setup(self):
+            self.stack = nn.Sequential([nn.Dense(3), LinenNet()])
+
+        def __call__(self, x):
+            return nn.softmax(self.stack(x), axis=-1)
+
+    net = linen_net()[1]
+    first = {"kernel": SQUARE[:3, :3], "bias": BIAS[:3]}
+    variables = {
+        "params": {"stack": {"layers_0": first, "layers_1": net["params"]}},
+        "batch_stats": {"stack": {"layers_1": net["batch_stats"]}},
+    }
+    converted = interop.convert(Outer(), params=variables, to="nnx")
+    expected = wanted(truth.linear(X, SQUARE[:3, :3], BIAS[:3]))
+    expected = np.exp(expected) / np.exp(expected).sum(-1, keepdims=True)
+    np.testing.assert_allclose(converted(X), expected, rtol=1e-5, atol=1e-5)
+
+
+def _twice(x, train=False):
+    return 2 * x if train else x
+
+
+OTHER = {
+    "a sum": lambda self, x: x + self.a(x),
+    "an older value": lambda self, x: (self.a(x), self.b(x))[1],
+    "two inputs": lambda self, x, y: self.a(x),
+    "an option that is no mode": lambda self, x, gain=1.0: self.a(x),
+    "a shape": lambda self, x: self.a(x) if x.ndim == 2 else self.b(x),
+    "a class": lambda self, x: self.a(x) if isinstance(x, jax.Array) else self.b(x),
+    "a comparison": lambda self, x: self.a(x) if x == 0 else self.b(x),
+    "a truth value": lambda self, x: self.a(x if x else x),
+    "a text": lambda self, x: self.a(x) if "<" in f"{x}" else self.b(x),
+    "a mode of one's own": lambda self, x: self.a(x) if self.deterministic else self.b(x),
+    "a mode": lambda self, x, train=False: self.a(x) if train else self.b(x),
+    "a mode the other way": lambda self, x, train=False: self.drop(x, deterministic=train),
+    "a fixed mode": lambda self, x: self.drop(x, deterministic=True),
+    "a function's mode": lambda self, x, train=False: _twice(self.a(x), train=train),
+    "another method": lambda self, x: self.a(self.helper(x)),
+    "a property": lambda self, x: self.chosen(x),
+    "an attribute of a layer": lambda self, x: self.a(x) if self.a.use_bias else x,
+    "several outputs": lambda self, x: (self.a(x), 1),
+    "nothing": lambda self, x: x,
+    "the wrong end": lambda self, x: (self.a(x), x)[1],
+    "a global": lambda self, x: self.a(x) if hidden_state.append(1) else self.b(x),
+    "a global's length": lambda self, x: self.a(x) if len(hidden_state) > 3 else self.b(x),
+    "an array": lambda self, x: jnp.add(self.a(x), SCALE),
+    "a new layer": lambda self, x: nn.Dense(3)(self.a(x)),
+    "a generator": lambda self, x: (yield self.a(x)),
+}
+
+
+def _handled(self, x):
+    try:
+        return self.a(x[0])
+    except TypeError:
+        return self.b(x)
+
+
+def _assigned(self, x):
+    self.count = 1
+    return self.a(x)
+
+
+def _of_base(self, x):
+    return super(type(self), self).__call__(self.a(x))
+
+
+OTHER |= {"a handler": _handled, "an assignment": _assigned, "a base class": _of_base}
+OTHER["a compiled call"] = jax.jit(lambda self, x: self.a(x))
+
+
+def _with_call(call):
+    class Linen(nn.Module):
+        deterministic: bool = True
+
+        def setup(self):
+            self.a, self.b, self.drop = nn.Dense(3), nn.Dense(3), nn.Dropout(0.3)
+
+        def helper(self, x):
+            return 2 * x
+
+        @property
+        def chosen(self):
+            return self.a
+
+        __call__ = call
+
+    class Nnx(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.a, self.b = nnx.Linear(3, 3, rngs=rngs), nnx.Linear(3, 3, rngs=rngs)
+            self.drop = nnx.Dropout(0.3, rngs=rngs)
+            self.deterministic = True
+
+        def helper(self, x):
+            return 2 * x
+
+        @property
+        def chosen(self):
+            return self.a
+
+        __call__ = call
+
+    return Linen(), Nnx()
+
+
+@pytest.mark.parametrize("name", [name for name in OTHER if name != "a global's length"])
+def test_a_module_that_does_anything_else_is_refused(name):
+    before = list(hidden_state)
+    linen, other = _with_call(OTHER[name])
+    params = {k: {"kernel": SQUARE[:3, :3], "bias": BIAS[:3]} for k in ("a", "b")}
+    for model, keywords in (linen, {"params": {"params": params}}), (other, {}):
+        with pytest.raises(interop.UnsupportedStructureError, match="forward logic"):
+            interop.convert(model, to="brainstate", **keywords)
+    assert hidden_state == before
+
+
+def test_a_mode_that_only_the_layers_get_converts():
+    """The same module as of the refusals above, which have no other cause."""
+    call = lambda self, x, train=False: self.b(self.drop(self.a(x), deterministic=not train))  # noqa: E731
+    linen, other = _with_call(call)
+    params = {k: {"kernel": SQUARE[:3, :3], "bias": BIAS[:3]} for k in ("a", "b")}
+    expected = truth.linear(truth.linear(X, SQUARE[:3, :3], BIAS[:3]), SQUARE[:3, :3], BIAS[:3])
+    converted = interop.convert(linen, params={"params": params}, to="equinox")
+    np.testing.assert_allclose(jax.vmap(converted)(X), expected, rtol=1e-5, atol=1e-5)
+    converted = interop.convert(other, to="equinox")
+    np.testing.assert_allclose(jax.vmap(converted)(X), other(X), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_that_the_call_does_not_use_are_not_lost():
+    class Unused(nnx.Module):
+        def __init__(self):
+            self.a, self.spare = Framework("nnx").linear(WEIGHT), nnx.Param(SCALE)
+
+        def __call__(self, x):
+            return self.a(x)
+
+    with pytest.raises(interop.UnsupportedStructureError, match="forward logic"):
+        interop.from_nnx(Unused())
+
+
+def test_a_decorated_call_and_a_compact_one_are_refused():
+    def doubled(call):
+        @functools.wraps(call)
+        def wrapper(self, x):
+            return 2 * call(self, x)
+
+        return wrapper
+
+    class Compact(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(x)
+
+    linen, other = _with_call(doubled(lambda self, x: self.a(x)))
+    params = {"a": {"kernel": SQUARE[:3, :3], "bias": BIAS[:3]}}
+    compact = {"Dense_0": params["a"]}
+    for model, keywords in (
+        (linen, {"params": {"params": params}}),
+        (Compact(), {"params": {"params": compact}}),
+        (other, {}),
+    ):
+        with pytest.raises(interop.UnsupportedStructureError, match="forward logic"):
+            interop.convert(model, to="brainstate", **keywords)
