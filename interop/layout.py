@@ -28,7 +28,7 @@ from .spreading import spread
 if TYPE_CHECKING:
     from .registry import Adapter
 
-__all__ = ["Crossed", "Flow", "Place", "cross", "crossed", "several_axes"]
+__all__ = ["Crossed", "Flow", "Place", "cross", "crossed", "leaves_of", "several_axes"]
 
 Origins = dict[int, tuple[str, type]]
 Change = Callable[[specs.Spec], specs.Spec]
@@ -148,7 +148,7 @@ def cross(
         UnsupportedLayerError: a layer cannot be moved exactly.
         UnsupportedStructureError: a layer used twice would become two.
     """
-    crossing = _Crossing(list(_leaves(root)), origins, shape, to_first, target)
+    crossing = _Crossing(list(leaves_of(root)), origins, shape, to_first, target)
     sample = crossing.sample()
     places, moved = [crossing.place], list[specs.Spec]()
     for i in range(len(crossing.leaves)):
@@ -171,7 +171,7 @@ def crossed(
     """
     root = spread(root, origins, source, target)
     if source.channels_first == target.channels_first:
-        places = (Place(),) * (len(list(_leaves(root))) + 1)
+        places = (Place(),) * (len(list(leaves_of(root))) + 1)
         return Crossed(root, shape, places, shape, source.channels_first)
     first, name = target.channels_first, target.name
     return cross(root, origins, shape, to_first=first, target=name)
@@ -179,13 +179,14 @@ def crossed(
 
 def several_axes(root: specs.Spec) -> bool:
     """Whether some layer tells that examples have more axes than one, if not how many."""
-    return any(leaf.least_axes > 1 for leaf in _leaves(root))
+    return any(leaf.least_axes > 1 for leaf in leaves_of(root))
 
 
-def _leaves(spec: specs.Spec) -> Iterator[specs.Spec]:
+def leaves_of(spec: specs.Spec) -> Iterator[specs.Spec]:
+    """The layers of nested stacks, in order."""
     if isinstance(spec, specs.Sequential):
         for layer in spec.layers:
-            yield from _leaves(layer)
+            yield from leaves_of(layer)
     else:
         yield spec
 

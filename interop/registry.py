@@ -99,6 +99,8 @@ class Adapter(abc.ABC):
     """Whether a module that stands at two places stays one module."""
     fixed: ClassVar[Mapping[str, Any]] = {}
     """Options that must keep this value in every layer that has them, as in a rule."""
+    ties_stacks: ClassVar[bool] = False
+    """Whether :meth:`tie` can make one layer of two where modules have no identity."""
     companion: ClassVar[str | None] = None
     """The argument of ``convert`` that is the second half of a native pair of values."""
     edges: ClassVar[Mapping[type[Spec], str]] = {}
@@ -229,6 +231,18 @@ class Adapter(abc.ABC):
 
         Values that are not given stay.
         """
+
+    def tie(self, built: Any, reused: set[int]) -> Any:
+        """A model in which the layers with these ids are one, at all their places.
+
+        Args:
+            built: what a builder returned for the whole model.
+            reused: the ids of the layers that it was given several times.
+
+        Returns:
+            None where one of them is not in a stack.
+        """
+        return None
 
     def native(self, node: Any) -> Any:
         """What a user holds: the module, or the module with what belongs to it."""

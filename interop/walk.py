@@ -24,7 +24,7 @@ from .errors import (
     UnsupportedLayerError,
     UnsupportedStructureError,
 )
-from .layout import Crossed, Flow, several_axes
+from .layout import Crossed, Flow, leaves_of, several_axes
 from .parameters import is_quantity, leaves_by_name
 from .progress import advance
 from .registry import Adapter, BuildRule, ReadRule, Registry
@@ -40,6 +40,9 @@ class Reading:
     Attributes:
         path: where the layer being read is.
         origins: for each spec made, by its ``id``: where it came from, and from what class.
+        shared: the ids of modules that are one wherever they stand, also where modules have
+            no identity.
+        alive: what must live as long as such ids are in use.
     """
 
     path: str
@@ -48,9 +51,10 @@ class Reading:
         self.adapter = adapter
         self.path = "model"
         self.origins: dict[int, Origin] = {}
+        self.shared: set[int] = set()
         self._registry = registry
         self._specs: dict[int, specs.Spec] = {}
-        self._alive: list[Any] = []
+        self.alive: list[Any] = []
         self._owners: dict[int, tuple[str, object]] = {}
         self._found: type = object
 
@@ -70,14 +74,14 @@ class Reading:
             spec = self._read_steps(steps or []) if rule is None else self.read_by(rule, node)
         finally:
             self.path, self._found = outer
-        if self.adapter.has_identity:
+        if self.adapter.has_identity or id(module) in self.shared:
             self._specs[id(module)] = spec
         advance()
         return spec
 
     def _read_steps(self, steps: list[tuple[Any, str]]) -> specs.Spec:
         """The stack that a user's own module comes to."""
-        self._alive.append(steps)  # as they are known by their ids
+        self.alive.append(steps)  # as they are known by their ids
         nodes = [node for node, _ in steps]
         layers = self.read_all(nodes, [f"{self.path}{path}" for _, path in steps])
         return self._remember(specs.Sequential(layers=layers), self.path, self._found)
@@ -229,6 +233,7 @@ class Building:
         self._origins = dict(origins)
         self._flow = Flow(self.sample, adapter.channels_first, self._origins)
         self._built: dict[int, Any] = {}
+        self._reused: dict[int, specs.Spec] = {}
         self._is_vague = there is not None and self.sample is None and several_axes(there.spec)
         self._levels = 0
         self._held: set[int] = set()
@@ -241,7 +246,10 @@ class Building:
             UnsupportedStructureError: the framework would make two layers of one.
         """
         if id(spec) in self._built and spec.holds_state and not self.adapter.has_identity:
-            raise self._second_use(spec)
+            if not self.adapter.ties_stacks:
+                raise self._second_use(spec)
+            again = [leaf for leaf in leaves_of(spec) if leaf.holds_state]
+            self._reused |= {id(self._built[id(leaf)]): leaf for leaf in again}
         if id(spec) in self._held:
             raise self._second_use(spec)
         if id(spec) not in self._built:
@@ -254,6 +262,8 @@ class Building:
                 self.path, self.found = outer
                 self._levels -= 1
             advance()
+            if not self._levels and self._reused:
+                self._built[id(spec)] = self._tied(self._built[id(spec)])
             if isinstance(spec, specs.Sequential | specs.Deferred):
                 return self._built[id(spec)]  # it has told by itself what was passed
         self._try_unit(spec)
@@ -342,6 +352,12 @@ class Building:
         self._held.add(id(spec))
         for part in spec.inner().values():
             self._hold(part)
+
+    def _tied(self, built: Any) -> Any:
+        tied = self.adapter.tie(built, set(self._reused))
+        if tied is None:
+            raise self._second_use(next(iter(self._reused.values())))
+        return tied
 
     def _second_use(self, spec: specs.Spec) -> UnsupportedStructureError:
         first, found = self._origins.get(id(spec), (self.path, type(spec)))

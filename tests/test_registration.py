@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 import interop
+from interop.composites.equinox import Tied
 from interop.registry import registry
 
 from .cases import BIAS, WEIGHT, WEIGHT_2, X, array
@@ -316,13 +317,12 @@ def test_a_subclass_of_a_registered_layer_is_refused():
         interop.to_nnx(Louder(GAIN))
 
 
-def test_equinox_refuses_a_registered_layer_used_twice():
+def test_equinox_ties_a_registered_layer_used_twice():
     layer = Gain(GAIN)
-    with (
-        interop.registered(MAPPINGS["equinox"]),
-        pytest.raises(interop.UnsupportedStructureError, match="second time"),
-    ):
-        interop.to_equinox(brainstate.nn.Sequential(layer, layer))
+    with interop.registered(MAPPINGS["equinox"]):
+        model = interop.to_equinox(brainstate.nn.Sequential(layer, layer))
+    assert isinstance(model, Tied)
+    assert len(jax.tree.leaves(eqx.filter(model, eqx.is_array))) == 1
 
 
 def test_a_field_that_a_registered_builder_does_not_carry_is_refused():

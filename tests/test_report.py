@@ -187,7 +187,9 @@ def test_a_stack_that_the_target_cannot_tie_is_a_problem():
     stacks = [brainstate.nn.Sequential(layer, brainstate.nn.ReLU()) for _ in range(2)]
     report = interop.explain(brainstate.nn.Sequential(*stacks), "linen")
     assert [type(problem) for problem in report.problems] == [interop.UnsupportedStructureError]
-    report = interop.explain(brainstate.nn.Sequential(layer, layer), "equinox")
+    assert interop.explain(brainstate.nn.Sequential(layer, layer), "equinox").ok
+    cell = nnx.RNN(nnx.GRUCell(3, 3, rngs=nnx.Rngs(0)))
+    report = interop.explain(nnx.Sequential(cell, nnx.RNN(cell.cell)), "equinox")
     assert "second time" in str(report.problems[0])
 
 

@@ -14,6 +14,36 @@ from ..errors import ArgumentError
 from . import core
 
 
+class Tied(eqx.nn.StatefulLayer):
+    """A stack of which some layers stand at several places, as one layer each.
+
+    Args:
+        shared: an ``eqx.nn.Shared`` around an ``eqx.nn.Sequential``.
+
+    Example:
+        >>> import equinox as eqx, jax
+        >>> from interop.composites.equinox import Tied
+        >>> linear = eqx.nn.Linear(3, 3, key=jax.random.key(0))
+        >>> stack = eqx.nn.Sequential([linear, linear])
+        >>> tied = Tied(eqx.nn.Shared(stack, lambda s: s.layers[1], lambda s: s.layers[0]))
+        >>> len(jax.tree.leaves(eqx.filter(tied, eqx.is_array))), tied(jax.numpy.ones(3)).shape
+        (2, (3,))
+    """
+
+    shared: eqx.nn.Shared
+
+    def __init__(self, shared: eqx.nn.Shared):
+        self.shared = shared
+
+    def is_stateful(self) -> bool:
+        """Whether a layer of the stack has buffers."""
+        return self.shared().is_stateful()
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """What the stack computes, with the same arguments."""
+        return self.shared()(*inputs, **options)
+
+
 class Composite(eqx.nn.StatefulLayer):
     """A layer that is given by its formula. It sees one example, with its channels first.
 

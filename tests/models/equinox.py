@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import shims
+from interop.composites.equinox import Tied
 
 from .. import live
 from ..cases import array
@@ -211,6 +212,8 @@ def jit(model, x):
 
 
 def _leaves(module):
+    if isinstance(module, Tied):
+        return _leaves(module.shared())
     if isinstance(module, eqx.nn.Sequential):
         return [leaf for layer in module.layers for leaf in _leaves(layer)]
     return [module]

@@ -13,7 +13,7 @@ import numpy as np
 from brainstate import nn
 
 from ... import specs
-from ...composites.brainstate import COMPOSITES, Lambda
+from ...composites.brainstate import COMPOSITES, Composite, Lambda
 from ...registry import Adapter
 
 _PARAM_TYPES = (brainstate.ParamState, type(nn.LayerNorm((1,)).weight))
@@ -29,6 +29,9 @@ class BrainState(Adapter):
     is_hub = True
 
     def containers(self, node):
+        if isinstance(node, Composite):  # whose parts no rule reads
+            states: Any = node.states()
+            return [(".".join(map(str, path)), state) for path, state in states.items()]
         return [(k, v) for k, v in vars(node).items() if isinstance(v, brainstate.State)]
 
     def added_state(self, module, rule):

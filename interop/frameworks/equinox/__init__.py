@@ -18,6 +18,7 @@ from . import (
     norms,
     recurrent,
     sequential,
+    sharing,
     spatial,
 )
 from .adapter import adapter

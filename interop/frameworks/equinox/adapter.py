@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import equinox as eqx
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 
 from ... import specs
-from ...composites.equinox import COMPOSITES
+from ...composites.equinox import COMPOSITES, Tied
 from ...errors import ArgumentError
 from ...parameters import is_quantity, path_of
 from ...registry import Adapter
@@ -38,6 +39,7 @@ class Equinox(Adapter):
     per_example = True
     channels_first = True
     has_identity = False
+    ties_stacks = True
 
     def open(self, model, params, state):
         super().open(model, params, None)
@@ -125,9 +127,22 @@ class Equinox(Adapter):
         is_one = node.state is None or node.has_own_state
         return node.module if is_one else (node.module, node.state)
 
+    def tie(self, built, reused):
+        layers = layers_of(built) if isinstance(built, eqx.nn.Sequential) else {}
+        first: dict[int, tuple[int, ...]] = {}
+        again = {
+            place: first[id(layer)]
+            for place, layer in layers.items()
+            if first.setdefault(id(layer), place) != place and id(layer) in reused
+        }
+        if {id(layers[place]) for place in again} != reused:
+            return None
+        return Tied(eqx.nn.Shared(built, places(again), places(again.values())))
+
     def run(self, node, inputs, train):
         node = node if isinstance(node, Node) else self.open(node, None, None)
         module = eqx.nn.inference_mode(node.module, not train)
+        module = module() if isinstance(module, eqx.nn.Shared) else module
         if node.state is None or not takes_state(module):
             return jax.vmap(module, axis_name="batch")(*inputs)
         over = (*[0] * len(inputs), None)
@@ -140,6 +155,33 @@ adapter = Equinox()
 
 
 adapter.ships(COMPOSITES)
+
+
+Place = tuple[int, ...]
+
+
+def layers_of(stack: Any, place: Place = ()) -> dict[Place, Any]:
+    """Every layer of nested stacks, by its numbers there."""
+    found: dict[Place, Any] = {}
+    for i, layer in enumerate(stack.layers):
+        is_stack = isinstance(layer, eqx.nn.Sequential)
+        found |= layers_of(layer, (*place, i)) if is_stack else {(*place, i): layer}
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Places:
+    """The layers of a stack at given places, as ``eqx.tree_at`` takes them."""
+
+    given: tuple[Place, ...]
+
+    def __call__(self, stack: Any) -> list[Any]:
+        layers = layers_of(stack)
+        return [layers[place] for place in self.given]
+
+
+def places(given: Iterable[Place]) -> Any:
+    return _Places(tuple(given))
 
 
 def takes_state(module: Any) -> bool:

@@ -13,7 +13,7 @@ from flax.nnx.nn import dtypes
 
 from ... import specs
 from ...chains import steps_of
-from ...composites.nnx import COMPOSITES
+from ...composites.nnx import COMPOSITES, Composite
 from ...errors import ArgumentError
 from ...partitioning import Partitioning
 from ...registry import Adapter
@@ -30,6 +30,8 @@ class Nnx(Adapter):
     has_partitionings = True
 
     def containers(self, node):
+        if isinstance(node, nnx.RNNCellBase | Composite):  # whose parts no rule reads
+            return [(".".join(map(str, path)), v) for path, v in _variables(node)]
         return [(k, v) for k, v in vars(node).items() if isinstance(v, nnx.Variable)]
 
     def added_state(self, module, rule):

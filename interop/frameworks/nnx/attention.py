@@ -33,9 +33,14 @@ from .contractions import ZEROS, set_general
 def read_attention(m, ctx):
     if m.decode:
         ctx.refuse("decode", True, "other frameworks have no place for a cache of keys")
+    parts = {name: getattr(m, name) for name in ("query", "key", "value", "out")}
+    for name, part in parts.items():
+        first = next(other for other, own in parts.items() if own is part)
+        if first != name:
+            ctx.refuse(name, f"the layer of {first}", "the tie would be lost")
     scales = (m.query_ln, m.key_ln) if m.normalize_qk else (None, None)
     return specs.MultiHeadAttention(
-        **{name: _read_part(m, ctx, name) for name in ("query", "key", "value", "out")},
+        **{name: _read_part(m, ctx, name) for name in parts},
         query_scale=_head_scale(scales[0], m, ctx),
         key_scale=_head_scale(scales[1], m, ctx),
         rope=_read_rope_of(m.attention_fn, ctx),

@@ -41,6 +41,9 @@ def read_lstm_cell(m, ctx):
 
 
 def _dense_arrays(inputs, hidden, ctx, bias: Any = None) -> dict[str, Any]:
+    own = [layer.kernel for layer in (*inputs, *hidden)]
+    if len({*map(id, own)}) < len(own):
+        ctx.refuse("kernel", "of several gates", "one array for them would become several")
     kernels = [[array_of(layer, ctx, "kernel") for layer in part] for part in (inputs, hidden)]
     found = {"weight_x": joined(kernels[0], ctx), "weight_h": joined(kernels[1], ctx)}
     return found if bias is None else found | {"bias": array_of(bias, ctx, "bias")}
