@@ -234,14 +234,15 @@ class WeightMapping:
         tree = self._target_tree if like is None else _tree(like)
         if tree is not None:
             treedef, paths = tree
-            if moved.keys() != set(paths):
+            if moved.keys() != paths.keys():
                 raise ConversionError(
                     f"like= does not have the parameters of the {self.target} model",
-                    missing=sorted(map(name, moved.keys() - set(paths))),
-                    unexpected=sorted(map(name, set(paths) - moved.keys())),
+                    missing=sorted(map(name, moved.keys() - paths.keys())),
+                    unexpected=sorted(map(name, paths.keys() - moved.keys())),
                     remedy="Pass the target's parameters in their own container",
                 )
-            return jax.tree.unflatten(treedef, [moved[path] for path in paths])
+            placed = [_placed(moved[path], leaf) for path, leaf in paths.items()]
+            return jax.tree.unflatten(treedef, placed)
         container = registry.adapter(self.target).container(moved)
         if container is None:
             raise ArgumentError(
@@ -623,7 +624,13 @@ def _shapes(container: Any) -> Shapes:
 def _tree(container: Any) -> Any:
     # None and what else is empty is a part of the structure; an array with a unit is a leaf
     structure = jax.tree.structure(container, is_leaf=is_quantity)
-    return structure, list(arrays(container))
+    return structure, {p: jax.tree.structure(leaf) for p, leaf in arrays(container).items()}
+
+
+def _placed(value: Any, leaf: Any) -> Any:
+    """A value for the place of a leaf of that structure: a plain array gets the leaf's unit."""
+    is_plain = hasattr(value, "dtype") and not is_quantity(value)
+    return jax.tree.unflatten(leaf, [value]) if is_plain else value
 
 
 def _flat(parts: dict[Path, Any]) -> Any:

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import interop
+import shims
 
 from .cases import BIAS, BIAS_2, INDICES, TABLE, WEIGHT, WEIGHT_2, X
 
@@ -174,6 +175,22 @@ def test_a_mapping_moves_values_with_their_units():
     back = interop.WeightMapping.from_json(mapping.invert().to_json())
     found = back.apply(eqx.filter(network, eqx.is_inexact_array))
     equal(found["weight",]["weight"], u.mV, ARRAY["weight"])
+
+
+def test_plain_values_get_the_unit_of_the_parameter_that_they_become():
+    """As those of a shim are, whose host sees arrays."""
+    shim = shims.ToEquinox(linear())
+    network = shim.materialize()
+    moved = interop.mapping(shim, network).apply(eqx.filter(shim, eqx.is_inexact_array))
+    equal(moved.weight, u.mV, ARRAY["weight"].T)
+    trainable = eqx.filter(network, eqx.is_inexact_array)
+    assert jax.tree.structure(moved) == jax.tree.structure(trainable)
+
+
+def test_a_shim_with_units_materializes_where_the_host_computes_with_them():
+    with pytest.raises(interop.UnsupportedLayerError, match="weight=mV"):
+        shims.ToNNX(linear()).materialize()
+    equal(shims.FromEquinox(interop.to_equinox(linear())).materialize()(X), u.mV, Y)
 
 
 def test_models_with_units_are_compared():
