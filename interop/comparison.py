@@ -13,6 +13,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from . import specs
 from .api import unchecked
@@ -173,9 +174,9 @@ def compare(a: Any, b: Any, *inputs: Any, train: bool = False) -> Comparison:
 
     Raises:
         ArgumentError: ``a`` or ``b`` is no model, there is no input, a model fails on the
-            inputs, or ``train`` is asked for models with dropout, whose masks differ between
-            frameworks.
-        ConversionError: the outputs have different shapes.
+            inputs, this is inside a JAX transformation, or ``train`` is asked for models with
+            dropout, whose masks differ between frameworks.
+        ConversionError: the outputs have different shapes or units.
 
     Example:
         >>> import brainstate, interop, jax.numpy as jnp
@@ -193,6 +194,11 @@ def compare(a: Any, b: Any, *inputs: Any, train: bool = False) -> Comparison:
     places = _places(first, second, batch[0].shape[1:])
     to_first = second.adapter.channels_first
     out, grads, input_grads = first.run(batch)
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(out)):
+        raise ArgumentError(
+            "compare measures values, and there are none inside a JAX transformation",
+            remedy="Compare outside of jax.jit, jax.grad and jax.vmap",
+        )
     others = tuple(places[0].there(x, to_first=to_first) for x in batch)
     other, other_grads, other_input_grads = second.run(
         others, lambda y: _aligned(places[-1].here(y, to_first=to_first), out)

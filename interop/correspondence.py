@@ -47,7 +47,7 @@ class WeightMapping:
 
     source: str
     target: str
-    shapes: Shapes
+    shapes: Shapes = field(hash=False)
     changes: tuple[Rearrangement, ...]
     _source_tree: Any = field(default=None, repr=False, compare=False)
     _target_tree: Any = field(default=None, repr=False, compare=False)

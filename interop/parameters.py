@@ -37,7 +37,8 @@ def is_leaf(x: Any) -> bool:
 
 def is_quantity(x: Any) -> bool:
     """Whether ``x`` is an array with a physical unit."""
-    return hasattr(x, "mantissa") and hasattr(x, "unit")
+    cls = type(x)  # some containers have any attribute, or an error that is no AttributeError
+    return hasattr(cls, "mantissa") and hasattr(cls, "unit")
 
 
 def magnitude(x: Any) -> Any:

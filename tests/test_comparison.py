@@ -232,3 +232,14 @@ def test_dropout_is_compared_in_evaluation():
     assert interop.compare(model, interop.from_nnx(model), X).ok
     half = brainstate.nn.Dropout(1.0)
     assert interop.compare(half, interop.to_nnx(half), array(5, 3), train=True).ok
+
+
+def test_nothing_is_compared_inside_a_transformation():
+    model = brainstate.nn.Linear(3, 4)
+
+    @jax.jit
+    def run(x):
+        return interop.compare(model, model, x).outputs.absolute
+
+    with pytest.raises(interop.ArgumentError, match="inside a JAX transformation"):
+        run(jnp.ones((2, 3)))

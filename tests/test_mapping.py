@@ -174,6 +174,15 @@ def one_linear():
     return interop.mapping(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), to="equinox")
 
 
+def test_brainstate_s_own_container_of_states_is_one_of_parameters():
+    model = stack(Framework("brainstate"))
+    params = parameters("brainstate", model)
+    moved = interop.mapping(model, to="linen").apply(brainstate.util.FlattedDict(params))
+    jax.tree.map(
+        np.testing.assert_array_equal, moved, interop.mapping(model, to="linen").apply(params)
+    )
+
+
 def test_masks_and_labels_stay_with_their_parameter():
     mask = one_linear().apply({"kernel": True, "bias": False})
     assert (mask.weight, mask.bias) == (True, False)
@@ -216,6 +225,7 @@ def test_a_mapping_survives_json(into):
     mapping = interop.mapping(model, to=into)
     loaded = interop.WeightMapping.from_json(mapping.to_json())
     assert loaded == mapping
+    assert hash(loaded) == hash(mapping)
     params = parameters("nnx", model)
     expected = mapping.apply(params)
     if into == "equinox":
