@@ -201,30 +201,35 @@ def routes(start):
 @st.composite
 def journeys(draw):
     layer = draw(layers())
-    return layer, draw(routes(layer.name))
+    route = draw(routes(layer.name))
+    if layer.table.images and not layer.has_images:  # after channels first they are as usual
+        first = [i for i, name in enumerate(route) if Framework(name).channels_first]
+        route = route[: first[0] + 1] if first else route
+    return layer, route
 
 
-def assert_close(found, wanted, noise):
+def assert_close(found, wanted, noises):
     """Equal dtypes, and values to rounding: of the result, and of the input as it passes."""
     assert found.dtype == wanted.dtype
     assert found.shape == wanted.shape
-    found, wanted, noise = (np.asarray(a, np.float64) for a in (found, wanted, noise))
+    found, wanted, *noises = (np.asarray(a, np.float64) for a in (found, wanted, *noises))
     finite = np.isfinite(wanted)
     scale = np.abs(wanted[finite]).max(initial=0.0)
     np.testing.assert_array_equal(np.isfinite(found), finite)
     with np.errstate(invalid="ignore"):
-        moved = np.nan_to_num(np.abs(noise - wanted), nan=0.0, posinf=0.0).max(initial=0.0)
+        moved = [np.abs(noise - wanted) for noise in noises]
+        moved = np.nan_to_num(moved, nan=0.0, posinf=0.0).max(initial=0.0)
     tolerance = 1e-35 + 20 * moved + 2e-5 * scale
     np.testing.assert_allclose(
         np.where(finite, found, 0), np.where(finite, wanted, 0), rtol=0, atol=tolerance
     )
 
 
-def shaken(x):
+def shaken(x, seed):
     """``x`` off by a rounding error of each number: what the output may depend on."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return x
-    signs = np.where(np.random.default_rng(0).random(x.shape) < 0.5, -1, 1)
+    signs = np.where(np.random.default_rng(seed).random(x.shape) < 0.5, -1, 1)
     return x * jnp.asarray(1 + signs * float(jnp.finfo(x.dtype).eps), x.dtype)
 
 
@@ -248,11 +253,13 @@ def test_a_layer_with_random_options_keeps_its_outputs_along_a_route(journey):
         TALLY.accepted += 1
         places.append(target)
     x = layer.given()
-    noise = layer.outputs(places[0], copy.deepcopy(models[0]), shaken(x))
+    noises = [  # one alone may by chance show little of what badly conditioned input does
+        layer.outputs(places[0], copy.deepcopy(models[0]), shaken(x, seed)) for seed in range(3)
+    ]
     wanted = layer.outputs(places[0], models[0], x)
     for target, model in zip(places[1:], models[1:], strict=True):
         found = layer.outputs(target, model, x)
-        for one, other, moved in zip(found, wanted, noise, strict=True):
+        for one, other, *moved in zip(found, wanted, *noises, strict=True):
             assert_close(one, other, moved)
 
 

@@ -84,6 +84,27 @@ def test_each_neuron_keeps_the_slope_that_it_has_learnt(goal, scan):
 
 
 @others
+def test_a_number_has_a_slope_of_its_own(goal):
+    options = {"final_activation": eqx.nn.PReLU(0.3), "key": jax.random.key(0)}
+    model = eqx.nn.MLP(3, "scalar", 4, 1, jnp.tanh, **options)
+    fw = Framework(goal)
+    found = fw.call(fw.convert_from(Framework("equinox"), model), X)
+    y = truth.linear(
+        np.tanh(truth.linear(X, model.layers[0].weight.T, model.layers[0].bias)),
+        model.layers[1].weight.T,
+        model.layers[1].bias,
+    )
+    assert (y < 0).any()
+    exact = np.where(y >= 0, y, 0.3 * y)
+    np.testing.assert_allclose(found.reshape(5, 1), exact, rtol=1e-5, atol=1e-5)
+    refused = eqx.nn.MLP(
+        3, "scalar", 4, 1, final_activation=eqx.nn.PReLU(jnp.ones(2)), key=jax.random.key(0)
+    )
+    with pytest.raises(interop.UnsupportedLayerError, match="final_activation"):
+        fw.convert_from(Framework("equinox"), refused)
+
+
+@others
 @pytest.mark.parametrize("option", ["activation", "final_activation"])
 def test_what_is_learnt_or_no_function_of_one_number_is_refused(goal, option):
     for fn in (eqx.nn.PReLU(jnp.ones(3)), eqx.nn.LayerNorm(()), jax.nn.softmax):

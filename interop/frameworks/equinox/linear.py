@@ -68,7 +68,9 @@ def read_mlp(node, ctx):
 def _read_neuron(node, ctx, name: str, *index: int) -> specs.Spec:
     """A function that is applied to each neuron by itself; its arrays have an axis for them."""
     fn, path = getattr(node.module, name), f"{ctx.path}.{name}"
-    if type(fn) is eqx.nn.PReLU and fn.negative_slope.ndim == 1 + len(index):
+    has_one = name == "final_activation" and node.module.out_size == "scalar"
+    axes = 0 if has_one else 1 + len(index)
+    if type(fn) is eqx.nn.PReLU and fn.negative_slope.ndim == axes:
         own = eqx.nn.PReLU(fn.negative_slope[index]) if index else fn
         return ctx.read(Node(own, node.state), path)
     if any(map(eqx.is_array, jax.tree.leaves(fn))):
