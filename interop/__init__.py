@@ -203,6 +203,10 @@ def to_nnx(model: Any, *, rngs: flax.nnx.Rngs | None = None) -> flax.nnx.Module:
     Returns:
         An ``nnx.Module`` in evaluation mode; ``.train()`` and ``.eval()`` switch it.
 
+    Raises:
+        ArgumentError: ``rngs`` is no ``nnx.Rngs``.
+        InteropError: a layer has no exact counterpart; as :func:`convert`.
+
     Example:
         >>> import brainstate, interop
         >>> from flax import nnx
@@ -218,6 +222,11 @@ def from_nnx(model: flax.nnx.Module, *, sample_input: Any = None) -> brainstate.
     Args:
         model: an ``nnx.Module``: a known layer, or nested ``nnx.Sequential``.
         sample_input: one example without its batch axis, or its shape.
+
+    Raises:
+        ArgumentError: ``model`` is no NNX module.
+        InteropError: a layer has no exact counterpart, or ``sample_input`` is needed; as
+            :func:`convert`.
 
     Example:
         >>> import interop
@@ -238,6 +247,10 @@ def to_linen(model: Any, *, train: bool = False) -> tuple[flax.linen.Module, dic
 
     Returns:
         ``(module, variables)``; call ``module.apply(variables, x)``.
+
+    Raises:
+        ArgumentError: ``train`` is no bool.
+        InteropError: a layer has no exact counterpart; as :func:`convert`.
 
     Example:
         >>> import brainstate, interop
@@ -290,6 +303,10 @@ def to_equinox(model: Any, *, key: Any = None) -> equinox.Module:
         others promote with the weights, and variances are taken about the mean, also where
         the source has ``use_fast_variance``, which loses digits at a large mean.
 
+    Raises:
+        ArgumentError: ``model`` is no module.
+        InteropError: a layer has no exact counterpart; as :func:`convert`.
+
     Example:
         >>> import brainstate, interop
         >>> interop.to_equinox(brainstate.nn.Linear(3, 4)).weight.shape
@@ -313,6 +330,11 @@ def from_equinox(
         A BrainState module that takes batches. Running statistics are the ones that inference
         uses. A ``LayerNorm`` returns the common dtype of input and weights, where Equinox's
         returns its input's.
+
+    Raises:
+        ArgumentError: ``model`` is no Equinox module.
+        InteropError: a layer has no exact counterpart, or ``state`` or ``sample_input`` is
+            needed; as :func:`convert`.
 
     Example:
         >>> import equinox as eqx, interop, jax

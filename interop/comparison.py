@@ -39,6 +39,12 @@ class Difference:
         absolute: the largest difference of two elements; infinite where the shapes or units
             differ.
         relative: the same, as a share of the largest element of the first array.
+
+    Example:
+        >>> import interop
+        >>> difference = interop.Difference(absolute=0.01, relative=0.001)
+        >>> print(difference, difference.within(rtol=1e-2, atol=0.0))
+        1.0e-02 absolute, 1.0e-03 relative True
     """
 
     absolute: float
@@ -61,6 +67,13 @@ class LayerDifference:
     Attributes:
         path, other_path: where it is in each model.
         outputs: the difference of its outputs.
+
+    Example:
+        >>> import brainstate, interop, jax.numpy as jnp
+        >>> model = brainstate.nn.Sequential(brainstate.nn.Linear(3, 4), brainstate.nn.ReLU())
+        >>> comparison = interop.compare(model, interop.to_nnx(model), jnp.ones((2, 3)))
+        >>> [(layer.path, layer.outputs.absolute) for layer in comparison.layers]
+        [('model[0]', 0.0), ('model[1]', 0.0)]
     """
 
     path: str
@@ -79,6 +92,12 @@ class Comparison:
         layers: layer by layer, where both are stacks of as many layers.
         unmapped: why ``parameters`` is empty, or None.
         rtol, atol: the tolerances for the models' dtype.
+
+    Example:
+        >>> import brainstate, interop, jax.numpy as jnp
+        >>> model = brainstate.nn.Linear(3, 4)
+        >>> interop.compare(model, interop.to_nnx(model), jnp.ones((2, 3)))
+        <Comparison: equal (rtol=2e-05, atol=2e-05)>
     """
 
     outputs: Difference
@@ -142,6 +161,9 @@ class Comparison:
             'relative difference of outputs'
         """
         return plot_comparison(self, axes)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {str(self).splitlines()[0]}>"
 
     def __str__(self) -> str:
         rows = list(self._differences())

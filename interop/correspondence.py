@@ -43,6 +43,11 @@ class WeightMapping:
         source, target: the frameworks.
         shapes: the shape of each parameter of the source, by its path.
         changes: for each parameter of the target, what it is made of.
+
+    Example:
+        >>> import brainstate, interop
+        >>> interop.mapping(brainstate.nn.Linear(3, 4), to="equinox")
+        <WeightMapping: brainstate -> equinox: 2 parameters>
     """
 
     source: str
@@ -51,6 +56,9 @@ class WeightMapping:
     changes: tuple[Rearrangement, ...]
     _source_tree: Any = field(default=None, repr=False, compare=False)
     _target_tree: Any = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {str(self).splitlines()[0]}>"
 
     def __str__(self) -> str:
         rows = [

@@ -31,6 +31,14 @@ class InteropError(Exception):
         problem: what was found, and what was wanted instead.
         path: where in the model (``model[2].weight``), or None.
         remedy: what to do, or None.
+
+    Example:
+        >>> import interop
+        >>> try:
+        ...     interop.convert(3, to="nnx")
+        ... except interop.InteropError as error:
+        ...     print(error.path, "|", error.remedy)
+        model | Pass an instance of one of their modules
     """
 
     problem: str
@@ -56,7 +64,16 @@ class InteropError(Exception):
 
 
 class ArgumentError(InteropError, TypeError, ValueError):
-    """An argument has the wrong type or value: a class for an instance, an unknown name, …"""
+    """An argument has the wrong type or value: a class for an instance, an unknown name, …
+
+    Example:
+        >>> import interop
+        >>> try:
+        ...     interop.supported_layers("eqx")
+        ... except interop.ArgumentError as error:
+        ...     print(error.problem, "|", error.remedy.partition("?")[0])
+        unknown framework 'eqx' | Did you mean 'equinox'
+    """
 
 
 class MissingDependencyError(InteropError, ImportError):
@@ -65,6 +82,11 @@ class MissingDependencyError(InteropError, ImportError):
     Attributes:
         framework: the framework asked for.
         package: the package that is missing.
+
+    Example:
+        >>> import interop
+        >>> interop.MissingDependencyError("nnx", "flax").remedy
+        'Install it: pip install flax'
     """
 
     framework: str
@@ -84,6 +106,12 @@ class BrokenDependencyError(InteropError, ImportError):
     Attributes:
         framework: the framework asked for.
         versions: the installed versions that were found, by package.
+
+    Example:
+        >>> import interop
+        >>> cause = AttributeError("core")
+        >>> interop.BrokenDependencyError("nnx", cause, {"jax": "0.12"}).versions
+        {'jax': '0.12'}
     """
 
     framework: str
@@ -105,6 +133,17 @@ class UnmappedLayerError(InteropError, LookupError):
     Attributes:
         found: the layer's class.
         framework: the framework that has no rule for it.
+
+    Example:
+        >>> import brainstate, interop
+        >>> class Twice(brainstate.nn.Module):
+        ...     def update(self, x):
+        ...         return 2 * x
+        >>> try:
+        ...     interop.to_nnx(brainstate.nn.Sequential(Twice()))
+        ... except interop.UnmappedLayerError as error:
+        ...     print(error.path, error.found.__name__, error.framework)
+        model[0] Twice brainstate
     """
 
     found: type
@@ -125,6 +164,17 @@ class UnsupportedLayerError(InteropError, NotImplementedError):
         target: the framework converted to, or None where the source already decides.
         option: the constructor option or method that stands in the way, or None.
         value: its value, or None.
+
+    Example:
+        >>> import brainstate, interop
+        >>> class Doubled(brainstate.nn.Linear):
+        ...     def update(self, x):
+        ...         return 2 * super().update(x)
+        >>> try:
+        ...     interop.to_nnx(Doubled(3, 4))
+        ... except interop.UnsupportedLayerError as error:
+        ...     print(error.found.__name__, error.option)
+        Doubled update
     """
 
     found: type
@@ -151,7 +201,19 @@ class UnsupportedLayerError(InteropError, NotImplementedError):
 
 
 class UnsupportedStructureError(InteropError, NotImplementedError):
-    """A model's own forward logic, or the way its parts are shared, cannot be rebuilt."""
+    """A model's own forward logic, or the way its parts are shared, cannot be rebuilt.
+
+    Example:
+        >>> import interop
+        >>> from flax import nnx
+        >>> class Residual(nnx.Module):
+        ...     def __init__(self):
+        ...         self.inner = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+        ...     def __call__(self, x):
+        ...         return x + self.inner(x)
+        >>> interop.explain(Residual(), to="equinox").problems[0].remedy.partition(";")[0]
+        'Wrap it live: shims.wrap(model, into=...)'
+    """
 
 
 class MissingShapeError(InteropError, ValueError):
@@ -159,6 +221,18 @@ class MissingShapeError(InteropError, ValueError):
 
     Attributes:
         found: the class of the layer that needs the shape.
+
+    Example:
+        >>> import interop
+        >>> from flax import nnx
+        >>> conv = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
+        >>> try:
+        ...     interop.from_nnx(conv)
+        ... except interop.MissingShapeError as error:
+        ...     print(error.found)
+        Conv
+        >>> interop.from_nnx(conv, sample_input=(8, 8, 3)).out_size
+        (8, 8, 4)
     """
 
     found: str
@@ -181,6 +255,14 @@ class ConversionError(InteropError, ValueError):
         missing: keys that were wanted and not given.
         unexpected: keys that were given and not wanted.
         mismatched: one line for each array of the wrong shape or dtype.
+
+    Example:
+        >>> import flax.linen as nn, interop, jax.numpy as jnp
+        >>> try:
+        ...     interop.from_linen(nn.Dense(4), {"params": {"kernel": jnp.ones((3, 5))}})
+        ... except interop.ConversionError as error:
+        ...     print(error.missing, error.mismatched)
+        ('params/bias',) ('params/kernel has shape (3, 5), wanted (in, 4)',)
     """
 
     missing: tuple[str, ...]
@@ -218,6 +300,17 @@ class NotEquivalentError(InteropError, AssertionError):
     Attributes:
         comparison: what :func:`interop.compare` found.
         beyond: one line for each output or gradient beyond the tolerances.
+
+    Example:
+        >>> import brainstate, interop, jax.numpy as jnp
+        >>> model = brainstate.nn.Linear(3, 4)
+        >>> other = interop.to_nnx(model)
+        >>> other.bias.set_value(other.bias.get_value() + 1)
+        >>> try:
+        ...     interop.assert_equivalent(model, other, jnp.ones((2, 3)))
+        ... except interop.NotEquivalentError as error:
+        ...     print(error.comparison.departs.path)
+        model
     """
 
     comparison: Any
@@ -240,4 +333,13 @@ class NotEquivalentError(InteropError, AssertionError):
 
 
 class MissingKeyError(InteropError, ValueError):
-    """A layer draws random numbers and the host gave no key for it."""
+    """A layer draws random numbers and the host gave no key for it.
+
+    Example:
+        >>> import brainstate, interop, jax.numpy as jnp, shims
+        >>> try:
+        ...     shims.ToNNX(brainstate.nn.Dropout(0.5))(jnp.ones(3))
+        ... except interop.MissingKeyError as error:
+        ...     print(error.remedy.partition(",")[0])
+        Pass rngs=nnx.Rngs(seed) to ToNNX or to the call
+    """

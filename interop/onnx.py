@@ -58,6 +58,13 @@ def to_onnx(
         ArgumentError: as :func:`interop.export`; or an input is no array.
         MissingDependencyError, BrokenDependencyError: jax2onnx or onnxruntime cannot be
             imported: extra ``onnx``.
+
+    Example:
+        >>> import brainstate, importlib.util, interop, jax.numpy as jnp, tempfile
+        >>> model, has_onnx = brainstate.nn.Linear(3, 4), importlib.util.find_spec("jax2onnx")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     if has_onnx:
+        ...         interop.to_onnx(model, jnp.ones((2, 3)), path=f"{folder}/model.onnx")
     """
     converter, runtime = _package("jax2onnx"), _package("onnxruntime")
     if not all(hasattr(x, "shape") and hasattr(x, "dtype") for x in inputs):

@@ -32,6 +32,25 @@ class LayerContext:
         path: where the layer is, ``model[2]``.
         sample_input: shape of one example at the model's input, or None.
         rngs, key: what the caller passed by that name, or None.
+
+    Example:
+        >>> import brainstate, interop
+        >>> from flax import nnx
+        >>> class Noise(brainstate.nn.Module):
+        ...     scale = 2.0
+        >>> def to_foreign(layer, ctx):
+        ...     print(ctx, ctx.cur_size)
+        ...     ctx.refuse("scale", layer.scale, "only 1 converts")
+        >>> mapping = interop.LayerMapping(
+        ...     Noise, "nnx", nnx.Dropout, lambda layer, ctx: Noise(), to_foreign
+        ... )
+        >>> with interop.registered(mapping):
+        ...     try:
+        ...         interop.convert(Noise(), to="nnx", sample_input=(3,))
+        ...     except interop.UnsupportedLayerError as error:
+        ...         print(error.option)
+        <LayerContext of model> (3,)
+        scale
     """
 
     path: str
@@ -43,6 +62,9 @@ class LayerContext:
         self._building = building
         self.path, self.sample_input = building.path, building.sample
         self.rngs, self.key = building.options.get("rngs"), building.options.get("key")
+
+    def __repr__(self) -> str:
+        return f"<LayerContext of {self.path}>"
 
     @property
     def cur_size(self) -> specs.Shape | None:
@@ -83,6 +105,29 @@ class LayerMapping:
 
     ``ctx`` is a :class:`LayerContext`. The callbacks answer for exactness: nothing checks that
     the two layers compute the same, :func:`interop.compare` does.
+
+    Raises:
+        ArgumentError: (:func:`register_layer_mapping`) a field is of another kind.
+
+    Example:
+        >>> import brainstate, interop
+        >>> from flax import nnx
+        >>> class Shift(brainstate.nn.Module):
+        ...     def update(self, x):
+        ...         return x + 1
+        >>> class NnxShift(nnx.Module):
+        ...     def __call__(self, x):
+        ...         return x + 1
+        >>> mapping = interop.LayerMapping(
+        ...     bst_type=Shift,
+        ...     framework="nnx",
+        ...     foreign_type=NnxShift,
+        ...     to_bst=lambda layer, ctx: Shift(),
+        ...     to_foreign=lambda layer, ctx: NnxShift(),
+        ... )
+        >>> with interop.registered(mapping):
+        ...     type(interop.to_nnx(Shift())).__name__
+        'NnxShift'
     """
 
     bst_type: type
@@ -261,6 +306,22 @@ def registered(*mappings: LayerMapping) -> Generator[None]:
 
     Raises:
         ArgumentError: as :func:`register_layer_mapping`; then nothing stays registered.
+
+    Example:
+        >>> import brainstate, interop
+        >>> from flax import nnx
+        >>> mapping = interop.LayerMapping(
+        ...     bst_type=brainstate.nn.RReLU,
+        ...     framework="nnx",
+        ...     foreign_type=nnx.PReLU,
+        ...     to_bst=lambda layer, ctx: brainstate.nn.RReLU(),
+        ...     to_foreign=lambda layer, ctx: nnx.PReLU(),
+        ... )
+        >>> with interop.registered(mapping):
+        ...     type(interop.to_nnx(brainstate.nn.RReLU())).__name__
+        'PReLU'
+        >>> interop.explain(brainstate.nn.RReLU(), to="nnx").ok
+        False
     """
     with registry.undoing():
         for mapping in mappings:

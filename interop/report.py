@@ -43,6 +43,12 @@ class Row:
         shared, copied: bytes of the arrays that are the source's own objects, and that are not.
         shapes: of one example before and after the layer, where they are known.
         problem: why it is refused, or None.
+
+    Example:
+        >>> import brainstate, interop
+        >>> (row,) = interop.explain(brainstate.nn.Linear(3, 4), to="equinox").rows
+        >>> row.target, row.how, row.changes, row.shared, row.copied
+        ('Linear', 'native', ('weight: transpose (1, 0)',), 16, 48)
     """
 
     path: str
@@ -79,6 +85,11 @@ class Report:
         source, target: the frameworks.
         rows: one for each layer, in order.
         problems: everything that stands in the way, each with ``path`` and ``remedy``.
+
+    Example:
+        >>> import brainstate, interop
+        >>> interop.explain(brainstate.nn.Linear(3, 4), to="nnx")
+        <Report: brainstate -> nnx converts; 1 layer, 64 B shared, 0 B copied>
     """
 
     source: str
@@ -129,6 +140,9 @@ class Report:
             ['model  Linear']
         """
         return plot_report(self, axes)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.summary}>"
 
     def __str__(self) -> str:
         from rich.console import Console  # slow to import

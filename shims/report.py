@@ -18,6 +18,12 @@ class ArrayRow:
         array: dtype and shape.
         owner: ``"guest"`` or ``"shim"``: whose value counts.
         shown_as: the host's container or place for it.
+
+    Example:
+        >>> import brainstate, shims
+        >>> row = shims.explain(shims.ToNNX(brainstate.nn.Linear(3, 4))).rows[0]
+        >>> row.path, row.kind, row.array, row.owner
+        ('weight.bias', 'parameter', 'float32[4]', 'guest')
     """
 
     path: str
@@ -36,12 +42,20 @@ class LinkReport:
         host: the class of the shim.
         live: whether a change on one side shows on the other at once.
         rows: each array once.
+
+    Example:
+        >>> import brainstate, shims
+        >>> shims.explain(shims.ToNNX(brainstate.nn.Linear(3, 4)))
+        <LinkReport: Linear in ToNNX, live: one array, seen by both sides; 2 arrays>
     """
 
     guest: str
     host: str
     live: bool
     rows: tuple[ArrayRow, ...]
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self._title()}>"
 
     def __str__(self) -> str:
         table = [_HEAD, *(_cells(row) for row in self.rows)]

@@ -42,6 +42,16 @@ def save_traced(path: str | os.PathLike[str], model: Any) -> None:
     Raises:
         ArgumentError: ``model`` is something else, or the folder does not exist.
         OSError: the file cannot be written; what was there before still is.
+
+    Example:
+        >>> import brainstate, jax.numpy as jnp, shims, tempfile
+        >>> from pathlib import Path
+        >>> shim = shims.ToNNX(brainstate.nn.Linear(3, 4))
+        >>> traced = shim.materialize(method="trace", sample_input=jnp.ones((5, 3)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     shims.save_traced(Path(folder) / "block.traced", traced)
+        ...     (Path(folder) / "block.traced").exists()
+        True
     """
     module: Any = model[0] if isinstance(model, tuple) else model
     host = _whole(registry.framework_of(module) or "")

@@ -3,12 +3,15 @@
 import ast
 import doctest
 import importlib
+import inspect
 import pkgutil
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import brainstate
+import jax.numpy as jnp
 import pytest
 
 import interop
@@ -131,6 +134,43 @@ def test_every_public_name_has_a_docstring(package):
     assert sorted(package.__all__) == package.__all__
     bare = [name for name in package.__all__ if not getattr(package, name).__doc__]
     assert bare == []
+
+
+COMPOSITES = [
+    importlib.import_module(f"interop.composites.{name}")
+    for name in ("brainstate", "equinox", "linen", "nnx")
+]
+PUBLIC = [
+    *((package, name) for package in PACKAGES for name in package.__all__ if name != "specs"),
+    *((module, name) for module in COMPOSITES for name in ("Composite", "Cell")),
+]
+
+
+@pytest.mark.parametrize(("package", "name"), PUBLIC, ids=lambda x: getattr(x, "__name__", x))
+def test_the_documentation_of_a_public_name_has_an_example_and_its_errors(package, name):
+    found = getattr(package, name)
+    text = inspect.getdoc(found)
+    assert ">>> " in text
+    assert "Raises:" in text or isinstance(found, type)
+
+
+def test_a_public_object_is_shown_in_a_line():
+    layer = brainstate.nn.Sequential(brainstate.nn.Linear(3, 4), brainstate.nn.ReLU())
+    converted = interop.to_nnx(layer)
+    shown = [
+        interop.explain(layer, to="nnx"),
+        interop.compare(layer, converted, jnp.ones((2, 3))),
+        interop.mapping(layer, converted),
+        shims.explain(shims.ToNNX(layer)),
+        interop.specs.Linear(weight=jnp.ones((30, 40)), bias=None, mask=jnp.ones((30, 40))),
+    ]
+    assert [repr(x) for x in shown] == [
+        "<Report: brainstate -> nnx converts; 2 layers, 64 B shared, 0 B copied>",
+        "<Comparison: equal (rtol=2e-05, atol=2e-05)>",
+        "<WeightMapping: brainstate -> nnx: 2 parameters>",
+        "<LinkReport: Sequential in ToNNX, live: one array, seen by both sides; 2 arrays>",
+        "Linear(weight=float32[30, 40], bias=None, mask=float32[30, 40])",
+    ]
 
 
 MODULES = sorted(

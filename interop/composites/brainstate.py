@@ -113,7 +113,16 @@ class Composite(brainstate.nn.Module):
 
 
 class Cell(Composite, brainstate.nn.RNNCell):
-    """A recurrent cell that is given by its formula; its state is made by ``init_state``."""
+    """A recurrent cell that is given by its formula; its state is made by ``init_state``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from interop.composites.brainstate import SimpleCell
+        >>> cell = SimpleCell(3, 4)
+        >>> cell.init_state(5)
+        >>> cell(jnp.ones((5, 3))).shape
+        (5, 4)
+    """
 
     spec_type: ClassVar[type[specs.Cell]]  # pyright: ignore[reportIncompatibleVariableOverride]
 

@@ -137,7 +137,15 @@ class Composite(eqx.nn.StatefulLayer):
 
 
 class Cell(Composite):
-    """A recurrent cell that is given by its formula, called as Equinox's own cells."""
+    """A recurrent cell that is given by its formula, called as Equinox's own cells.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop.composites.equinox import MGUCell
+        >>> cell = MGUCell(3, 4, key=jax.random.key(0))
+        >>> cell(jnp.ones(3), cell.initialize_carry((3,))).shape
+        (4,)
+    """
 
     def __call__(self, input: Any, hidden: Any, *, key: Any = None) -> Any:
         """One step of one example: the new hidden state, whose first array is the output."""

@@ -95,7 +95,15 @@ class Composite(nn.Module):
 
 
 class Cell(Composite, nn.RNNCellBase):
-    """A recurrent cell that is given by its formula; its carry is as in Flax's own cells."""
+    """A recurrent cell that is given by its formula; its carry is as in Flax's own cells.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> from interop.composites.linen import URLSTMCell
+        >>> xs, rnn = jnp.ones((5, 7, 3)), nn.RNN(URLSTMCell(3, 4))
+        >>> rnn.apply(rnn.init(jax.random.key(0), xs), xs).shape
+        (5, 7, 4)
+    """
 
     @nn.compact
     def __call__(self, carry: Any, inputs: Any) -> Any:

@@ -81,7 +81,16 @@ class Composite(nnx.Module):
 
 
 class Cell(Composite, nnx.RNNCellBase):
-    """A recurrent cell that is given by its formula; its carry is as in Flax's own cells."""
+    """A recurrent cell that is given by its formula; its carry is as in Flax's own cells.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from interop.composites.nnx import MGUCell
+        >>> cell = MGUCell(3, 4, rngs=nnx.Rngs(0))
+        >>> nnx.RNN(cell)(jnp.ones((5, 7, 3))).shape
+        (5, 7, 4)
+    """
 
     def __call__(self, carry: Any, inputs: Any) -> Any:
         """One step: ``(new carry, output)``."""

@@ -124,6 +124,19 @@ class Spec:
     counts_axes: ClassVar[bool] = False
     """Whether the result depends on the order of the axes, and ``moved`` changes that."""
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        cls.__repr__ = Spec.__repr__  # which dataclasses then leave alone
+
+    def __repr__(self) -> str:
+        """Arrays by dtype and shape, and the options that are not plain."""
+        shown = [
+            f"{field.name}={_described(value)}"
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) is not field.default
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     @property
     def fixes_order(self) -> bool:
         """Whether its axes are in one order, wherever a framework has its channels."""
@@ -311,6 +324,12 @@ def options(spec_type: type[Spec]) -> tuple[str, ...]:
     """The names of its options."""
     every = dataclasses.fields(spec_type)
     return tuple(field.name for field in every if field.default is not dataclasses.MISSING)
+
+
+def _described(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}{list(value.shape)}"
+    return getattr(value, "__name__", None) or repr(value)
 
 
 def move_channels(shape: Shape, to_first: bool) -> Shape:
