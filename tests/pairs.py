@@ -205,7 +205,9 @@ def methods(source, host):
 
 @case("many threads")
 def threads(source, host):
+    """One shim, called and compiled, another of the same guest, and the guest itself at once."""
     expected, _ = live.truth(live.PARAMS, live.STATS, X, False)
+    guest, other = host.unwrap(), host.again()
     if isinstance(host.shim, brainstate.nn.Module):
         host.jit(X)  # its jit keeps tracers in the States while it traces, natively as well
     compiled = host.jit
@@ -214,12 +216,13 @@ def threads(source, host):
         definition, state = nnx.split(host.shim)
         merged = jax.jit(lambda state, x: nnx.merge(definition, state)(x))
         compiled = functools.partial(merged, state)
+    calls = compiled, host.call, other.call, functools.partial(source.block_output, guest)
 
-    def work(kind):
-        return [np.asarray((compiled if kind % 2 else host.call)(X)) for _ in range(4)]
+    def work(call):
+        return [np.asarray(call(X)) for _ in range(4)]
 
     with ThreadPoolExecutor(4) as pool:
-        outs = [out for found in pool.map(work, range(4)) for out in found]
+        outs = [out for found in pool.map(work, calls) for out in found]
     assert_allclose(outs, [expected] * len(outs), **TOLERANCE)
     evaluates(host.call)
 
