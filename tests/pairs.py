@@ -205,7 +205,7 @@ def methods(source, host):
 
 @case("many threads")
 def threads(source, host):
-    """One shim, called and compiled, another of the same guest, and the guest itself at once."""
+    """One shim, called and compiled, another of its guest, and the guest itself, at once."""
     expected, _ = live.truth(live.PARAMS, live.STATS, X, False)
     guest, other = host.unwrap(), host.again()
     if isinstance(host.shim, brainstate.nn.Module):

@@ -853,3 +853,42 @@ class ScalesInLinen(nn.Module):
 def test_arguments_and_results_keep_their_units_in_brainstate(make):
     out = brainstate.transform.jit(make())(X * u.mV)
     assert_allclose(1e3 * out.to_decimal(u.volt), X * array(4, seed=68), rtol=1e-5)
+
+
+class Gains(bnn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.gain = bnn.Linear(4, 4), 1.0
+
+    def update(self, x):
+        return self.gain * self.linear(x)
+
+
+def test_a_changed_attribute_is_seen_by_a_linen_shim_and_compiled_for_one_made_afterwards():
+    guest, traces = Gains(), []
+    shim = shims.ToLinen(guest)
+    variables = shim.init(KEY, X)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def call(module, variables, x):
+        traces.append(1)
+        return module.apply(variables, x)
+
+    before = call(shim, variables, X)
+    call(shims.ToLinen(guest), variables, X)
+    assert len(traces) == 1
+    guest.gain = 3.0
+    assert_allclose(shim.apply(variables, X), 3 * before, rtol=1e-6)
+    assert_allclose(call(shims.ToLinen(guest), variables, X), 3 * before, rtol=1e-6)
+    assert len(traces) == 2
+
+
+def test_an_equinox_shim_has_the_attributes_that_its_guest_had():
+    guest = Gains()
+    shim = shims.ToEquinox(guest)
+    before = shim(X[0])
+    guest.gain = 3.0
+    assert_array_equal(shim(X[0]), before)
+    with pytest.raises(interop.ConversionError, match="changed since it was wrapped"):
+        shim.write_back()
+    assert_allclose(shims.ToEquinox(guest)(X[0]), 3 * before, rtol=1e-6)

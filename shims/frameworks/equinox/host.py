@@ -117,6 +117,9 @@ _DOC = """A live ``eqx.Module`` around a module of another framework.
     ``eqx.nn.make_with_state(shims.ToEquinox)(layer)`` and call it as ``out, state =
     shim(x, state, key=key)``; one without them as ``shim(x, key=key)``.
 
+    Attributes of the guest that are no arrays are as they were when the shim was made, in a
+    module that cannot change; wrap the guest again after setting one.
+
     Other public methods of the guest take ``state`` and ``key`` as the call does, and run on
     the shim's values: ``shim.encode(x)``. Plain attributes read through.
 

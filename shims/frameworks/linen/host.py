@@ -107,8 +107,9 @@ _DOC = """A live ``flax.linen.Module`` around a module of another framework.
     ``write_back`` commits the values.
 
     A function that closes over ``variables`` has them as constants, as with any Linen module.
-    The shim itself holds none; a compiled function that it is part of, as a static argument,
-    keeps the guest alive as long as itself.
+    The shim itself holds none. A compiled function that has it as a static argument keeps the
+    guest alive as long as itself, and sees attributes of the guest that change only by a shim
+    made afterwards.
 
     Donating the variables that ``init`` returned deletes the arrays of the guest too, until
     ``write_back`` gives it new ones. With ``copy=True`` ``init`` returns copies.
