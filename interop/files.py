@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -28,10 +29,10 @@ def save(
 ) -> None:
     """Write a model's weights to a safetensors file.
 
-    The file holds what :func:`interop.weights` returns, with dtypes and units, and no code;
-    any reader of safetensors can read it. It appears under its name once it is complete: a
-    save that fails leaves an older file as it was. Arrays on several devices are gathered:
-    leave sharded and asynchronous checkpoints to orbax.
+    The file holds what :func:`interop.weights` returns, with dtypes, units and a checksum, and
+    no code; any reader of safetensors can read it. It appears under its name once it is
+    complete: a save that fails leaves an older file as it was. Arrays on several devices are
+    gathered: leave sharded and asynchronous checkpoints to orbax.
 
     Args:
         path: the file, such as ``"model.safetensors"``; replaced if it is there.
@@ -56,7 +57,12 @@ def save(
     arrays = {name: _on_host(name, leaf) for name, leaf in found.items()}
     units = {name: str(leaf.unit) for name, leaf in found.items() if is_quantity(leaf)}
     dtypes = {name: array.dtype.name for name, array in arrays.items()}
-    facts = {"format": _FORMAT, "dtypes": json.dumps(dtypes), "units": json.dumps(units)}
+    facts = {
+        "format": _FORMAT,
+        "dtypes": json.dumps(dtypes),
+        "units": json.dumps(units),
+        "sha256": _digest(arrays),
+    }
     try:
         data = importlib.import_module("safetensors.numpy").save(arrays, metadata=facts)
     except safetensors.SafetensorError as e:
@@ -127,6 +133,9 @@ def load(
 class _Measured:
     """An array of a file with its unit in words; a model's own array knows the unit itself."""
 
+    mantissa: Any = None  # of the class as well, by which is_quantity tells
+    unit: str = ""
+
     def __init__(self, mantissa: Any, unit: str):
         self.mantissa, self.unit = mantissa, unit
 
@@ -183,12 +192,22 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]
             )
             for name, tensor in tensors
         }
+        if facts["sha256"] != _digest(arrays):
+            raise ValueError("their bytes have changed")
     except (KeyError, TypeError, ValueError) as e:
         raise ConversionError(
             f"{file} is damaged: what it says of its arrays does not fit them ({e!r})",
             remedy="Nothing was changed. Take another copy of the file",
         ) from e
     return arrays, units
+
+
+def _digest(arrays: Mapping[str, Any]) -> str:
+    """A hash of the arrays' bytes; the format has none of its own."""
+    found = hashlib.sha256()
+    for _, array in sorted(arrays.items()):
+        found.update(array.reshape(-1).view(np.uint8))
+    return found.hexdigest()
 
 
 def write(path: str | os.PathLike[str], data: bytes) -> None:

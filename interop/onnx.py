@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.metadata
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -73,10 +74,7 @@ def to_onnx(
     fn = functools.partial(run, own)
 
     def convert(*shapes: Any) -> bytes:
-        program = jax.make_jaxpr(fn)(*shapes)
-
-        def flat(*xs: Any) -> list[Any]:
-            return _evaluate(program.jaxpr, program.consts, *xs)
+        flat = _flattened(_flattened(fn, shapes), shapes)  # anew, without what fell out of use
 
         try:
             found = converter.to_onnx(flat, list(shapes))
@@ -146,11 +144,17 @@ _POOLS: dict[str, tuple[Any, float]] = {
 }
 
 
+def _flattened(fn: Callable[..., Any], shapes: Any) -> Callable[..., list[Any]]:
+    program = jax.make_jaxpr(fn)(*shapes)
+    return lambda *xs: _evaluate(program.jaxpr, program.consts, *xs)
+
+
 def _evaluate(jaxpr: Any, consts: Any, *args: Any) -> list[Any]:
     """Run a program, its nested ones in place, and pools as joined slices of their input."""
     from jax.extend.core import Literal  # slow to import
 
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    joined: dict[Any, list[Any]] = {}  # what was concatenated
 
     def read(variable: Any) -> Any:
         is_literal = isinstance(variable, Literal)
@@ -165,11 +169,14 @@ def _evaluate(jaxpr: Any, consts: Any, *args: Any) -> list[Any]:
         elif name in _POOLS and set(eqn.params["base_dilation"]) == {1}:
             out = [_pooled(eqn, *operands)]
         elif name == "gather" and _takes_rows(eqn, *operands):
-            out = [_rows(eqn, *operands)]
+            x, starts = operands
+            out = [_rows(eqn, x, joined.get(eqn.invars[1], [starts]))]
         else:
             out = eqn.primitive.bind(*operands, **eqn.params)
             out = out if eqn.primitive.multiple_results else [out]
         values.update(zip(eqn.outvars, out, strict=True))
+        if name == "concatenate" and eqn.params["dimension"] == out[0].ndim - 1:
+            joined[eqn.outvars[0]] = operands
     return list(map(read, jaxpr.outvars))
 
 
@@ -204,13 +211,19 @@ def _takes_rows(eqn: Any, x: Any, starts: Any) -> bool:
     )
 
 
-def _rows(eqn: Any, x: Any, starts: Any) -> Any:
-    """jax2onnx reads starts along several axes wrongly; but for rows, all others are zero."""
-    facts, kept = eqn.params["dimension_numbers"], starts.ndim - 1
+def _rows(eqn: Any, x: Any, starts: list[Any]) -> Any:
+    """jax2onnx reads starts along several axes wrongly; but for rows, all others are zero.
+
+    ``starts`` are the parts that they were joined of along their last axis.
+    """
+    facts, kept = eqn.params["dimension_numbers"], starts[0].ndim - 1
     column = facts.start_index_map.index(0)
+    while column >= starts[0].shape[-1]:
+        first, *starts = starts
+        column -= first.shape[-1]
     rows = jax.lax.gather(
         x,
-        jax.lax.slice_in_dim(starts, column, column + 1, axis=kept),
+        jax.lax.slice_in_dim(starts[0], column, column + 1, axis=kept),
         jax.lax.GatherDimensionNumbers(
             offset_dims=facts.offset_dims[:-1], collapsed_slice_dims=(0,), start_index_map=(0,)
         ),

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from typing import Any
 
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def load_into(path: str | os.PathLike[str], into: str) -> Any:
             parts = {name: archive.read(name) for name in archive.namelist()}
         program = Program.assemble(header["program"], parts)
         values = {v.path: _array(v, parts[f"value.{i}"]) for i, v in enumerate(program.values)}
-    except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as e:
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError) as e:
         raise ConversionError(
             f"{os.fspath(path)} is no traced module, or damaged ({type(e).__name__}: {e})",
             remedy="Load a file that shims.save_traced wrote",

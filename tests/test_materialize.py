@@ -858,7 +858,9 @@ def test_damaged_files_and_other_models_are_refused(traced, tmp_path):
     file = tmp_path / "model"
     shims.save_traced(file, traced)
     data = file.read_bytes()
-    for broken in (data[: len(data) // 2], b"", b"nothing of ours"):
+    half = len(data) // 2
+    flipped = data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :]
+    for broken in (data[:half], flipped, b"", b"nothing of ours"):
         file.write_bytes(broken)
         with pytest.raises(interop.ConversionError, match="damaged"):
             shims.load_traced(file, into="nnx")

@@ -339,40 +339,33 @@ def test_units_survive_a_file_and_are_compared(tmp_path):
         assert all(after[name] is before[name] for name in before)
 
 
-def spoiled(data, how, model):
-    match how:
-        case "empty":
-            return b""
-        case "truncated":
-            return data[: len(data) - 5]
-        case "truncated header":
-            return data[:20]
-        case "text":
-            return b"weights = [1, 2, 3]" * 10
-        case "longer":
-            return data + b"\0" * 8
-        case "foreign":
-            arrays = {name: np.asarray(x) for name, x in interop.weights(model).items()}
-            return safetensors.numpy.save(arrays)
-        case "lying":
-            facts = {"format": "interop.save 1", "units": "{}", "dtypes": "{}"}
-            return safetensors.numpy.save({"weight/bias": np.ones(4)}, metadata=facts)
-    facts = {
-        "format": "interop.save 1",
-        "units": "{}",
-        "dtypes": json.dumps({"a": "object"}),
-    }
+def foreign(data):
+    return safetensors.numpy.save(safetensors.numpy.load(data))
+
+
+def lying(dtypes):
+    facts = {"format": "interop.save 1", "units": "{}", "dtypes": json.dumps(dtypes)}
     return safetensors.numpy.save({"a": np.ones(4)}, metadata=facts)
 
 
-@pytest.mark.parametrize(
-    "how",
-    ["empty", "truncated", "truncated header", "text", "longer", "foreign", "lying", "objects"],
-)
+SPOILED = {
+    "empty": lambda data: b"",
+    "truncated": lambda data: data[:-5],
+    "truncated header": lambda data: data[:20],
+    "one bit": lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:],
+    "text": lambda data: b"weights = [1, 2, 3]" * 10,
+    "longer": lambda data: data + b"\0" * 8,
+    "foreign": foreign,
+    "lying": lambda data: lying({}),
+    "objects": lambda data: lying({"a": "object"}),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
 def test_a_damaged_or_foreign_file_is_refused(how, tmp_path):
     model, file = brainstate.nn.Linear(3, 4), tmp_path / "model"
     interop.save(file, model)
-    file.write_bytes(spoiled(file.read_bytes(), how, model))
+    file.write_bytes(SPOILED[how](file.read_bytes()))
     before = interop.weights(model)
     with pytest.raises(interop.ConversionError, match="Nothing was changed"):
         interop.load(file, model)
