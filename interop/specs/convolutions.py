@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
 import jax
@@ -112,13 +113,10 @@ class Convolution(Spec):
         shape = self.last(shape)
         if shape is None:
             return None
-
-        def run(x: jax.Array) -> jax.Array:
-            weight = jnp.zeros(self.weight.shape)
-            plain = replace(self, weight=weight, bias=None, mask=None, dtype=None)
-            return plain.convolve(x, weight)
-
-        out = shape_of(run, shape)
+        apart = (*self.trained, "mask", "dtype", "precision", "preferred_element_type")
+        options = {f.name: getattr(self, f.name) for f in fields(self)}
+        known = tuple((k, v) for k, v in options.items() if k not in apart)
+        out = _output_shape(type(self), self.trained, self.weight.shape, known, shape)
         return out and move_channels(out, to_first=True) if self.channels_first else out
 
     def apply(self, run: Run, x: Array) -> Array:
@@ -180,6 +178,25 @@ class Convolution(Spec):
             in_shape=None,
             **options,
         )
+
+
+@functools.lru_cache(1024)
+def _output_shape(
+    cls: type[Convolution],
+    trained: tuple[str, ...],
+    weight_shape: Shape,
+    options: tuple[tuple[str, Any], ...],
+    shape: Shape,
+) -> Shape | None:
+    """The shape of one output; kept, as models have many layers alike."""
+    arrays: dict[str, Any] = dict.fromkeys(trained)
+    arrays["weight"] = jax.ShapeDtypeStruct(weight_shape, "float32")
+    plain = cls(**arrays, **dict(options))
+
+    def run(x: jax.Array) -> jax.Array:
+        return plain.convolve(x, jnp.zeros(weight_shape))
+
+    return shape_of(run, shape)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

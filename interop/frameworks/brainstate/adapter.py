@@ -35,7 +35,8 @@ class BrainState(Adapter):
         return [(k, v) for k, v in vars(node).items() if isinstance(v, brainstate.State)]
 
     def added_state(self, module, rule):
-        return {k for k, v in vars(module).items() if _holds_state(v)} - rule.state
+        held = vars(module).items()
+        return {k for k, v in held if k not in rule.state and _holds_state(v)}
 
     def close(self, built, options):
         return built if isinstance(built, nn.Module) else Lambda(built)
