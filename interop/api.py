@@ -201,11 +201,14 @@ def supported_layers(framework: str | None = None) -> dict[str, list[str]]:
     hub, others = registry.hub()
     if framework is not None:
         others = [registry.adapter(framework)]
+    shipped = set(hub.composites.values())
+    rules = [rule for rule in hub.readers.values() if rule.layer_type not in shipped]
     return {
         other.name: sorted(
             rule.layer_type.__name__
-            for rule in hub.readers.values()
-            if rule.spec_type in other.builders or rule.layer_type in other.from_hub
+            for rule in rules
+            if rule.spec_type in other.builders.keys() | other.composites.keys()
+            or rule.layer_type in other.from_hub
         )
         for other in others
     }

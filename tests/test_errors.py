@@ -850,7 +850,9 @@ def test_supported_layers_lists_what_each_framework_exchanges():
     assert table.keys() >= {"nnx", "linen", "equinox"}
     for layers in table.values():
         assert {"Linear", "LayerNorm", "BatchNorm1d", "Dropout", "ReLU"} <= set(layers)
-        assert layers == sorted(layers)
+        assert {"URLSTMCell", "MaxUnpool2d", "AlphaDropout"} <= set(layers)  # by composites
+        assert layers == sorted(set(layers))
+        assert all(hasattr(brainstate.nn, name) or name == "Lambda" for name in layers)
 
 
 def test_the_named_functions_are_convert():
