@@ -167,3 +167,21 @@ def test_an_empty_batch_passes(source, target):
     layers = source.linear(WEIGHT, BIAS), source.linear(WEIGHT_2, BIAS_2)
     converted = target.convert_from(source, source.sequential(*layers))
     assert target.call(converted, X[:0]).shape == (0, 2)
+
+
+def test_a_function_whose_arrays_equinox_trains_is_refused():
+    project = jax.tree_util.Partial(lambda weight, x: x @ weight, WEIGHT)
+    model = eqx.nn.Sequential([eqx.nn.Lambda(jnp.tanh), eqx.nn.Lambda(project)])
+    assert jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))[0] is WEIGHT
+    for to in NAMES:
+        with pytest.raises(interop.UnsupportedLayerError, match="fn=.*trains the arrays") as e:
+            interop.convert(model, to=to)
+        assert e.value.path == "model[1]"
+
+
+def test_constants_of_a_function_are_not_trained_in_equinox_either():
+    project = jax.tree_util.Partial(lambda weight, x: x @ weight, WEIGHT)
+    stack = brainstate.nn.Sequential(brainstate.nn.Linear(3, 3), project)
+    network = interop.to_equinox(stack)
+    assert len(jax.tree.leaves(eqx.filter(network, eqx.is_inexact_array))) == 2
+    np.testing.assert_allclose(jax.vmap(network)(X), stack(X), rtol=2e-6, atol=2e-6)

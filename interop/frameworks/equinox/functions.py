@@ -6,6 +6,7 @@ import dataclasses
 import functools
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 
 from ... import formulas, specs
@@ -22,6 +23,8 @@ def read_lambda(node, ctx):
     fn = node.module.fn
     if isinstance(fn, eqx.Module):  # what takes no key stands so in a stack
         return ctx.read(Node(fn, node.state), f"{ctx.path}.fn")
+    if any(map(eqx.is_inexact_array, jax.tree.leaves(fn))):  # as in a jax.tree_util.Partial
+        ctx.refuse("fn", fn, "Equinox trains the arrays that it holds, which a function hides")
     if fn is jnp.ravel:
         return specs.Flatten(start_axis=1)
     spec = ctx.read_callable(fn, ctx.path)
