@@ -13,7 +13,7 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
@@ -50,6 +50,7 @@ class ReadRule:
         state: names of the attributes that hold the layer's arrays or submodules.
         fixed: options that must keep this value: ``read`` does not carry any other.
         exact: whether the rule is for no subclass, and knows all that an instance may hold.
+        methods: the functions of the class and its bases, as they were when the rule was made.
     """
 
     layer_type: type
@@ -58,6 +59,15 @@ class ReadRule:
     state: frozenset[str]
     fixed: Mapping[str, Any]
     exact: bool = False
+    methods: Mapping[tuple[type, str], object] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "methods", _methods(self.layer_type))
+
+    def replaced(self) -> list[str]:
+        """The methods that have been replaced in their classes since."""
+        found = self.methods.items()
+        return [name for (cls, name), fn in found if vars(cls).get(name) is not fn]
 
 
 @dataclass(frozen=True)
@@ -327,7 +337,7 @@ class Adapter(abc.ABC):
         if base is None:
             raise self._no_reader(module, path)
         rule = self.readers[base]
-        if changed := _overridden(cls, base) + _shadowed(module):
+        if changed := _overridden(cls, base) + _shadowed(module) + rule.replaced():
             raise UnsupportedLayerError(
                 cls,
                 f"it overrides {', '.join(changed)} of {base.__qualname__}, whose rule "
@@ -400,6 +410,16 @@ def _live(path: str) -> str:
 
 # Attributes that Python, dataclasses or a framework's metaclass set on every class.
 _HARMLESS_DUNDERS = {"__call__", "__getattr__", "__getattribute__", "__setattr__"}
+
+
+def _methods(cls: type) -> dict[tuple[type, str], object]:
+    return {
+        (base, name): value
+        for base in cls.__mro__
+        for name, value in vars(base).items()
+        if inspect.isfunction(value)
+        and (not name.startswith("__") or name in _HARMLESS_DUNDERS)
+    }
 
 
 @functools.lru_cache(1024)

@@ -156,6 +156,16 @@ def test_what_was_assigned_after_construction_is_carried_or_refused(name):
         assert e.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("cls", "method"), [(brainstate.nn.Linear, "update"), (nnx.Linear, "__call__")]
+)
+def test_a_method_that_was_replaced_in_its_class_is_noticed(cls, method, monkeypatch):
+    layer = cls(3, 4, rngs=nnx.Rngs(0)) if cls is nnx.Linear else cls(3, 4)
+    monkeypatch.setattr(cls, method, lambda self, x: x)
+    with pytest.raises(interop.UnsupportedLayerError, match=f"overrides {method} of Linear"):
+        interop.convert(layer, to="equinox")
+
+
 def test_a_mapping_of_an_array_without_elements_is_refused():
     model = eqx.nn.Linear(0, 3, use_bias=False, key=jax.random.key(0))
     assert interop.convert(model, to="nnx")(jnp.ones((2, 0))).shape == (2, 3)
