@@ -26,7 +26,7 @@ from .errors import (
 )
 from .registry import registry
 from .report import explain
-from .support import Grid, layers
+from .support import Grid, layers, refused
 
 __all__ = ["main"]
 
@@ -144,6 +144,7 @@ def _overview() -> None:
     _print(console, "Frameworks", Grid(("name", "package", "state"), tuple(rows)))
     _print(console, "Live: shims.wrap(module, into=...)", pairs(importable))
     _print(console, "Converts: interop.convert(model, to=...)", layers(importable))
+    _print(console, "Refused, and taken live by shims.wrap", refused(importable))
     console.print(
         "A function is a plain callable, a composite a module of interop.composites.\n"
         "Of one model: python -m interop explain package.module:factory --to ...",

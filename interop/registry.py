@@ -123,6 +123,8 @@ class Adapter(abc.ABC):
         self.builders: dict[type[Spec], BuildRule] = {}
         self.from_hub: dict[type, Callable[[Any, Building], Any]] = {}
         """Builders of users' pairs of rules, by the hub's class of layer."""
+        self.refused: dict[type, str] = {}
+        """Layers that cannot be converted exactly, and why."""
         self.composites: dict[type[Spec], type] = {}
         """The framework's modules that hold a spec and compute its formula."""
 
@@ -333,7 +335,11 @@ class Adapter(abc.ABC):
             UnsupportedLayerError: a subclass that overrides something of its base.
         """
         cls = type(module)
-        base = next((c for c in cls.__mro__ if c in self.readers), None)
+        base = next((c for c in cls.__mro__ if c in self.readers or c in self.refused), None)
+        if base in self.refused.keys() - self.readers.keys():
+            raise UnsupportedLayerError(
+                cls, self.refused[base], path=path, remedy=f"Wrap it live: {_live(path)}"
+            )
         if base is None:
             raise self._no_reader(module, path)
         rule = self.readers[base]

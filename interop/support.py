@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .registry import Adapter, registry
 
-__all__ = ["Grid", "layers"]
+__all__ = ["Grid", "layers", "refused"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,29 @@ def layers(names: Sequence[str] | None = None) -> Grid:
         ("layer", *cells),
         tuple((kind, *(found.get(kind, "") for found in cells.values())) for kind in kinds),
     )
+
+
+def refused(names: Sequence[str] | None = None) -> Grid:
+    """Which layers no framework can take over exactly, and why.
+
+    Args:
+        names: as in :func:`layers`.
+
+    Raises:
+        MissingDependencyError, BrokenDependencyError: a framework cannot be imported.
+
+    Example:
+        >>> from interop.support import refused
+        >>> refused(["brainstate"]).rows[0][:2]
+        ('`EventFixedNumConn`', 'brainstate')
+    """
+    rows: list[tuple[str, ...]] = []
+    for adapter in (registry.adapter(name) for name in names or registry.names()):
+        classes: defaultdict[str, list[str]] = defaultdict(list)
+        for cls, reason in adapter.refused.items():
+            classes[reason].append(cls.__name__)
+        rows += [(_listed(found), adapter.name, why) for why, found in classes.items()]
+    return Grid(("layer", "framework", "why"), tuple(rows))
 
 
 def _cells(adapter: Adapter) -> dict[str, str]:

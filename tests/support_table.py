@@ -6,7 +6,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from interop.support import layers
+from interop.support import layers, refused
 from shims.support import pairs
 from tests.pairs import CASES
 
@@ -21,6 +21,7 @@ def covered() -> str:
 
 _PARTS = {
     "table": lambda: layers().to_markdown(),
+    "refused": lambda: refused().to_markdown(),
     "pairs": lambda: f"{pairs().to_markdown()}\n{covered()}",
 }
 

@@ -26,6 +26,7 @@ from brainstate.nn import (
 from flax import nnx
 
 import interop
+import shims
 from interop.frameworks.brainstate.connections import differentiates
 from interop.registry import registry
 
@@ -581,3 +582,25 @@ def test_a_sparse_layer_is_native_where_its_gradient_is_right():
             gradients(Framework("brainstate"), back, X),
             slopes(LAYERS[f"sparse {form}"], np.float64(X), True),
         )
+
+
+@pytest.mark.filterwarnings("ignore:The Fp8DotGeneralOp is deprecated:DeprecationWarning")
+def test_events_and_operations_of_float8_are_refused_with_the_reason():
+    events = brainstate.nn.EventFixedNumConn(3, 4, 2, 1.5, seed=1)
+    with pytest.raises(interop.UnsupportedLayerError, match=r"^model\[1\]: .*an event") as e:
+        interop.to_nnx(brainstate.nn.Sequential(Linear(3, 3), events))
+    assert "shims.wrap(model[1], into=...)" in str(e.value)
+    for cls in (
+        nn.Fp8DotGeneralOp,
+        nn.Fp8DirectDotGeneralOp,
+        nn.NANOOFp8DotGeneralOp,
+        nn.Fp8Einsum,
+    ):
+        with pytest.raises(interop.UnsupportedLayerError, match="within a layer"):
+            interop.from_linen(cls(), {})
+    dense = nn.Dense(4, dot_general_cls=nn.Fp8DotGeneralOp)
+    variables = dense.init(jax.random.key(0), X)
+    with pytest.raises(interop.UnsupportedLayerError, match="dot_general_cls"):
+        interop.from_linen(dense, variables)
+    live = shims.ToNNX(dense, params=variables)
+    np.testing.assert_array_equal(live(X), dense.apply(variables, X))

@@ -539,6 +539,19 @@ CONSTRUCTORS = {
             "param_type": Option(FrozenState, refused=ALL),
         },
     ),
+    nn.EventLinear: Constructor(
+        (6, 3),
+        {"in_size": 3, "out_size": 4, "weight": array(3, 4), "float_as_event": False},
+        {
+            "in_size": Option({"in_size": (2, 3), "out_size": (2, 4)}, x=(6, 2, 3)),
+            "out_size": SHAPE,
+            "weight": Option(jnp.float32(1.5), refused=ALL),
+            "float_as_event": Option(True, refused=ALL),
+            "block_size": "without effect on the result",
+            "name": NAME,
+            "param_type": Option(FrozenState, refused=ALL),
+        },
+    ),
     nn.FixedNumConn: Constructor(
         (6, 3),
         {"in_size": 3, "out_size": 4, "conn_num": 2, "conn_weight": array(3, 2), "seed": 1},

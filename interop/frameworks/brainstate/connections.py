@@ -167,3 +167,22 @@ def build_fixed_num_conn(spec, ctx):
     parts = spec.weight, columns, _pointers(spec.rows, n_in)
     layer.conn = brainevent.CSR(parts, shape=spec.sizes)
     return layer
+
+
+_EVENTS = (
+    "what counts as an event, and whether its value matters, differs between the versions and "
+    "the backends of brainevent"
+)
+
+adapter.refused[nn.EventFixedNumConn] = _EVENTS
+
+
+@adapter.reads(nn.EventLinear, specs.Linear, state=("weight",))
+def read_event_linear(m, ctx):
+    """Without events it is a plain product."""
+    if m.float_as_event:
+        ctx.refuse("float_as_event", True, _EVENTS)
+    if np.size(m.weight.value) == 1:
+        ctx.refuse("weight", m.weight.value, "BrainState then adds up all of the batch")
+    arrays = arrays_of(m, ctx, weight=(m.in_size[-1], m.out_size[-1]))
+    return specs.Linear(**arrays, bias=None, leading_shape=tuple(m.in_size[:-1]))

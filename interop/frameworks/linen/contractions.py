@@ -76,3 +76,15 @@ def build_einsum(spec, ctx):
         **short,
     )
     return node_of(module, {"kernel": spec.weight, "bias": spec.bias})
+
+
+adapter.refused |= dict.fromkeys(
+    [
+        nn.Fp8DotGeneralOp,
+        nn.Fp8DirectDotGeneralOp,
+        nn.NANOOFp8DotGeneralOp,
+        nn.Fp8Einsum,
+    ],
+    "it is an operation of two arrays within a layer, whose scales Flax's train state alone "
+    "takes from gradients",
+)

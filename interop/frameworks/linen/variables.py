@@ -207,10 +207,20 @@ def _normalized_variables(m: Any, found: Mapping[Key, Any]) -> dict[Key, Any]:
     }
 
 
+_WRAPPERS = (nn.SpectralNorm, nn.WeightNorm)
+
+
+def _is_opaque(module: Any, layer_type: type) -> bool:
+    """Whether the module holds variables of a part that does not convert."""
+    if layer_type in _WRAPPERS:
+        return type(module.layer_instance) not in _VARIABLES
+    return getattr(module, "dot_general_cls", None) is not None
+
+
 def _declared(
     adapter: Adapter, module: Any, path: str, seen: set[int]
 ) -> dict[Key, Any] | None:
-    """The shapes of a module's arrays; None where its reader was registered by a user.
+    """The shapes of a module's arrays; None where only its reader can tell.
 
     A module that stands at two places has its arrays at the first.
     """
@@ -218,20 +228,19 @@ def _declared(
         return {}
     seen.add(id(module))
     layer_type = adapter.reader(module, path).layer_type
+    if _is_opaque(module, layer_type):
+        return None
     if layer_type in COMPOSITES:
         return _composite_variables(module)
     if layer_type not in _SUBMODULES:
         return _VARIABLES[layer_type](module) if layer_type in _VARIABLES else None
     found: dict[Key, Any] = {}
-    wraps = layer_type in (nn.SpectralNorm, nn.WeightNorm)
-    if wraps and type(module.layer_instance) not in _VARIABLES:
-        return None
     for name in _SUBMODULES[layer_type]:
         below = _declared(adapter, getattr(module, name), f"{path}.{name}", seen) or {}
         for (collection, *rest), shape in below.items():
             own = shape and tuple(f"{n} of {name}" if isinstance(n, str) else n for n in shape)
             found[(collection, name, *rest)] = own
-        if wraps:
+        if layer_type in _WRAPPERS:
             found |= _normalized_variables(module, found)
     return found
 
