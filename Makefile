@@ -41,6 +41,7 @@ lint: $(VENV)/installed-lint ## Check format and style
 
 types: $(VENV)/installed-test $(VENV)/installed-lint ## Check types
 	$(RUN) pyright --pythonpath $(VENV)/bin/python
+	$(VENV)/bin/python tests/typing/completeness.py
 
 format: $(VENV)/installed-lint ## Format, and mend what can be mended
 	$(RUN) ruff check --fix-only .

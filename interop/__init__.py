@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     import flax.linen
     import flax.nnx
 
+DISTRIBUTION = "brainstate-shims"
+"""The name that this package is installed by."""
+
 __all__ = [
     "ArgumentError",
     "BrokenDependencyError",

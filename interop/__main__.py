@@ -10,7 +10,7 @@ import importlib
 import platform
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from shims.support import pairs
 
+from . import DISTRIBUTION
 from .errors import (
     ArgumentError,
     BrokenDependencyError,
@@ -129,11 +130,8 @@ def _overview() -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
-    (own, *_) = packages_distributions().get(str(__package__), ["interop"])
-    console.print(
-        f"{own} {_version(own)}, Python {platform.python_version()}, jax {_version('jax')}\n",
-        highlight=False,
-    )
+    versions = [DISTRIBUTION, _version(DISTRIBUTION), "Python", platform.python_version()]
+    console.print(" ".join([*versions, "jax", _version("jax")]), "\n", highlight=False)
     importable: list[str] = []
     rows: list[tuple[str, ...]] = []
     for name in registry.names():
