@@ -469,3 +469,62 @@ def test_attention_with_rotated_heads_converts_and_returns(goal):
     back = convert(goal, "nnx", converted)
     assert type(back) is nnx.MultiHeadAttention
     close(back(Q, K, V), model(Q, K, V))
+
+
+@pytest.mark.parametrize(
+    ("name", "goal"),
+    [("linen", "brainstate"), ("linen", "nnx"), ("nnx", "brainstate"), ("nnx", "linen")],
+)
+def test_a_cache_goes_on_where_it_is(name, goal):
+    """Steps of a sequence, of which the first are taken before the conversion."""
+    kv_heads = 1 if name == "nnx" else 2
+    arrays = parts(kv_heads=kv_heads)
+    causal = np.tri(5, dtype=bool)
+    wanted = truth(Q, Q, Q, causal, *arrays, SCALES)
+    if name == "nnx":
+        model = nnx_layer(*arrays, SCALES)
+        model.set_attributes(decode=True)
+        model.init_cache(Q.shape)
+        for i in range(2):
+            model(Q[:, i : i + 1])
+    else:
+        layer, params = linen_layer(*arrays, SCALES, decode=True)
+        start = layer.init(jax.random.key(0), Q)["cache"]
+        cache = {"cache": start}
+        for i in range(2):
+            _, cache = layer.apply(params | cache, Q[:, i : i + 1], mutable=["cache"])
+        model = layer, params | cache
+    fw = Framework(goal)
+    converted = fw.convert_from(Framework(name), model)
+    found = []
+    for i in range(2, 5):
+        x = Q[:, i : i + 1]
+        if goal == "linen":
+            module, variables = converted
+            y, cache = module.apply(variables, x, mutable=["cache", "batch_stats"])
+            converted = module, {**variables, **cache}
+        else:
+            y = converted(x)
+        found.append(y)
+    close(jnp.concatenate(found, 1), wanted[:, 2:])
+    back = Framework(name).convert_from(fw, converted)
+    is_native = isinstance(back[0] if name == "linen" else back, ATTENTION[name])
+    assert is_native
+    index = back[1]["cache"]["cache_index"] if name == "linen" else back.cache_index
+    assert int(index[...]) == 5
+
+
+ATTENTION = {"linen": nn.MultiHeadDotProductAttention, "nnx": nnx.MultiHeadAttention}
+
+
+def test_a_cache_of_a_batch_is_refused_by_equinox_and_a_missing_one_is_an_error():
+    model = nnx_layer(*parts())
+    model.set_attributes(decode=True)
+    with pytest.raises(interop.UnsupportedLayerError, match="decode=True") as e:
+        interop.convert(model, to="equinox")
+    assert e.value.option == "decode"
+    with pytest.raises(interop.ArgumentError, match="no cache"):
+        interop.from_nnx(model)(Q[:, :1])
+    model.init_cache(Q.shape)
+    with pytest.raises(interop.ArgumentError, match="one step"):
+        interop.from_nnx(model)(Q)

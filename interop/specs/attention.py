@@ -84,6 +84,10 @@ class MultiHeadAttention(Spec):
     with probability ``rate``; ``broadcast_dropout`` shares the decisions between examples and
     heads. ``rope`` turns the heads of queries and keys by their positions.
 
+    With ``decode``, each call takes one step of a sequence. Its key and value go into
+    ``cached_key`` and ``cached_value``, ``(*batch, max_length, kv_heads, depth)``, at
+    ``cache_index``, an integer that each call moves on; what is beyond it is hidden.
+
     A call takes ``is_causal`` as well, which hides the keys after each query; and
     ``process_heads``, which maps the heads of query, key and value to those that are used.
     """
@@ -100,8 +104,13 @@ class MultiHeadAttention(Spec):
     core: str = "plain"
     dtype: DType | None = None
     precision: Any = None
+    decode: bool = False
+    cached_key: Array | None = None
+    cached_value: Array | None = None
+    cache_index: Array | None = None
 
     trained: ClassVar[tuple[str, ...]] = ("query_scale", "key_scale")
+    buffers: ClassVar[tuple[str, ...]] = ("cached_key", "cached_value", "cache_index")
     children: ClassVar[tuple[str, ...]] = ("query", "key", "value", "out", "rope")
     least_axes = 2
 
@@ -128,6 +137,8 @@ class MultiHeadAttention(Spec):
         value = self.value.apply(run, inputs_v)
         if process_heads is not None:
             query, key, value = process_heads(query, key, value)
+        if self.decode:
+            key, value, mask = self._decoded(run, key, value, mask)
         if self.rope is not None:
             query, key = (_turned(self.rope, run, heads) for heads in (query, key))
         if self.core != "float32":
@@ -146,6 +157,30 @@ class MultiHeadAttention(Spec):
             drop=self._drop(run) if drops else None,
         )
         return self.out.apply(run, heads)
+
+    def _decoded(
+        self, run: Run, key: Array, value: Array, mask: Array | None
+    ) -> tuple[Array, Array, Array]:
+        """All keys and values with this step's, and a mask that hides those still to come."""
+        keys, values, index = self.cached_key, self.cached_value, self.cache_index
+        if keys is None or values is None or index is None:
+            raise ArgumentError(
+                "this layer decodes step by step, and has no cache of keys",
+                remedy="Make the cache before the layer is converted",
+            )
+        *batch, length, heads, depth = keys.shape
+        if key.shape != (*batch, 1, heads, depth):
+            raise ArgumentError(
+                f"one step has keys of shape {(*batch, 1, heads, depth)}, got {key.shape}",
+                remedy="Pass one step of the batch that the cache was made for",
+            )
+        none = jnp.zeros_like(index)
+        start = (*[none] * len(batch), index, none, none)
+        keys = jax.lax.dynamic_update_slice(keys, key, start)
+        values = jax.lax.dynamic_update_slice(values, value, start)
+        run.update(self, cached_key=keys, cached_value=values, cache_index=index + 1)
+        seen = jnp.arange(length) <= index
+        return keys, values, seen if mask is None else jnp.logical_and(mask, seen)
 
     def _normalized(self, heads: Array, scale: Array | None) -> Array:
         if scale is None:
@@ -205,6 +240,14 @@ class MultiHeadAttention(Spec):
     @property
     def random(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.rate > 0.0
+
+    @property
+    def has_modes(self) -> bool:
+        return self.random
+
+    @property
+    def of_batch(self) -> str | None:
+        return "decode" if self.decode else None
 
     @property
     def parts(self) -> tuple[LinearGeneral, ...]:

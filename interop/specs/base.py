@@ -186,6 +186,11 @@ class Spec:
         return False
 
     @property
+    def of_batch(self) -> str | None:
+        """The option by which it keeps something of each example of one batch, if it does."""
+        return None
+
+    @property
     def takes_rows(self) -> bool:
         """Whether :meth:`with_rows` gives the layer for another order of its inputs."""
         return False

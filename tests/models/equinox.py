@@ -389,6 +389,8 @@ _WITHIN = "tests/test_normalized_weights.py"
 
 CONSTRUCTORS = {
     eqx.nn.Sequential: "its layers are tested in stacks",
+    eqx.nn.Shared: "tests/test_ties.py",
+    Tied: "tests/test_ties.py",
     eqx.nn.Linear: Constructor(
         (6, 3),
         {"in_features": 3, "out_features": 4, "key": _KEY},

@@ -367,7 +367,7 @@ _ATTENTION = _MODULE | {
     "out_bias_init": INITIAL,
     "use_bias": Option(False),
     "attention_fn": Option(_attend, refused=ALL),
-    "decode": Option(True, refused=ALL),
+    "decode": _ELSEWHERE,
     "normalize_qk": Option(True),
     "force_fp32_for_softmax": Option({"force_fp32_for_softmax": True, "dtype": jnp.bfloat16}),
     "qkv_dot_general": Option(_dot_general, refused=ALL),

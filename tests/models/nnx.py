@@ -396,7 +396,7 @@ _ATTENTION = {
     "out_bias_init": INITIAL,
     "use_bias": Option(False),
     "attention_fn": Option(_attend, refused=ALL),
-    "decode": Option(True, refused=ALL),
+    "decode": _ELSEWHERE,
     "normalize_qk": Option(True),
     "qkv_promote_dtype": Option(_promote, refused=ALL),
     "out_promote_dtype": Option(_promote, refused=ALL),

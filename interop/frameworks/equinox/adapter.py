@@ -66,6 +66,13 @@ class Equinox(Adapter):
                 "an Equinox module sees one example, and this layer depends on the others or "
                 "on their order",
             )
+        if spec.of_batch is not None:
+            ctx.refuse(
+                spec.of_batch,
+                True,
+                "it keeps something of each example of a batch, and an Equinox module sees one",
+                "Convert it without, and pass masks instead",
+            )
         if spec.writes_parameters:
             ctx.refuse(
                 "overwrites",

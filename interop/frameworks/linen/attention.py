@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 
 from ... import specs
-from ..nnx.attention import ATTENTION, attention_options, check_attention
+from ..nnx.attention import ATTENTION, CACHE, attention_options, check_attention
 from .adapter import adapter, node_of
 
 _ATTENTION_FIXED = {
@@ -29,7 +29,7 @@ _ATTENTION_FIXED = {
 def read_attention(node, ctx):
     m = node.module
     shared = {"dtype": specs.dtype(m.dtype), "precision": m.precision}
-    parts = {
+    parts: dict[str, Any] = {
         name: specs.LinearGeneral(
             weight=node.array(name)["kernel"],
             bias=node.array(name).get("bias"),
@@ -42,6 +42,9 @@ def read_attention(node, ctx):
         f"{name}_scale": node.array(f"{name}_ln")["scale"] if m.normalize_qk else None
         for name in ("query", "key")
     }
+    cache: dict[str, Any] = {
+        name: node.array(name, "cache") if m.decode else None for name in CACHE
+    }
     return specs.MultiHeadAttention(
         **parts,
         **scales,
@@ -49,6 +52,8 @@ def read_attention(node, ctx):
         rate=m.dropout_rate,
         broadcast_dropout=m.broadcast_dropout,
         core="widened" if m.force_fp32_for_softmax else "plain",
+        decode=m.decode,
+        **cache,
     )
 
 
@@ -73,4 +78,5 @@ def build_attention(spec, ctx):
     if spec.query_scale is not None:
         params["query_ln"] = {"scale": spec.query_scale}
         params["key_ln"] = {"scale": spec.key_scale}
-    return node_of(module, params)
+    cache: Any = {name: array for name in CACHE if (array := getattr(spec, name)) is not None}
+    return node_of(module, params, **({"cache": cache} if cache else {}))

@@ -125,8 +125,6 @@ def _refuse(m: nn.Module, option: str, reason: str) -> NoReturn:
 
 
 def _attention_variables(m: nn.MultiHeadDotProductAttention) -> dict[Key, Any]:
-    if m.decode:
-        _refuse(m, "decode", "other frameworks have no place for a cache of keys")
     heads = m.num_heads
     depth = "depth" if m.qkv_features is None else m.qkv_features // heads
     found: dict[Key, Any] = {
@@ -271,7 +269,7 @@ def check_variables(adapter: Adapter, model: nn.Module, variables: Mapping[str, 
     """
     wanted: dict[Key, tuple[int | str, ...]] = {}
     parents: dict[int, Any] = {}
-    given = dict(flatten(variables, ()))
+    given = {key: v for key, v in flatten(variables, ()) if key[0] != "cache"}  # of a run
     for module, scope, parent in leaves_of(adapter, model, (), None):
         places = "".join(map(_place, scope))
         declared = _declared(adapter, module, f"model{places}", set())

@@ -31,8 +31,6 @@ from .contractions import ZEROS, set_general
     },
 )
 def read_attention(m, ctx):
-    if m.decode:
-        ctx.refuse("decode", True, "other frameworks have no place for a cache of keys")
     parts = {name: getattr(m, name) for name in ("query", "key", "value", "out")}
     for name, part in parts.items():
         first = next(other for other, own in parts.items() if own is part)
@@ -50,7 +48,18 @@ def read_attention(m, ctx):
         core="plain" if m.dropout_rate > 0.0 else "fused",
         dtype=specs.dtype(m.dtype),
         precision=m.precision,
+        decode=bool(m.decode),
+        **(_read_cache(m) if m.decode else {}),
     )
+
+
+CACHE = ("cached_key", "cached_value", "cache_index")
+
+
+def _read_cache(m) -> dict[str, Any]:
+    """What a run has left so far; it belongs to layers that decode."""
+    found = {name: getattr(m, name, None) for name in CACHE}
+    return {k: None if v is None else v.get_raw_value() for k, v in found.items()}
 
 
 def _read_part(m, ctx, name: str) -> specs.LinearGeneral:
@@ -111,7 +120,7 @@ def attention_options(spec) -> dict[str, Any]:
         "dropout_rate": spec.rate,
         "precision": spec.precision,
         "use_bias": spec.query.bias is not None,
-        "decode": False,
+        "decode": spec.decode,
         "normalize_qk": spec.query_scale is not None,
     }
 
@@ -119,7 +128,7 @@ def attention_options(spec) -> dict[str, Any]:
 ATTENTION = ("query_scale", "key_scale", "rate", "broadcast_dropout", "core")
 
 
-ATTENTION += ("dtype", "precision")
+ATTENTION += ("dtype", "precision", "decode", *CACHE)
 
 
 @adapter.builds(specs.MultiHeadAttention, carries=(*ATTENTION, "rope"))
@@ -151,6 +160,9 @@ def build_attention(spec, ctx):
     for norm, scale in (layer.query_ln, spec.query_scale), (layer.key_ln, spec.key_scale):
         if norm is not None:
             norm.scale.set_value(scale)
+    for name in CACHE:
+        if (array := getattr(spec, name)) is not None:
+            setattr(layer, name, nnx.Cache(array))
     rngs = ctx.options.get("rngs")
     if spec.rate > 0.0 and rngs is not None:
         layer.rngs = rngs.dropout.fork() if isinstance(rngs, nnx.Rngs) else rngs
