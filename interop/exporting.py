@@ -22,6 +22,9 @@ from .progress import working
 __all__ = ["evaluated", "export", "in_batches", "shapes_of"]
 
 
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # JAX itself takes any word
+
+
 def export(
     model: Any,
     *inputs: Any,
@@ -38,7 +41,8 @@ def export(
             own; or the pair ``(module, variables)``, ``(model, state)``. Not changed.
         inputs: a batch for each argument, arrays or ``jax.ShapeDtypeStruct``; only shapes and
             dtypes matter. An Equinox model is mapped over the batch.
-        platforms: such as ``("cpu", "cuda")``; by default the one that JAX runs on.
+        platforms: of ``"cpu"``, ``"cuda"``, ``"rocm"`` and ``"tpu"``, those that it is to run
+            on; by default the one that JAX runs on here.
         batch: ``"symbolic"`` for a program that takes any batch size; ``"fixed"`` for the
             inputs' own.
         weights: ``"inside"`` the program, or ``"arguments"``: its first argument then is the
@@ -62,6 +66,11 @@ def export(
         >>> exported.call(jnp.ones((5, 3))).shape
         (5, 4)
     """
+    if platforms is not None and (unknown := sorted({*platforms} - {*_PLATFORMS})):
+        raise ArgumentError(
+            f"there are no platforms {', '.join(unknown)}",
+            remedy=f"Pass a tuple of some of {_PLATFORMS}",
+        )
     if weights not in ("inside", "arguments"):
         raise ArgumentError(
             f"export takes no weights={weights!r}",

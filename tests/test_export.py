@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 import interop
+import shims
 
 from .cases import BIAS, EPSILON, MEAN, MOMENTUM, SCALE, SHIFT, VAR, WEIGHT, X, array
 from .conftest import Framework
@@ -137,6 +138,43 @@ def test_a_program_is_for_the_platforms_asked_for():
     assert interop.export(model, X, platforms=("cpu", "cuda")).platforms == ("cpu", "cuda")
 
 
+class Steps(brainstate.nn.Module):
+    """A recurrent cell over time with forward logic of its own, and a dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = brainstate.nn.GRUCell(3, 4)
+        self.drop = brainstate.nn.Dropout(0.5)
+
+    def update(self, xs):
+        self.cell.init_state(xs.shape[0])
+        return self.drop(brainstate.transform.for_loop(self.cell, xs.swapaxes(0, 1))[-1])
+
+
+def test_a_recurrent_model_is_exported_live_and_traced_for_every_platform():
+    guest, xs = Steps(), array(5, 4, 3, seed=32)
+    with brainstate.environ.context(fit=False):
+        wanted = guest(xs)
+    shim = shims.ToNNX(guest)
+    for model in (shim, shim.materialize(method="trace", sample_input=xs)):
+        program = interop.export(model, xs, platforms=("cpu", "cuda", "tpu"))
+        assert program.platforms == ("cpu", "cuda", "tpu")
+        np.testing.assert_allclose(program.call(xs[:2]), wanted[:2], rtol=1e-5, atol=1e-6)
+
+
+def test_several_inputs_and_outputs_keep_their_places():
+    class Two(nnx.Module):
+        def __call__(self, a, b):
+            return {"sum": a + b, "rest": (a * b, b)}
+
+    program = interop.export(Two(), X, X[:, :1])
+    found = program.call(OTHER, OTHER[:, :1])
+    np.testing.assert_allclose(found["sum"], OTHER + OTHER[:, :1], rtol=1e-6)
+    np.testing.assert_allclose(found["rest"][0], OTHER * OTHER[:, :1], rtol=1e-6)
+    with pytest.raises(ValueError, match="inconsistency"):
+        program.call(OTHER, OTHER[:3, :1])
+
+
 def test_the_model_stays_as_it_is():
     model = nnx.Sequential(
         nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1))
@@ -175,6 +213,8 @@ def test_units_stay_inside():
     [
         ((X,), {"batch": "dynamic"}),
         ((X,), {"weights": "outside"}),
+        ((X,), {"platforms": "cpu"}),
+        ((X,), {"platforms": ("cpu", "gpu")}),
         ((), {}),
         ((X, X[:2]), {}),
     ],

@@ -1,5 +1,6 @@
 """Checkpoints with orbax, by the ordinary calls of each host: shims and converted models."""
 
+import brainstate
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 
 import interop
+import shims
 
 from .cases import EPSILON, MEAN, MOMENTUM, SCALE, SHIFT, VAR, WEIGHT, X
 from .conftest import Framework
@@ -84,6 +86,26 @@ def test_a_converted_model_is_restored_by_orbax(host, tmp_path):
     assert float(jnp.abs(fw.call(other, X) - y).max()) > 0.1
     restored = through_orbax(host, model, other, tmp_path / "checkpoint")
     np.testing.assert_array_equal(fw.call(restored, X), y)
+
+
+class Residual(brainstate.nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.inner = brainstate.nn.Linear(3, 4, w_init=WEIGHT * factor)
+        self.count = brainstate.LongTermState(jnp.full((), factor))
+
+    def update(self, x):
+        return x.sum(1, keepdims=True) + self.count.value * jnp.tanh(self.inner(x))
+
+
+def test_a_traced_module_is_restored_by_orbax(tmp_path):
+    model, other = (
+        shims.ToNNX(Residual(factor)).materialize(method="trace", sample_input=X)
+        for factor in (1.0, 2.0)
+    )
+    assert float(jnp.abs(other(X) - model(X)).max()) > 0.1
+    restored = through_orbax("nnx", model, other, tmp_path / "checkpoint")
+    np.testing.assert_array_equal(restored(X), model(X))
 
 
 def test_named_weights_are_a_tree_for_orbax_in_every_framework(source, tmp_path):
