@@ -892,3 +892,30 @@ def test_an_equinox_shim_has_the_attributes_that_its_guest_had():
     with pytest.raises(interop.ConversionError, match="changed since it was wrapped"):
         shim.write_back()
     assert_allclose(shims.ToEquinox(guest)(X[0]), 3 * before, rtol=1e-6)
+
+
+def test_a_mode_that_is_missing_is_named_however_deep_the_layer_is():
+    shim = shims.ToLinen(bnn.Sequential(bnn.Linear(4, 4), bnn.Dropout(0.5)))
+    with pytest.raises(interop.ArgumentError, match="deterministic=True or False"):
+        shim.init(KEY, X)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        eqx.nn.Linear(4, 4, key=KEY),
+        eqx.nn.MLP(4, 4, 4, 1, key=KEY),
+        eqx.nn.Sequential([eqx.nn.Linear(4, 4, key=KEY)]),
+    ],
+    ids=["Linear", "MLP", "Sequential"],
+)
+def test_a_batch_is_not_taken_for_a_matrix_by_equinoxs_linear(module):
+    xs = jnp.stack([X, X + 1])
+    with pytest.raises(interop.ArgumentError, match=r"examples of 1 axes.*\(2, 4, 4\)"):
+        shims.FromEquinox(module)(xs)
+    with pytest.raises(interop.ArgumentError, match="batch_axes"):
+        shims.ToNNX(module)(xs)
+    expected = jax.vmap(jax.vmap(module))(xs)
+    assert_allclose(shims.FromEquinox(module, batch_axes=2)(xs), expected, rtol=1e-5)
+    scalar = eqx.nn.Linear("scalar", 3, key=KEY)
+    assert shims.FromEquinox(scalar)(X[0]).shape == (4, 3)

@@ -178,14 +178,21 @@ def _invoke(module: brainstate.nn.Module, call: Call) -> Any:
             return method(*call.args, **call.kwargs)
     try:
         return method(*call.args, **call.kwargs)
-    except KeyError as e:
-        if brainstate.environ.get("fit", None) is not None or "fit" not in str(e):
+    except Exception as e:
+        if brainstate.environ.get("fit", None) is not None or not _misses_fit(e):
             raise
         raise ArgumentError(
             f"{type(module).__qualname__} works differently in training and evaluation, and "
             f"the host gives no mode",
             remedy="Pass deterministic=True or False, to the shim or to the call",
         ) from e
+
+
+def _misses_fit(error: BaseException | None) -> bool:
+    """Whether an error is, or was made of, that of ``environ`` for a mode that is not set."""
+    while error is not None and not (isinstance(error, KeyError) and "fit" in str(error)):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 _BATCH_NORMS = tuple(getattr(brainstate.nn, f"BatchNorm{n}d") for n in range(4))

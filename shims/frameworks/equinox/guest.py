@@ -121,6 +121,7 @@ class EquinoxStructure(Structure):
             if eqx.is_array(leaf)
         }
         self.kinds |= dict.fromkeys(self._state_paths, Kind.STATISTIC)
+        self._example_rank = _example_rank(module)
         self._draws = {mode: _draws(module, mode) for mode in (True, False, None)}
         static = tuple(
             (path, "a state" if is_index(leaf) else leaf)
@@ -171,6 +172,7 @@ class EquinoxStructure(Structure):
         return module, state
 
     def run(self, values, call):
+        self._check_rank(call, self.batch_axes)
         return self._run(values, call, self.batch_axes)
 
     def step(self, values, call):
@@ -271,6 +273,22 @@ class EquinoxStructure(Structure):
             f"a batch of such, or set batch_axes."
         )
 
+    def _check_rank(self, call: Call, axes: int) -> None:
+        """Refuse an input that Equinox would take for a matrix, without a word.
+
+        Raises:
+            ArgumentError: an example has more axes than the first layer takes.
+        """
+        if self._example_rank is None or call.method != "__call__" or not call.args:
+            return
+        shape = jax.numpy.shape(call.args[0])
+        if len(shape) - axes > self._example_rank:
+            raise ArgumentError(
+                f"{self.guest_type.__qualname__} takes examples of {self._example_rank} axes, "
+                f"and its input of {axes} batch axes has the shape {shape}",
+                remedy="Set batch_axes",
+            )
+
     def _mapped(self, function: Callable[..., Any], axes: int) -> Callable[..., Any]:
         each: Any = _leading_axis
         name: Any = self._axis_name
@@ -300,6 +318,16 @@ class EquinoxStructure(Structure):
 
     def convert_arguments(self, native):
         return {} if self._state_tree is None else {"state": native[1]}
+
+
+def _example_rank(module: Any) -> int | None:
+    """The axes of one example, where the first layer is linear; else it says so itself."""
+    if type(module) is eqx.nn.Sequential:
+        return _example_rank(module.layers[0]) if module.layers else None
+    if type(module) not in (eqx.nn.Linear, eqx.nn.MLP):
+        return None
+    size: Any = getattr(module, "in_features", None) or getattr(module, "in_size", None)
+    return 0 if size == "scalar" else 1
 
 
 def _initial_carry(module: eqx.Module) -> Any:
