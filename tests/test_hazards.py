@@ -69,6 +69,12 @@ def with_weight(value):
     return layer
 
 
+def column(value):
+    layer = brainstate.nn.Linear(1, 3, b_init=None)
+    layer.weight = brainstate.ParamState({"weight": value})
+    return layer
+
+
 def with_kernel(value):
     layer = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
     layer.kernel.set_value(value)
@@ -115,6 +121,10 @@ MODELS = {
     "another shape of the same size": (
         lambda: with_weight({"weight": WEIGHT.T, "bias": BIAS}),
         "weight['weight'].shape=(4, 3): the layer has (3, 4)",
+    ),
+    "a row for a column": (
+        lambda: column(jnp.ones((3, 1))),
+        "weight['weight'].shape=(3, 1): the layer has (1, 3)",
     ),
     "a flat weight": (
         lambda: with_weight({"weight": WEIGHT.ravel(), "bias": BIAS}),

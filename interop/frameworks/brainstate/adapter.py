@@ -113,7 +113,9 @@ def arrays_of(layer, ctx, name: str = "weight", **shapes: tuple[int, ...]) -> di
     arrays = state.value if isinstance(state.value, dict) else {name: state.value}
     for key, value in arrays.items():
         found, wanted = ([n for n in s if n != 1] for s in (np.shape(value), shapes[key]))
-        if found != wanted:
+        if found != wanted or (
+            np.ndim(value) == len(shapes[key]) and np.shape(value) != shapes[key]
+        ):
             ctx.refuse(
                 f"{name}[{key!r}].shape",
                 np.shape(value),
