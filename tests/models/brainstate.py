@@ -687,6 +687,7 @@ CONSTRUCTORS = {
             "lower": Option(0.2, refused=ALL, named="lower, upper"),
             "upper": "it comes with lower",
         },
+        refused=dict.fromkeys(("equinox", "linen", "nnx"), "lower, upper"),
     ),
     nn.SpikeBitwise: "it has two inputs: tests/test_activations.py",
     nn.Unflatten: Constructor(
