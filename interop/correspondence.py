@@ -499,7 +499,7 @@ class _Numbered:
         node = self.adapter.with_parameters(self._node, container)
         spec = self._change(reading.read(node, "model"), reading)
         return [
-            (reading.origins.get(id(part), ("model", object))[0], part)
+            (reading.origins.get(id(part), ("model", object))[0], part.simplest())
             for part in _parts(spec, set())
         ]
 

@@ -604,3 +604,9 @@ def test_events_and_operations_of_float8_are_refused_with_the_reason():
         interop.from_linen(dense, variables)
     live = shims.ToNNX(dense, params=variables)
     np.testing.assert_array_equal(live(X), dense.apply(variables, X))
+
+
+def test_a_general_layer_that_becomes_a_plain_one_is_mapped():
+    layer = nnx.LinearGeneral(3, 4, rngs=nnx.Rngs(0))
+    for name in ("brainstate", "equinox"):
+        assert len(interop.mapping(layer, interop.convert(layer, to=name))) == 2

@@ -245,6 +245,10 @@ class Spec:
         """The same layer with one array in each field, where it keeps parts of some apart."""
         return self
 
+    def simplest(self) -> Spec:
+        """The same layer as one of a simpler kind, as which frameworks may build it."""
+        return self
+
     def apply(self, run: Run, *inputs: Any, **options: Any) -> Any:
         """The layer's formula for a batch; a buffer's new value goes to ``run.update``."""
         raise NotImplementedError

@@ -110,6 +110,9 @@ class LinearGeneral(Spec):
             preferred_element_type=self.preferred_element_type,
         )
 
+    def simplest(self) -> Spec:
+        return self.as_linear() or self
+
     @property
     def holds_state(self) -> bool:
         return True
