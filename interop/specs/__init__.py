@@ -11,7 +11,6 @@ from .attention import MultiHeadAttention, RotaryEmbedding
 from .base import (
     Array,
     Deferred,
-    Refused,
     Run,
     Sequential,
     Shape,
@@ -106,7 +105,6 @@ __all__ = [
     "Pool",
     "RMSNorm",
     "RNN",
-    "Refused",
     "RotaryEmbedding",
     "Run",
     "ScaledWSConv",

@@ -25,7 +25,6 @@ __all__ = [
     "Array",
     "DType",
     "Deferred",
-    "Refused",
     "Run",
     "Sequential",
     "Shape",
@@ -275,10 +274,6 @@ class Spec:
         for i, name in enumerate((*self.trained, *self.buffers, *self.children)):
             values[name] = _initial(name, getattr(self, name), jax.random.fold_in(key, i))
         return replace(self, **values)
-
-
-class Refused(Spec):
-    """What no other framework can compute; its reader says why instead of making one."""
 
 
 class Deferred(Spec):

@@ -25,6 +25,8 @@ users of the framework hold: ``(module, variables)`` in Linen, ``(model, state)`
 ``OWN_LAYOUT``                       arrays that ``read`` has to compute, by name
 ``construct(cls, x, **options)``     a model of one layer for inputs of shape ``x``
 ``CONSTRUCTORS``                     every option of every layer that converts: `Constructor`
+``NAMESPACE``, ``MODULE``            where the public layers are, and their base class
+``NO_LAYERS``, ``BASES``             public classes there that are no layers
 ``LACKS``                            what the framework lacks, with the reason to skip
 ===================================  =====================================================
 """

@@ -21,6 +21,22 @@ OWN_LAYOUT = set()
 OWN_STREAMS = None
 ALWAYS_KEYED = "brainstate.random always has a key"
 RATE = 0.1
+NAMESPACE, MODULE = brainstate.nn, brainstate.nn.Module
+# Parts of models that are no layers: these classes with their subclasses, and bases of layers.
+NO_LAYERS = (
+    brainstate.nn.Regularization,
+    brainstate.nn.Param,
+    brainstate.nn.Delay,
+    brainstate.nn.EnvironContext,
+    brainstate.nn.Vmap,
+    brainstate.nn.Map,
+)
+BASES = {
+    brainstate.nn.Module,
+    brainstate.nn.Dynamics,
+    brainstate.nn.RNNCell,
+    brainstate.nn.ElementWiseBlock,
+}
 
 
 def linear(weight, bias=None, **options):
@@ -679,15 +695,6 @@ CONSTRUCTORS = {
         (6, 4),
         {},
         {"num_parameters": Option(4), "init": INITIAL, "dtype": Option(jax.numpy.bfloat16)},
-    ),
-    nn.RReLU: Constructor(
-        (6, 4),
-        {},
-        {
-            "lower": Option(0.2, refused=ALL, named="lower, upper"),
-            "upper": "it comes with lower",
-        },
-        refused=dict.fromkeys(("equinox", "linen", "nnx"), "lower, upper"),
     ),
     nn.SpikeBitwise: "it has two inputs: tests/test_activations.py",
     nn.Unflatten: Constructor(

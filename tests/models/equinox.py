@@ -23,6 +23,9 @@ OWN_LAYOUT = {"weight", "mean", "var"}
 OWN_STREAMS = None
 ALWAYS_KEYED = None
 RATE = 0.1
+NAMESPACE, MODULE = eqx.nn, eqx.Module
+NO_LAYERS = (eqx.nn.StateIndex,)
+BASES = {eqx.nn.StatefulLayer}
 
 
 def _set(module, **arrays):

@@ -21,6 +21,9 @@ OWN_LAYOUT = set()
 OWN_STREAMS = None
 ALWAYS_KEYED = None
 RATE = 0.1
+NAMESPACE, MODULE = nn, nn.Module
+NO_LAYERS = ()
+BASES = {nn.Module, nn.RNNCellBase}
 
 
 def linear(weight, bias=None, **options):

@@ -18,6 +18,9 @@ OWN_LAYOUT = set()
 OWN_STREAMS = "an NNX module holds its own random streams"
 ALWAYS_KEYED = None
 RATE = 0.1
+NAMESPACE, MODULE = nnx, nnx.Module
+NO_LAYERS = ()
+BASES = {nnx.Module, nnx.RNNCellBase}
 
 
 def linear(weight, bias=None, **options):

@@ -59,15 +59,11 @@ def build_spike_bitwise(spec, ctx):
     return nn.SpikeBitwise(spec.op)
 
 
-@adapter.reads(nn.RReLU, specs.Refused)
-def read_rrelu(m, ctx):
-    ctx.refuse(
-        "lower, upper",
-        (m.lower, m.upper),
-        "its slopes are drawn from BrainState's global random state at each call, in "
-        "evaluation too: there is no function of the input to convert",
-        f"Put LeakyReLU({(m.lower + m.upper) / 2}) in its place for evaluation",
-    )
+adapter.refused[nn.RReLU] = (
+    "its slopes are drawn from BrainState's global random state at each call, in evaluation "
+    "too: there is no function of the input to convert, though LeakyReLU of the middle slope "
+    "may serve"
+)
 
 
 @adapter.reads(Lambda, specs.Function, state=())

@@ -16,3 +16,9 @@ def read_sequential(m, ctx):
 @adapter.builds(specs.Sequential)
 def build_sequential(spec, ctx):
     return nnx.Sequential(*[ctx.build(layer) for layer in spec.layers])
+
+
+adapter.refused |= dict.fromkeys(
+    (nnx.List, nnx.Dict),
+    "it has no forward of its own, and converts as a part of a module that chains its layers",
+)
