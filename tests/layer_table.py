@@ -14,9 +14,9 @@ from pathlib import Path
 import interop
 from interop.registry import registry
 from interop.support import Grid
+from tests.cases import array
 from tests.conftest import NAMES, Framework
 from tests.models import ALL, Option
-from tests.test_options import given
 
 SUPPORT = Path(__file__).parents[1] / "docs" / "support.md"
 HOW = ("native", "function", "composite", "refused")
@@ -51,7 +51,7 @@ def verdict(name: str, cls: type, goal: str) -> tuple[str, str]:
     constructor = fw.CONSTRUCTORS[cls]
     if isinstance(constructor, str):
         return by_rule(name, cls, goal)
-    x = given(constructor.x)
+    x = array(*constructor.x) if isinstance(constructor.x, tuple) else constructor.x
     module, keywords = fw.arguments(fw.construct(cls, constructor.x, **constructor.base))
     report = interop.explain(module, goal, sample_input=x.shape[1:], **keywords)
     if report.problems:

@@ -80,9 +80,10 @@ def test_the_readme_shows_each_artefact_in_at_most_five_lines():
 @pytest.mark.skipif(
     not hasattr(nnx, "RoPE"), reason="the table is of the newest versions, which have nnx.RoPE"
 )
-def test_the_table_of_what_converts_is_current():
+@pytest.mark.parametrize("script", ["support_table.py", "layer_table.py"])
+def test_the_tables_of_what_converts_are_current(script):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    script = ROOT / "tests" / "support_table.py"
+    script = ROOT / "tests" / script
     done = subprocess.run([sys.executable, script, "--check"], env=env, check=False)
     assert done.returncode == 0, "stale: run `make table` on Python 3.13"
 

@@ -12,6 +12,7 @@ from interop.registry import registry
 
 from .cases import array
 from .conftest import NAMES, Framework
+from .layer_table import public_layers
 from .models import ALL, Option
 
 ROWS = [
@@ -36,6 +37,16 @@ def test_every_option_is_in_the_table(framework):
         parameters = set(inspect.signature(cls.__init__).parameters) - {"self"}
         missing = parameters - constructor.options.keys() - set(constructor.base)
         assert not missing, f"{cls.__name__} has options without a row: {missing}"
+
+
+@pytest.mark.parametrize("framework", [name for name in NAMES if name != "toy"])
+def test_every_public_layer_converts_or_is_refused_with_a_reason(framework):
+    """A new release may bring a new layer: read it, or say why not."""
+    adapter = registry.adapter(framework)
+    known = adapter.readers.keys() | adapter.refused.keys()
+    layers = public_layers(framework)
+    assert len(layers) > 25
+    assert [name for name, cls in layers.items() if cls not in known] == []
 
 
 def build(name, cls, option):
