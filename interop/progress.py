@@ -8,9 +8,6 @@ import threading
 from collections.abc import Generator
 from contextvars import ContextVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 __all__ = ["advance", "expect", "working"]
 
 DELAY = 1.0  # seconds before the bar is shown
@@ -18,10 +15,16 @@ DELAY = 1.0  # seconds before the bar is shown
 
 class _Bar:
     def __init__(self, text: str):
-        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-        self._progress = Progress(
-            *columns, MofNCompleteColumn(), console=Console(file=sys.stderr), transient=True
+        from rich import console, progress  # slow to import
+
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.TimeElapsedColumn(),
+            progress.MofNCompleteColumn(),
         )
+        out = console.Console(file=sys.stderr)
+        self._progress = progress.Progress(*columns, console=out, transient=True)
         self._task = self._progress.add_task(text, total=None)
         self._steps = self._done = 0
 

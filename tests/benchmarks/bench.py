@@ -215,7 +215,7 @@ def again(part: Any) -> Any:
 
 SPECS = (
     "a layer is first read into a spec and checked (its exact class, every option, ties, "
-    "shapes): some 20 µs of Python"
+    "shapes): some 30 µs of Python"
 )
 NATIVE = (
     "most of ours is the target's own constructors, which the peer runs as well (one of "
@@ -265,13 +265,14 @@ def directions(name: str, source: list[Any], sample: Any = None) -> Iterator[Row
         ("nnx", "brainstate", lambda m: peer.from_nnx(m, **options), 150, NATIVE),
         ("linen", "brainstate", lambda m: peer.from_linen(*m, **options), 150, NATIVE),
     ]
+    shapes = next((text for layer, text in SHAPES.items() if layer in name), "")
     for start, end, theirs, target, why in peers:
         found = beside(ours(start, end), lambda s=start, t=theirs: list(map(t, models[s])))
         what = f"{start} → {end}: {name}"
         against = "`brainstate.interop`"
         against = f"met: {against} refuses it" if found[1] is None else against
-        yield Row(what, *found, against, target, "faster", why)
-    why = SPECS + next((text for layer, text in SHAPES.items() if layer in name), "")
+        yield Row(what, *found, against, target, "faster", why + shapes)
+    why = SPECS + shapes
     for start, end in (("brainstate", "equinox"), ("equinox", "brainstate")):
         limit, copies = transposes(models[start], models[end])
         what, against = f"{start} → {end}: {name}", "its transposes alone"
@@ -502,7 +503,7 @@ DISPATCH = {
 def dispatch() -> Iterator[Row]:
     for pair in pairs(brainstate.nn.Linear(16, 16)):
         jobs = [jitted(pair.host, model) for model in (pair.shim, pair.native)]
-        found, why = cpu_times(*jobs, runs=15, repeat=200), DISPATCH.get(pair.name, "")
+        found, why = cpu_times(*jobs, runs=31, repeat=500), DISPATCH.get(pair.name, "")
         yield Row(f"{pair.name}: a jitted call of a Linear", *found, "native", 1.1, why=why)
 
 
@@ -615,7 +616,7 @@ def imports() -> Iterator[Row]:
             cpu(code)
         found = [[cpu(code) for code in codes] for _ in range(15)]
         ours, alone = (statistics.median(times) for times in zip(*found, strict=True))
-    why = "some forty specs are dataclasses, which Python compiles at import"
+    why = "half of it is some forty dataclasses of specs, which Python compiles at import"
     yield Row("import interop, shims", ours, alone, "`import jax`", 0.05, "above", why)
 
 
