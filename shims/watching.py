@@ -17,7 +17,7 @@ import numpy as np
 
 from .core import Cell, LiveGuest, Looks, Structure
 
-__all__ = ["Watch", "WatchedGuest", "layout"]
+__all__ = ["Same", "Watch", "WatchedGuest", "layout"]
 
 _CONSTANT = {type(None), bool, int, float, complex, str, bytes}
 
@@ -102,13 +102,13 @@ class Watch:
         )
 
 
-class _Same(NamedTuple):
+class Same(NamedTuple):
     """Compares by identity."""
 
     value: Any
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
+        return isinstance(other, Same) and self.value is other.value
 
     def __hash__(self) -> int:
         return id(self.value)
@@ -119,9 +119,9 @@ def _elements(array: np.ndarray[Any, Any]) -> Any:
     return array.shape, array.dtype, elements
 
 
-def _parts(value: Any) -> tuple[list[_Same], Any]:
+def _parts(value: Any) -> tuple[list[Same], Any]:
     flat, tree = jax.tree.flatten(value, is_leaf=lambda part: part is not value)
-    return list(map(_Same, flat)), tree
+    return list(map(Same, flat)), tree
 
 
 def _hash(value: Any) -> int | None:

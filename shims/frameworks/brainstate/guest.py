@@ -40,7 +40,7 @@ from ...core import (
     named_paths,
     path_text,
 )
-from ...watching import Watch, WatchedGuest, layout
+from ...watching import Same, Watch, WatchedGuest, layout
 
 StatePath = tuple[str | int, ...]
 
@@ -100,7 +100,7 @@ _USE = {"_value", "_shim_own", "_level", "_been_writen", "_trace_state"}
 
 
 def _facts(state: brainstate.State) -> Any:
-    noted = tuple(id(value) for name, value in vars(state).items() if name not in _USE)
+    noted = [Same(value) for name, value in vars(state).items() if name not in _USE]
     return layout(state.value), noted
 
 

@@ -34,7 +34,7 @@ from ...core import (
     path_text,
 )
 from ...forwarding import parameter_names
-from ...watching import Watch, WatchedGuest, layout
+from ...watching import Same, Watch, WatchedGuest, layout
 from .views import cell_of
 
 _RESULTS = (nnx.Intermediate, nnx.Perturbation)
@@ -75,7 +75,7 @@ def _lasting(variables: Iterable[tuple[Path, Any]]) -> list[tuple[Path, nnx.Vari
 
 def _facts(variable: nnx.Variable) -> Any:
     metadata = variable.get_metadata()
-    return layout(variable.get_raw_value()), *metadata, *map(id, metadata.values())
+    return layout(variable.get_raw_value()), *metadata, *map(Same, metadata.values())
 
 
 def _leaves(variables: list[tuple[Path, nnx.Variable]]) -> dict[Path, Any]:
