@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from . import formulas, specs
 from .api import adapter_of, keywords_of, open_model, sample_shape, sample_unit
 from .correspondence import changes_of
@@ -224,8 +226,9 @@ def explain(
 ) -> Report:
     """Tell what :func:`convert` will do with each layer, and all that stands in its way.
 
-    No model is built: each layer of the target is made by itself and dropped again, before the
-    next one. No random number is drawn, and nothing is changed.
+    Nothing is built: no weight is computed or copied, no random number is drawn, and nothing is
+    changed. Each layer of the target is gone through with abstract arrays, and dropped again.
+    What moves is found by numbering the elements of one layer at a time.
 
     Args:
         model: as in :func:`convert`, or a pair: ``(module, variables)`` for Linen, ``(model,
@@ -271,6 +274,21 @@ def explain(
     except ConversionError as e:
         problems.append(e)
     survey = _Survey(adapter, problems, fits)
+    reports: list[Report] = []
+    # traced, so that what is moved has a shape, and no values; what is shared stays as it is
+    jax.eval_shape(
+        lambda: reports.append(
+            _surveyed(survey, node, target, shape, sample_unit(sample_input))
+        )
+    )
+    return reports[0]
+
+
+def _surveyed(
+    survey: _Survey, node: Any, target: Adapter, shape: specs.Shape | None, unit: Any
+) -> Report:
+    """The report on a model that has been opened."""
+    adapter, problems, to = survey.adapter, survey.problems, target.name
     spec = survey.read(node, "model")
     try:
         there = crossed(spec, survey.origins, shape, adapter, target)
@@ -278,7 +296,7 @@ def explain(
         if not problems:
             problems.append(e)
         return Report(adapter.name, to, _unbuilt(spec, survey, problems), tuple(problems))
-    trial = _Trial(target, survey, there, sample_unit(sample_input))
+    trial = _Trial(target, survey, there, unit)
     trial.build(there.spec)
     order = {id(row.problem): i for i, row in enumerate(trial.rows)}
     problems.sort(key=lambda problem: order.get(id(problem), -1))

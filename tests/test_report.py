@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 import interop
+from interop import api, report
 from interop.registry import registry
 
 from . import test_images as images
@@ -311,3 +312,24 @@ def test_bad_arguments_are_errors_and_no_reports():
     ):
         with pytest.raises(interop.ArgumentError):
             call()
+
+
+def test_no_weight_is_made_to_explain(source, target, monkeypatch):
+    """What is not the source's own array is abstract: it has a shape, and no values."""
+    for feature in ("layer_norm", "sequential", "activation"):
+        source.needs(feature)
+        target.needs(feature)
+    made = []
+
+    def open_model(model):
+        adapter, node = api.open_model(model)
+        made.extend(adapter.arrays(node))
+        return adapter, node
+
+    monkeypatch.setattr(report, "open_model", open_model)
+    module, keywords = source.arguments(stack(source))
+    rows = interop.explain(module, target.name, sample_input=(3,), **keywords).rows
+    copied = [row for row in rows if row.copied]
+    assert len(copied) == (2 if "equinox" in (source.name, target.name) else 0)
+    assert len(made) == 6
+    assert sum(isinstance(array, jax.core.Tracer) for array in made) == len(copied)
