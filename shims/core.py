@@ -9,6 +9,7 @@ never bound to foreign values.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import threading
 import weakref
@@ -64,6 +65,7 @@ __all__ = [
     "first_values",
     "guest_of",
     "is_cell",
+    "is_plain",
     "is_traced",
     "leaves",
     "materialize_structure",
@@ -526,6 +528,16 @@ class Guest(ABC):
     @abstractmethod
     def values(self) -> dict[Path, Any]:
         """The arrays as they are now, each container once."""
+
+
+def is_plain(fn: Any, *packages: str) -> bool:
+    """Whether a function is of JAX or NumPy, or of ``packages``: it draws no key by itself."""
+    if isinstance(fn, functools.partial):
+        partial = cast("functools.partial[Any]", fn)
+        held = (partial.func, *partial.args, *partial.keywords.values())
+        return all(is_plain(part, *packages) for part in held if callable(part))
+    package = (getattr(fn, "__module__", None) or "").partition(".")[0]
+    return isinstance(fn, type) or package in ("jax", "jaxlib", "numpy", *packages)
 
 
 class Looks(NamedTuple):

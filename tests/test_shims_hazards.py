@@ -919,3 +919,40 @@ def test_a_batch_is_not_taken_for_a_matrix_by_equinoxs_linear(module):
     assert_allclose(shims.FromEquinox(module, batch_axes=2)(xs), expected, rtol=1e-5)
     scalar = eqx.nn.Linear("scalar", 3, key=KEY)
     assert shims.FromEquinox(scalar)(X[0]).shape == (4, 3)
+
+
+class NoisyInTraining(nn.Module):
+    """Drops only where it is given a key, as it would in training."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dropout(0.5, deterministic=not self.has_rng("dropout"))(x)
+
+
+class NoisyWithKey(eqx.Module):
+    drop: eqx.nn.Dropout = eqx.nn.Dropout(0.5)
+
+    def __call__(self, x, *, key=None):
+        return x if key is None else self.drop(x, key=key)
+
+
+HIDDEN_DRAWS = {
+    "nn.remat": nn.remat(NoisyInTraining)(),
+    "a function of Linen's Sequential": nn.Sequential([lambda x: NoisyInTraining()(x)]),
+    "eqx.filter_jit": eqx.nn.Sequential([eqx.filter_jit(NoisyWithKey())]),
+    "a partial": eqx.nn.Sequential([jax.tree_util.Partial(NoisyWithKey())]),
+    "a function of Equinox's Sequential": eqx.nn.Sequential(
+        [lambda x, key: NoisyWithKey()(x, key=key)]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN_DRAWS)
+def test_a_key_reaches_what_draws_behind_a_transformation_or_a_function(name):
+    guest, x = HIDDEN_DRAWS[name], jnp.ones((40, 10))
+    keywords = {"params": {}} if isinstance(guest, nn.Module) else {}
+    shim = shims.ToNNX(guest, rngs=nnx.Rngs(0), **keywords)
+    assert 0.3 < float((shim(x) == 0).mean()) < 0.7
+    assert (shim(x) != shim(x)).any()
+    shim.eval()
+    np.testing.assert_array_equal(shim(x), x)

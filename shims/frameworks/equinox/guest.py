@@ -8,6 +8,7 @@ argument, splits the key, and keeps one state for the batch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from interop.errors import ArgumentError, MissingKeyError
 from interop.frameworks.equinox.adapter import is_index
 
-from ...core import Call, Guest, Kind, Path, Structure, leaves, path_of
+from ...core import Call, Guest, Kind, Path, Structure, is_plain, leaves, path_of
 
 
 def _flatten(module: Any) -> tuple[list[tuple[Path, Any]], Any]:
@@ -369,11 +370,11 @@ def _draws(module: Any, training: bool | None) -> bool:
     """Whether a call with ``key`` may use it: of Equinox's own layers dropouts alone do."""
 
     def may(part: Any) -> bool:
-        if not isinstance(part, eqx.nn.Dropout):
-            return isinstance(part, eqx.Module) and not type(part).__module__.startswith(
-                eqx.__name__
-            )
-        return training is True or not part.inference
+        if isinstance(part, eqx.nn.Dropout):
+            return training is True or not part.inference
+        if isinstance(part, eqx.Module):
+            return getattr(eqx.nn, type(part).__name__, None) is not type(part)
+        return callable(part) and not is_plain(part, "equinox")
 
     return training is not False and any(map(may, _parts(module)))
 
@@ -385,6 +386,8 @@ def _parts(part: Any) -> Iterator[Any]:
         held = part.values() if isinstance(part, dict) else vars(part).values()
     else:
         held = part if isinstance(part, list | tuple) else ()
+    if isinstance(part, functools.partial):
+        held = (part.func, *part.args, *part.keywords.values())
     for value in held:
         yield from _parts(value)
 

@@ -25,7 +25,17 @@ from interop.errors import ArgumentError, MissingKeyError, UnsupportedStructureE
 from interop.frameworks.linen.adapter import boxed, is_box, partitioning_of
 from interop.partitioning import Partitioning
 
-from ...core import Call, Guest, Kind, Path, Structure, check_partitionings, leaves, path_of
+from ...core import (
+    Call,
+    Guest,
+    Kind,
+    Path,
+    Structure,
+    check_partitionings,
+    is_plain,
+    leaves,
+    path_of,
+)
 
 _RESULTS = ("intermediates", "perturbations")
 _TRAINING = ("train", "training", "is_training")
@@ -218,16 +228,22 @@ def _draws(part: Any) -> bool:
         held: Any = part.values() if isinstance(part, Mapping) else part
         return any(map(_draws, held))
     if not isinstance(part, nn.Module):
-        return False
-    if not _is_linens(part):
+        return callable(part) and not is_plain(part, "flax")
+    if not is_own(part):
         return True
     held = vars(part)
     rates = [held.get("rate", 0), held.get("dropout_rate", 0)]
     return rates != [0, 0] or any(_draws(v) for name, v in held.items() if name != "parent")
 
 
+def is_own(module: nn.Module) -> bool:
+    """Whether a module is of one of Linen's layers, and not of a class made from another."""
+    return getattr(nn, type(module).__name__, None) is type(module)
+
+
 def _is_linens(module: nn.Module) -> bool:
-    return type(module).__module__.startswith(nn.__name__)
+    """Whether a module is of one of Linen's layers, or of a class that Linen made of one."""
+    return type(module).__module__.startswith(f"{nn.__name__}.")
 
 
 def _rngs(call: Call) -> dict[str, jax.Array]:

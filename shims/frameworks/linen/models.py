@@ -13,6 +13,7 @@ from interop.errors import ArgumentError
 from ...core import Path, at, path_text, recording
 from ...materialization import Whole, by_path
 from ...program import Program
+from .guest import is_own
 from .host import ToLinen
 from .traced import Traced, TracedCell, variables_of
 
@@ -64,7 +65,7 @@ class Models(Whole):
             for _, part in _fields(model, ())
             if isinstance(part, nn.Module)
             and not isinstance(part, ToLinen)
-            and not type(part).__module__.startswith("flax.linen.")
+            and not is_own(part)
         ]
         if own:
             raise ArgumentError(
