@@ -10,6 +10,7 @@ are none.
 from __future__ import annotations
 
 import dataclasses
+import dis
 import functools
 import inspect
 import itertools
@@ -92,10 +93,13 @@ _NOTHING = _Step(None, "")
 
 
 def _is_plain(code: types.CodeType) -> bool:
-    """Whether there is no handler that could hide an error, here or in a function within."""
+    """Whether there is no handler that could hide an error, nothing that compares by identity,
+    which stand-ins don't have, and no global that is set, here or in a function within."""
     within = [const for const in code.co_consts if isinstance(const, types.CodeType)]
     waits = code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE)
-    return not (waits or code.co_exceptiontable) and all(map(_is_plain, within))
+    used = {instruction.opname for instruction in dis.get_instructions(code)}
+    is_open = waits or code.co_exceptiontable or used & {"IS_OP", "STORE_GLOBAL"}
+    return not is_open and all(map(_is_plain, within))
 
 
 def _refuse(*_: Any, **__: Any) -> Any:
@@ -238,7 +242,11 @@ class _Trace:
 
     def _function(self, fn: Any, data: Any, /, *args: Any, **options: Any) -> _Value:
         if args:
-            bound = inspect.signature(fn).bind(None, *args, **options)
+            signature = inspect.signature(fn)
+            bound = signature.bind(None, *args, **options)
+            kinds = [signature.parameters[name].kind for name in list(bound.arguments)[1:]]
+            if {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL} & {*kinds}:
+                raise _OtherError  # an option has no name that it could be passed by
             (_, *given), options = bound.args, bound.kwargs
             options |= zip(list(bound.arguments)[1 : len(bound.args)], given, strict=True)
         if not all(map(_is_constant, options.values())):

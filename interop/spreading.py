@@ -7,7 +7,7 @@ Other layers take one array, and fail on several in any framework.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from . import formulas, specs
 if TYPE_CHECKING:
     from .registry import Adapter
 
-__all__ = ["spread"]
+__all__ = ["chained", "spread"]
 
 
 def spread(
@@ -59,15 +59,58 @@ def _function(spec: Any) -> Any:
 def _to_plain(former: Any, leaf: specs.Function) -> tuple[Any, Any]:
     first, second = _function(former), leaf.fn
     if isinstance(second, formulas.Gathered):  # it came from such a framework
-        return first.fn if isinstance(first, formulas.Kept) else first, second.fn
+        return _unkept(first), second.fn
     return first, formulas.Spread(second)
+
+
+def _unkept(first: Any) -> Any:
+    if isinstance(first, formulas.Kept):
+        return first.fn
+    if isinstance(first, formulas.Gathered) and isinstance(first.fn, formulas.Kept):
+        return formulas.Gathered(first.fn.fn)
+    return first
 
 
 def _to_spreading(former: Any, leaf: specs.Function) -> tuple[Any, Any]:
     first, second = _function(former), leaf.fn
     if isinstance(second, formulas.Spread):
         return first, second.fn
+    if isinstance(first, formulas.Gathered):  # the outer one, by which it is known again
+        return formulas.Gathered(formulas.Kept(first.fn)), formulas.Gathered(second)
     return first and formulas.Kept(first), formulas.Gathered(second)
+
+
+def chained(
+    layers: Iterable[specs.Spec], origins: dict[int, tuple[str, type]]
+) -> list[specs.Spec]:
+    """The layers of a chain, in whose code a tuple or a dict goes from call to call whole: one
+    function for each run of them, in which it does.
+
+    Args:
+        layers: as they were read.
+        origins: where each spec came from; the new ones are added.
+
+    Raises:
+        ValueError: what may give several goes on to a function of another stack.
+    """
+    found: list[specs.Spec] = []
+    for layer in layers:
+        before = found[-1] if found else None
+        if isinstance(layer, specs.Function) and isinstance(before, specs.Function):
+            steps = (*_steps(before.fn), *_steps(layer.fn))
+            found[-1] = replace(before, fn=formulas.Composed(steps))
+            origins[id(found[-1])] = origins[id(before)]
+            continue
+        *_, last = [None, *(_leaves(before) if before else ())]
+        first = next(_leaves(layer))
+        if isinstance(first, specs.Function) and _gives_several(last):
+            raise ValueError
+        found.append(layer)
+    return found
+
+
+def _steps(fn: Any) -> tuple[Any, ...]:
+    return fn.steps if isinstance(fn, formulas.Composed) else (fn,)
 
 
 def _leaves(spec: specs.Spec) -> Iterator[specs.Spec]:

@@ -28,6 +28,7 @@ from .layout import Crossed, Flow, leaves_of, several_axes
 from .parameters import is_quantity, leaves_by_name
 from .progress import advance
 from .registry import Adapter, BuildRule, ReadRule, Registry
+from .spreading import chained
 
 __all__ = ["Building", "Reading"]
 
@@ -81,10 +82,19 @@ class Reading:
 
     def _read_steps(self, steps: list[tuple[Any, str]]) -> specs.Spec:
         """The stack that a user's own module comes to."""
-        self.alive.append(steps)  # as they are known by their ids
         nodes = [node for node, _ in steps]
-        layers = self.read_all(nodes, [f"{self.path}{path}" for _, path in steps])
-        return self._remember(specs.Sequential(layers=layers), self.path, self._found)
+        read = self.read_all(nodes, [f"{self.path}{path}" for _, path in steps])
+        self.alive += [steps, read]  # as they are known by their ids
+        try:
+            layers = chained(read, self.origins)
+        except ValueError as e:
+            raise UnsupportedStructureError(
+                f"{self._found.__qualname__} gives the outputs of one stack to a function of "
+                f"another, which may get several as one, or as several",
+                path=self.path,
+                remedy="Call both in one method, or wrap the model live with shims.wrap",
+            ) from e
+        return self._remember(specs.Sequential(layers=tuple(layers)), self.path, self._found)
 
     def read_by(self, rule: ReadRule, node: Any) -> specs.Spec:
         """The spec that ``rule`` makes of the layer being read."""

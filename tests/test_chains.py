@@ -170,6 +170,10 @@ def _twice(x, train=False):
     return 2 * x if train else x
 
 
+def _scaled(x, *scales, **options):
+    return x * (scales[0] if scales else 1.0)
+
+
 OTHER = {
     "a sum": lambda self, x: x + self.a(x),
     "an older value": lambda self, x: (self.a(x), self.b(x))[1],
@@ -194,6 +198,8 @@ OTHER = {
     "a global": lambda self, x: self.a(x) if hidden_state.append(1) else self.b(x),
     "a global's length": lambda self, x: self.a(x) if len(hidden_state) > 3 else self.b(x),
     "an array": lambda self, x: jnp.add(self.a(x), SCALE),
+    "an option without a name": lambda self, x: jnp.power(self.a(x), 2),
+    "one of any number": lambda self, x: _scaled(self.a(x), 3.0),
     "a new layer": lambda self, x: nn.Dense(3)(self.a(x)),
     "a generator": lambda self, x: (yield self.a(x)),
 }
@@ -211,10 +217,28 @@ def _assigned(self, x):
     return self.a(x)
 
 
+def _last_without(self, x):
+    for layer in (self.a, self.b):
+        x = layer(x)
+        if layer is not self.b:
+            x = jnp.tanh(x)
+    return x
+
+
+def _global(self, x):
+    global counted
+    counted += 1
+    return self.a(x) if counted > 1 else self.b(x)
+
+
+counted = 0
+
+
 def _of_base(self, x):
     return super(type(self), self).__call__(self.a(x))
 
 
+OTHER |= {"an identity": _last_without, "a global that is set": _global}
 OTHER |= {"a handler": _handled, "an assignment": _assigned, "a base class": _of_base}
 OTHER["a compiled call"] = jax.jit(lambda self, x: self.a(x))
 
@@ -275,6 +299,50 @@ def test_a_mode_that_only_the_layers_get_converts():
     np.testing.assert_allclose(jax.vmap(converted)(X), expected, rtol=1e-5, atol=1e-5)
     converted = interop.convert(other, to="equinox")
     np.testing.assert_allclose(jax.vmap(converted)(X), other(X), rtol=1e-5, atol=1e-5)
+
+
+def _halves(x):
+    return x[..., :2], x[..., 2:]
+
+
+def _gated(halves, scale=1.0):
+    return halves[0] * jnp.tanh(halves[1]) * scale
+
+
+class Gating(nnx.Module):
+    def __init__(self):
+        self.a = Framework("nnx").linear(WEIGHT, BIAS)
+
+    def __call__(self, x):
+        return _gated(_halves(jnp.sin(self.a(x))))
+
+
+def test_functions_of_a_chain_get_a_tuple_whole(target):
+    """In NNX's own Sequential it would be spread over their arguments."""
+    if target.name == "nnx":
+        pytest.skip("nothing to convert")
+    converted = target.convert_from(Framework("nnx"), Gating())
+    first, second = _halves(np.sin(truth.linear(X, WEIGHT, BIAS)))
+    wanted = first * np.tanh(second)
+    np.testing.assert_allclose(target.call(converted, X), wanted, rtol=1e-5, atol=1e-5)
+    back = Framework("nnx").convert_from(target, converted)
+    np.testing.assert_allclose(back(X), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tuple_from_one_chain_into_another_is_refused():
+    class Inner(nnx.Module):
+        def __call__(self, halves):
+            return jnp.cos(_gated(halves))
+
+    class Outer(nnx.Module):
+        def __init__(self):
+            self.a, self.inner = Framework("nnx").linear(WEIGHT, BIAS), Inner()
+
+        def __call__(self, x):
+            return self.inner(_halves(self.a(x)))
+
+    with pytest.raises(interop.UnsupportedStructureError, match="to a function of another"):
+        interop.to_linen(Outer())
 
 
 def test_weights_that_the_call_does_not_use_are_not_lost():

@@ -65,6 +65,17 @@ def test_functions_are_the_same_objects_after_a_round_trip():
     assert plain.layers[2].weight.value["weight"] is model.layers[2].kernel.get_value()
 
 
+def test_several_functions_in_a_row_come_back_as_they_were():
+    functions = [as_tuple, of_whole, as_dict, of_whole]
+    model = eqx.nn.Sequential([eqx.nn.Lambda(fn) for fn in functions])
+    wanted = of_whole(as_dict(of_whole(as_tuple(X))))
+    for name in ("nnx", "linen"):
+        converted = Framework(name).convert_from(Framework("equinox"), model)
+        np.testing.assert_allclose(Framework(name).call(converted, X), wanted, rtol=1e-6)
+        back = Framework("equinox").convert_from(Framework(name), converted)
+        assert [layer.fn for layer in back[0].layers] == functions
+
+
 SEQUENCE = array(2, 5, 3)
 
 

@@ -12,6 +12,7 @@ from .embedding import embed
 from .functions import (
     ACTIVATIONS,
     Batched,
+    Composed,
     Gathered,
     Kept,
     Moved,
@@ -99,6 +100,7 @@ __all__ = [
     "unit_norm",
     "ACTIVATIONS",
     "Batched",
+    "Composed",
     "Gathered",
     "Kept",
     "Moved",

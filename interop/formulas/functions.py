@@ -232,6 +232,21 @@ class Gathered:
 
 
 @dataclass(frozen=True)
+class Composed:
+    """Functions one after the other, each with the whole output of the one before."""
+
+    steps: tuple[Callable[..., Any], ...]
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """The output of the last."""
+        first, *rest = self.steps
+        y = first(*args, **options)
+        for step in rest:
+            y = step(y)
+        return y
+
+
+@dataclass(frozen=True)
 class Moved:
     """A function for arrays whose channels stand at another axis than ``fn`` expects.
 

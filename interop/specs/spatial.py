@@ -93,7 +93,7 @@ class Pool(Spatial):
     @property
     def is_padded(self) -> bool:
         """Whether windows may reach over the ends."""
-        return self.padding == "SAME" or any(map(any, self.pads()))
+        return self.padding in ("SAME", "SAME_LOWER") or any(map(any, self.pads()))
 
     def pads(self, shape: Shape = ()) -> Pads:
         """The padding of an example of that shape of space, as pairs."""
@@ -117,7 +117,7 @@ def pool(kind: str, window: Any, strides: Any, padding: Any, **options: Any) -> 
         kind=kind,
         window=tuple(window),
         strides=None if set(strides) == {1} else strides,
-        padding=padding if isinstance(padding, str) else tuple(map(tuple, padding)),
+        padding=padding.upper() if isinstance(padding, str) else tuple(map(tuple, padding)),
         **options,
     )
     if not spec.is_padded:
