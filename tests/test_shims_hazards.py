@@ -956,3 +956,67 @@ def test_a_key_reaches_what_draws_behind_a_transformation_or_a_function(name):
     assert (shim(x) != shim(x)).any()
     shim.eval()
     np.testing.assert_array_equal(shim(x), x)
+
+
+class Rematerialised(bnn.Module):
+    """Writes its statistics within a transformation of JAX, which BrainState does not see."""
+
+    def __init__(self, checkpoint):
+        super().__init__()
+        self.norm, self.checkpoint = bnn.BatchNorm0d((3,)), checkpoint
+
+    def update(self, x):
+        return self.checkpoint(lambda x: self.norm(x))(x)
+
+
+@pytest.mark.parametrize("kind", ["linked", "copied", "linen", "equinox"])
+def test_what_a_transformation_of_jax_leaves_in_states_is_refused(kind):
+    x = array(4, 3)
+    for checkpoint in (jax.checkpoint, brainstate.transform.checkpoint):
+        guest = Rematerialised(checkpoint)
+        before = guest.norm.running_mean.value
+        if kind == "linen":
+            shim = shims.ToLinen(guest)
+            variables = shim.init(jax.random.key(0), x, deterministic=True)
+            mutable = [name for name in variables if name != "params"]
+            run = functools.partial(
+                shim.apply, variables, x, deterministic=False, mutable=mutable
+            )
+        elif kind == "equinox":
+            make = eqx.nn.make_with_state(functools.partial(shims.ToEquinox, batched=True))
+            shim, state = make(guest)
+            run = functools.partial(shim, x, state)
+        else:
+            shim = shims.ToNNX(guest)
+            run = functools.partial(shim if kind == "linked" else nnx.clone(shim), x)
+        if checkpoint is jax.checkpoint:
+            with pytest.raises(interop.InteropError, match="would outlive it"):
+                run()
+            assert guest.norm.running_mean.value is before
+        else:
+            assert not any(isinstance(v, jax.core.Tracer) for v in jax.tree.leaves(run()))
+
+
+class Sowing(nnx.Module):
+    def __init__(self):
+        self.linear = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        y = self.linear(x)
+        self.sow(nnx.Intermediate, "hidden", y)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
+@pytest.mark.parametrize("into", ["brainstate", "linen", "equinox"])
+def test_a_guest_that_has_sown_by_itself_is_wrapped_without_what_it_has_sown(into):
+    guest, x = Sowing(), array(5, 3)
+    wanted = guest(x)
+    shim = shims.wrap(guest, into=into)
+    for _ in range(2):
+        if into == "linen":
+            found = shim.apply(shim.init(jax.random.key(0), x), x)
+        else:
+            found = jax.vmap(shim)(x) if into == "equinox" else shim(x)
+        assert_allclose(found, wanted, rtol=1e-6)
+        guest(x)

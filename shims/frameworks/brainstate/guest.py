@@ -138,7 +138,9 @@ class BrainStateGuest(WatchedGuest):
         before = [(state, state.value) for state in self._states]
         try:
             with _random_from(call.key):
-                return _invoke(self.native, call)
+                out = _invoke(self.native, call)
+            _check_left({state: state.value for state in self._states})
+            return out
         except BaseException:
             for state, value in before:
                 if state.value is not value:
@@ -274,6 +276,7 @@ class BrainStateStructure(Structure):
         watch = _watch(nodes, states.values())
         with _random_from(call.key, private={id(state) for state in states.values()}):
             out = _invoke(module, call)
+            _check_left({state: state.value for state in states.values()})
             if watch is not None and watch.holds():
                 return out, self._values_of(states), self
             guest = BrainStateGuest(module)
@@ -502,6 +505,21 @@ class _KeyFromHost(brainstate.StateTraceStack):
         """Let the thread see the global random state again."""
         if self._token is not None:
             _key_here.reset(self._token)
+
+
+def _check_left(values: Mapping[brainstate.State, Any]) -> None:
+    """Refuse what a transformation of JAX inside of the guest has left in its states.
+
+    Raises:
+        UnsupportedStructureError: as BrainState does where no shim is around.
+    """
+    for state, value in values.items():
+        if is_traced(value) and _is_outside_traces():
+            raise UnsupportedStructureError(
+                f"a transformation of JAX inside of the wrapped module writes a "
+                f"{type(state).__qualname__}, whose value would outlive it",
+                remedy="Use BrainState's own: brainstate.transform.checkpoint, jit, vmap, ...",
+            )
 
 
 def _is_outside_traces() -> bool:

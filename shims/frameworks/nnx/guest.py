@@ -160,6 +160,15 @@ def _check_functions(module: nnx.Module) -> None:
                 )
 
 
+def _without_results(module: nnx.Module) -> nnx.Module:
+    """The module, or a copy without what its calls have sown."""
+    flat: Any = nnx.to_flat_state(nnx.state(module))
+    if any(isinstance(variable, _RESULTS) for _, variable in flat):
+        module = nnx.clone(module)
+        nnx.pop(module, nnx.Any(*_RESULTS))
+    return module
+
+
 class NnxStructure(Structure):
     """The graph definition of a module, and the tree of each Variable's value."""
 
@@ -168,9 +177,8 @@ class NnxStructure(Structure):
         self.base_type = nnx.Module
         self.forward = type(module).__call__
         self.fills = frozenset(("deterministic", "rngs"))
-        self._definition, state = nnx.split(module)
-        every: Any = nnx.to_flat_state(state)
-        flat = [(path, v) for path, v in every if not isinstance(v, _RESULTS)]
+        self._definition, state = nnx.split(_without_results(module))
+        flat: Any = nnx.to_flat_state(state)
         self._makers = {
             path: (type(v), v.get_metadata(), jax.tree.structure(v.get_raw_value()))
             for path, v in flat
