@@ -132,6 +132,7 @@ class RowReader(brainstate.nn.Module):
         self.encode = brainstate.nn.Linear(8, size)
         self.drop = brainstate.nn.Dropout(0.9)  # BrainState counts what is kept
         self.cell = brainstate.nn.GRUCell(size, size)
+        self.cell.init_state(1)  # a shim keeps the states that are there when it wraps
 
     def update(self, images):
         """Features ``(batch, size)`` of images ``(batch, 8, 8)``."""

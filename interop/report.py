@@ -1,5 +1,8 @@
 """What a conversion will do to each layer, found out before it is done."""
 
+# jax declares some of its types only in part.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import html
