@@ -717,9 +717,11 @@ def described(arguments: Any) -> Any:
 
     def describe(x: Any) -> Any:
         try:
-            return jax.ShapeDtypeStruct(jax.numpy.shape(x), jax.numpy.result_type(x))
+            shape, dtype = jax.numpy.shape(x), jax.numpy.result_type(x)
         except TypeError:
             return x
+        weak = getattr(x, "weak_type", isinstance(x, int | float | complex))
+        return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak)
 
     return jax.tree.map(describe, arguments)
 

@@ -983,3 +983,24 @@ def test_a_mapping_to_another_model_is_refused():
     other = nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
     with pytest.raises(interop.ConversionError, match="do not correspond"):
         interop.mapping(live, other)
+
+
+class Scaling(brainstate.nn.Module):
+    def update(self, x, scale=1.0):
+        return x * scale
+
+
+class Doubling(nnx.Module):
+    def __init__(self):
+        self.scaling = shims.ToNNX(Scaling())
+
+    def __call__(self, x):
+        return self.scaling(x, scale=2.0)
+
+
+def test_a_number_among_the_arguments_keeps_its_dtype_or_is_refused():
+    """A program takes arrays, which a number would widen where inputs are narrower."""
+    pure = shims.materialize(Doubling(), method="trace", sample_input=X)
+    assert_array_equal(pure(X), 2 * X)
+    with pytest.raises(interop.UnsupportedStructureError, match=r"model\.scaling"):
+        shims.materialize(Doubling(), method="trace", sample_input=X.astype(jnp.bfloat16))
