@@ -1004,3 +1004,26 @@ def test_a_number_among_the_arguments_keeps_its_dtype_or_is_refused():
     assert_array_equal(pure(X), 2 * X)
     with pytest.raises(interop.UnsupportedStructureError, match=r"model\.scaling"):
         shims.materialize(Doubling(), method="trace", sample_input=X.astype(jnp.bfloat16))
+
+
+SHARED = brainstate.nn.Linear(3, 3)
+
+
+class MakesShim(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return shims.ToLinen(SHARED)(x)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [nn.remat(MakesShim)(), lambda x: shims.ToLinen(SHARED)(x)],
+    ids=["remat", "lambda"],
+)
+def test_shims_made_behind_a_transformation_or_in_a_function_are_not_left_behind(second):
+    model = nn.Sequential([shims.ToLinen(SHARED), second])
+    variables = model.init(jax.random.key(0), X)
+    with pytest.raises(interop.InteropError, match="may make shims"):
+        shims.materialize((model, variables))
+    with pytest.raises(interop.UnsupportedStructureError, match="in the code of the model"):
+        shims.materialize((model, variables), sample_input=X)

@@ -9,8 +9,10 @@ from typing import Any
 import flax.linen as nn
 
 from interop.errors import ArgumentError
+from interop.registry import registry
+from interop.walk import captured
 
-from ...core import Path, at, path_text, recording
+from ...core import Path, at, is_plain, path_text, recording
 from ...materialization import Whole, by_path
 from ...program import Program
 from .guest import is_own
@@ -61,11 +63,9 @@ class Models(Whole):
 
     def check_held(self, model):
         own = [
-            type(part).__qualname__
+            getattr(part, "__name__", type(part).__qualname__)
             for _, part in _fields(model, ())
-            if isinstance(part, nn.Module)
-            and not isinstance(part, ToLinen)
-            and not is_own(part)
+            if _may_make(part)
         ]
         if own:
             raise ArgumentError(
@@ -98,6 +98,17 @@ def _check_given(variables: Any) -> None:
             "the variables of the model are missing",
             remedy="Pass (module, variables), or variables=",
         )
+
+
+def _may_make(part: Any) -> bool:
+    """Whether a module's code, or a function, may make shims when it is called."""
+    if isinstance(part, nn.Module):
+        return not isinstance(part, ToLinen) and not is_own(part)
+    return (
+        callable(part)
+        and not is_plain(part, "flax")
+        and any(registry.framework_of(held) is not None for held in captured(part))
+    )
 
 
 def _fields(part: Any, path: Path) -> Iterator[tuple[Path, Any]]:
