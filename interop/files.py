@@ -61,7 +61,7 @@ def save(
         "format": _FORMAT,
         "dtypes": json.dumps(dtypes),
         "units": json.dumps(units),
-        "sha256": _digest(arrays),
+        "sha256": _digest(arrays, dtypes, units),
     }
     try:
         data = importlib.import_module("safetensors.numpy").save(arrays, metadata=facts)
@@ -192,8 +192,8 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]
             )
             for name, tensor in tensors
         }
-        if facts["sha256"] != _digest(arrays):
-            raise ValueError("their bytes have changed")
+        if facts["sha256"] != _digest(arrays, dtypes, units):
+            raise ValueError("its bytes have changed")
     except (KeyError, TypeError, ValueError) as e:
         raise ConversionError(
             f"{file} is damaged: what it says of its arrays does not fit them ({e!r})",
@@ -202,9 +202,10 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]
     return arrays, units
 
 
-def _digest(arrays: Mapping[str, Any]) -> str:
-    """A hash of the arrays' bytes; the format has none of its own."""
-    found = hashlib.sha256()
+def _digest(arrays: Mapping[str, Any], dtypes: Any, units: Any) -> str:
+    """A hash of the arrays, what they are called and are; the format has none of its own."""
+    shapes = {name: array.shape for name, array in arrays.items()}
+    found = hashlib.sha256(json.dumps([dtypes, units, shapes], sort_keys=True).encode())
     for _, array in sorted(arrays.items()):
         found.update(array.reshape(-1).view(np.uint8))
     return found.hexdigest()

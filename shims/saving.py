@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import zipfile
-import zlib
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ __all__ = ["load_into", "save_traced"]
 
 FORMAT = 1
 _HEADER = "header.json"
+_DIGEST = hashlib.sha256().digest_size  # bytes before the archive: a hash of all that follows
 
 
 def save_traced(path: str | os.PathLike[str], model: Any) -> None:
@@ -71,7 +73,8 @@ def save_traced(path: str | os.PathLike[str], model: Any) -> None:
         for i, value in enumerate(program.values):
             array = np.asarray(key_data(values[value.path]))
             archive.writestr(f"value.{i}", array.tobytes())
-    write(path, file.getvalue())
+    data = file.getvalue()
+    write(path, hashlib.sha256(data).digest() + data)
 
 
 def load_into(path: str | os.PathLike[str], into: str) -> Any:
@@ -81,14 +84,18 @@ def load_into(path: str | os.PathLike[str], into: str) -> Any:
     if host is None:
         raise ArgumentError(f"{into} has no traced modules")
     try:
-        with zipfile.ZipFile(path) as archive:
+        data = Path(path).read_bytes()
+        digest, data = data[:_DIGEST], data[_DIGEST:]
+        if hashlib.sha256(data).digest() != digest:
+            raise ValueError("its bytes have changed")
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
             header = json.loads(archive.read(_HEADER))
             if header["format"] != FORMAT:
                 raise ValueError(f"format {header['format']}")
             parts = {name: archive.read(name) for name in archive.namelist()}
         program = Program.assemble(header["program"], parts)
         values = {v.path: _array(v, parts[f"value.{i}"]) for i, v in enumerate(program.values)}
-    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError) as e:
+    except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as e:
         raise ConversionError(
             f"{os.fspath(path)} is no traced module, or damaged ({type(e).__name__}: {e})",
             remedy="Load a file that shims.save_traced wrote",

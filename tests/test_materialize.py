@@ -858,9 +858,10 @@ def test_damaged_files_and_other_models_are_refused(traced, tmp_path):
     file = tmp_path / "model"
     shims.save_traced(file, traced)
     data = file.read_bytes()
-    half = len(data) // 2
-    flipped = data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :]
-    for broken in (data[:half], flipped, b"", b"nothing of ours"):
+    flipped = [
+        data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in range(0, len(data), 37)
+    ]
+    for broken in (data[: len(data) // 2], b"", b"nothing of ours", *flipped):
         file.write_bytes(broken)
         with pytest.raises(interop.ConversionError, match="damaged"):
             shims.load_traced(file, into="nnx")

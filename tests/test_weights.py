@@ -372,6 +372,16 @@ def test_a_damaged_or_foreign_file_is_refused(how, tmp_path):
     assert all(interop.weights(model)[name] is before[name] for name in before)
 
 
+def test_any_flipped_bit_of_a_file_is_noticed(tmp_path):
+    model, file = brainstate.nn.Linear(3, 4), tmp_path / "model"
+    interop.save(file, model)
+    data = file.read_bytes()
+    for at in range(len(data)):
+        file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(interop.ConversionError, match="Nothing was changed"):
+            interop.load(file, model, strict=False)
+
+
 def test_a_save_that_fails_leaves_the_older_file(tmp_path, monkeypatch):
     file = tmp_path / "model"
     interop.save(file, brainstate.nn.Linear(3, 4))
