@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import brainstate
@@ -14,7 +15,8 @@ from brainstate import nn
 
 from ... import specs
 from ...composites.brainstate import COMPOSITES, Composite, Lambda
-from ...registry import Adapter
+from ...registry import Adapter, ReadRule
+from ...walk import Building, Reading
 
 _PARAM_TYPES = (brainstate.ParamState, type(nn.LayerNorm((1,)).weight))
 
@@ -28,38 +30,38 @@ class BrainState(Adapter):
     edges = {specs.Embedding: "a too large index gives the last row, without a gradient"}
     is_hub = True
 
-    def containers(self, node):
+    def containers(self, node: Any) -> Iterable[tuple[str, object]]:
         if isinstance(node, Composite):  # whose parts no rule reads
             states: Any = node.states()
             return [(".".join(map(str, path)), state) for path, state in states.items()]
         return [(k, v) for k, v in vars(node).items() if isinstance(v, brainstate.State)]
 
-    def added_state(self, module, rule):
+    def added_state(self, module: Any, rule: ReadRule) -> set[str]:
         held = vars(module).items()
         return {k for k, v in held if k not in rule.state and _holds_state(v)}
 
-    def close(self, built, options):
+    def close(self, built: Any, options: Mapping[str, Any]) -> Any:
         return built if isinstance(built, nn.Module) else Lambda(built)
 
-    def has_children(self, module):
+    def has_children(self, module: Any) -> bool:
         return any(path for path in module.nodes() if path)
 
-    def arrays(self, node):
+    def arrays(self, node: Any) -> Iterable[Any]:
         masks = (getattr(module, "w_mask", None) for module in node.nodes().values())
         held = jax.tree.leaves([state.value for state in node.states().values()])
         return [*held, *(mask for mask in masks if mask is not None)]
 
-    def parameters(self, node):
+    def parameters(self, node: Any) -> Any:
         states = node.states(brainstate.ParamState)
         return {path: state.value for path, state in states.items()}
 
-    def with_parameters(self, node, parameters):
+    def with_parameters(self, node: Any, parameters: Any) -> Any:
         copy = brainstate.graph.treefy_merge(*brainstate.graph.treefy_split(node))
         for path, state in copy.states(brainstate.ParamState).items():
             state.value = parameters[path]
         return copy
 
-    def container(self, leaves):
+    def container(self, leaves: Mapping[tuple[Any, ...], Any]) -> Any:
         found: dict[Any, Any] = {}
         for path, leaf in leaves.items():
             if isinstance(path[-1], str) and path[-2:-1] == ("weight",):
@@ -68,17 +70,17 @@ class BrainState(Adapter):
                 found[path] = leaf
         return found
 
-    def held(self, node):
+    def held(self, node: Any) -> Mapping[tuple[Any, ...], Any]:
         states = node.states().items()
         return {path: s.value for path, s in states if not isinstance(s, _OF_A_RUN)}
 
-    def hold(self, node, values):
+    def hold(self, node: Any, values: Mapping[tuple[Any, ...], Any]) -> Any:
         states = node.states()
         for path, value in values.items():
             states[path].value = value
         return node
 
-    def run(self, node, inputs, train):
+    def run(self, node: Any, inputs: tuple[Any, ...], train: bool) -> Any:
         copy = brainstate.graph.treefy_merge(*brainstate.graph.treefy_split(node))
         with brainstate.environ.context(fit=train):
             return copy(*inputs)
@@ -99,7 +101,9 @@ adapter = BrainState()
 adapter.ships(COMPOSITES)
 
 
-def arrays_of(layer, ctx, name: str = "weight", **shapes: tuple[int, ...]) -> dict[str, Any]:
+def arrays_of(
+    layer: Any, ctx: Reading, name: str = "weight", **shapes: tuple[int, ...]
+) -> dict[str, Any]:
     """The arrays that a state of the layer packs, by name, with their canonical shapes."""
     state = getattr(layer, name)
     if state is None:
@@ -145,7 +149,9 @@ def reshape(array: Any, shape: Any) -> Any:
     return array if array is None or array.shape == tuple(shape) else array.reshape(shape)
 
 
-def check_one_dtype(weight, bias, ctx, name: str = "bias"):
+def check_one_dtype(
+    weight: Any, bias: Any, ctx: Reading | Building, name: str = "bias"
+) -> None:
     if bias is not None and bias.dtype != weight.dtype:
         ctx.refuse(
             f"{name}.dtype",

@@ -14,6 +14,7 @@ import numpy as np
 from brainstate import nn
 
 from ... import specs
+from ...walk import Building, Reading
 from .adapter import adapter, arrays_of, check_one_dtype
 
 _CLASSES: dict[str, Any] = {
@@ -24,7 +25,7 @@ _CLASSES: dict[str, Any] = {
 
 
 @adapter.reads(nn.AllToAll, specs.AllToAll, state=("weight",))
-def read_all_to_all(m, ctx):
+def read_all_to_all(m: Any, ctx: Reading) -> specs.AllToAll:
     sizes = m.in_size[-1], m.out_size[-1]
     is_one = np.ndim(m.weight.value["weight"]) == 0
     arrays = arrays_of(m, ctx, weight=() if is_one else sizes, bias=sizes[1:])
@@ -40,7 +41,7 @@ def read_all_to_all(m, ctx):
 
 
 @adapter.builds(specs.AllToAll, carries=("include_self", "leading_shape"))
-def build_all_to_all(spec, ctx):
+def build_all_to_all(spec: specs.AllToAll, ctx: Building) -> nn.AllToAll:
     check_one_dtype(spec.weight, spec.bias, ctx)
     leading = ctx.shape[:-1] if ctx.shape else spec.leading_shape
     return nn.AllToAll(
@@ -52,7 +53,7 @@ def build_all_to_all(spec, ctx):
 
 
 @adapter.reads(nn.SparseLinear, specs.SparseLinear, state=("weight",))
-def read_sparse_linear(m, ctx):
+def read_sparse_linear(m: Any, ctx: Reading) -> specs.SparseLinear:
     matrix = m.spar_mat
     forms: dict[type, str] = {cls: name for name, cls in _CLASSES.items()}
     form = forms.get(type(matrix), "")
@@ -72,7 +73,7 @@ def read_sparse_linear(m, ctx):
 
 
 @adapter.builds(specs.SparseLinear, carries=("form",))
-def build_sparse_linear(spec, ctx):
+def build_sparse_linear(spec: specs.SparseLinear, ctx: Building) -> nn.SparseLinear:
     check_one_dtype(spec.weight, spec.bias, ctx)
     if spec.weight.shape != (spec.rows.size,):
         ctx.refuse(
@@ -123,7 +124,7 @@ def differentiates(form: str) -> bool:
 
 
 @adapter.reads(nn.FixedNumConn, specs.FixedNumConn, state=("weight",))
-def read_fixed_num_conn(m, ctx):
+def read_fixed_num_conn(m: Any, ctx: Reading) -> specs.FixedNumConn:
     if m.conn_num < 1:
         ctx.refuse("conn_num", m.conn_num, "there are no connections, and no weight to train")
     sizes, columns = (m.in_size[-1], m.out_size[-1]), np.asarray(m.conn.indices)
@@ -143,7 +144,7 @@ def read_fixed_num_conn(m, ctx):
 
 
 @adapter.builds(specs.FixedNumConn)
-def build_fixed_num_conn(spec, ctx):
+def build_fixed_num_conn(spec: specs.FixedNumConn, ctx: Building) -> Any:
     """The constructor draws connections, and warns of a name of its own."""
     n_in = spec.sizes[0]
     counts = np.bincount(np.ravel(spec.rows), minlength=n_in)
@@ -178,7 +179,7 @@ adapter.refused[nn.EventFixedNumConn] = _EVENTS
 
 
 @adapter.reads(nn.EventLinear, specs.Linear, state=("weight",))
-def read_event_linear(m, ctx):
+def read_event_linear(m: Any, ctx: Reading) -> specs.Linear:
     """Without events it is a plain product."""
     if m.float_as_event:
         ctx.refuse("float_as_event", True, _EVENTS)

@@ -9,6 +9,7 @@ from brainstate import nn
 
 from ... import specs
 from ...errors import ArgumentError
+from ...walk import Building, Reading
 from .adapter import adapter, arrays_of, check_one_dtype, reshape
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -23,14 +24,16 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 @adapter.reads(nn.Conv1d, specs.Conv, state=("weight",))
 @adapter.reads(nn.Conv2d, specs.Conv, state=("weight",))
 @adapter.reads(nn.Conv3d, specs.Conv, state=("weight",))
-def read_conv(m, ctx):
+def read_conv(m: nn.Conv1d | nn.Conv2d | nn.Conv3d, ctx: Reading) -> specs.Conv:
     return specs.Conv(**_input_dilation(m), **_conv_fields(m, ctx))
 
 
 @adapter.reads(nn.ScaledWSConv1d, specs.ScaledWSConv, state=("weight",))
 @adapter.reads(nn.ScaledWSConv2d, specs.ScaledWSConv, state=("weight",))
 @adapter.reads(nn.ScaledWSConv3d, specs.ScaledWSConv, state=("weight",))
-def read_scaled_conv(m, ctx):
+def read_scaled_conv(
+    m: nn.ScaledWSConv1d | nn.ScaledWSConv2d | nn.ScaledWSConv3d, ctx: Reading
+) -> specs.ScaledWSConv:
     gain = arrays_of(m, ctx, **_conv_shapes(m)).get("gain")
     fields = _input_dilation(m) | _conv_fields(m, ctx)
     return specs.ScaledWSConv(gain=gain, epsilon=m.eps, **fields)
@@ -39,7 +42,9 @@ def read_scaled_conv(m, ctx):
 @adapter.reads(nn.ConvTranspose1d, specs.ConvTranspose, state=("weight",))
 @adapter.reads(nn.ConvTranspose2d, specs.ConvTranspose, state=("weight",))
 @adapter.reads(nn.ConvTranspose3d, specs.ConvTranspose, state=("weight",))
-def read_conv_transpose(m, ctx):
+def read_conv_transpose(
+    m: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d, ctx: Reading
+) -> specs.ConvTranspose:
     fields = _conv_fields(m, ctx)
     mask = fields["mask"]
     fields["weight"] = specs.flipped(fields["weight"])
@@ -47,12 +52,12 @@ def read_conv_transpose(m, ctx):
     return specs.ConvTranspose(**fields)
 
 
-def _conv_shapes(m) -> dict[str, Any]:
+def _conv_shapes(m: Any) -> dict[str, Any]:
     out = (m.out_channels,)
     return {"weight": m.kernel_shape, "bias": out, "gain": out}
 
 
-def _conv_fields(m, ctx) -> dict[str, Any]:
+def _conv_fields(m: Any, ctx: Reading) -> dict[str, Any]:
     """What all convolutions have; the kernel as the layer has it."""
     arrays, mask = arrays_of(m, ctx, **_conv_shapes(m)), m.w_mask
     weight, bias = arrays["weight"], arrays.get("bias")
@@ -71,7 +76,7 @@ def _conv_fields(m, ctx) -> dict[str, Any]:
     }
 
 
-def _input_dilation(m) -> dict[str, Any]:
+def _input_dilation(m: Any) -> dict[str, Any]:
     return {"input_dilation": None if set(m.lhs_dilation) == {1} else m.lhs_dilation}
 
 
@@ -79,12 +84,12 @@ _CONV = ("input_dilation", "mask", "channels_first")
 
 
 @adapter.builds(specs.Conv, carries=_CONV)
-def build_conv(spec, ctx):
+def build_conv(spec: specs.Conv, ctx: Building) -> Any:
     return _build_conv(_CONVS, spec, ctx, lhs_dilation=spec.input_dilation or 1)
 
 
 @adapter.builds(specs.ScaledWSConv, carries=_CONV)
-def build_scaled_conv(spec, ctx):
+def build_scaled_conv(spec: specs.ScaledWSConv, ctx: Building) -> Any:
     options = {"lhs_dilation": spec.input_dilation or 1, "ws_gain": spec.gain is not None}
     layer = _build_conv(_SCALED, spec, ctx, eps=spec.epsilon, **options)
     if spec.gain is not None:
@@ -94,13 +99,13 @@ def build_scaled_conv(spec, ctx):
 
 
 @adapter.builds(specs.ConvTranspose, carries=("mask", "channels_first"))
-def build_conv_transpose(spec, ctx):
+def build_conv_transpose(spec: specs.ConvTranspose, ctx: Building) -> Any:
     mask = spec.mask if spec.mask is None else specs.flipped(spec.mask)
     options = {"w_init": specs.flipped(spec.weight), "w_mask": mask}
     return _build_conv(_TRANSPOSED, spec, ctx, **options)
 
 
-def _build_conv(classes, spec, ctx, **options: Any) -> Any:
+def _build_conv(classes: Any, spec: Any, ctx: Building, **options: Any) -> Any:
     """The layer of that class which has so many axes of space; ``options`` go before."""
     check_one_dtype(spec.weight, spec.bias, ctx)
     if spec.dims > len(classes):
@@ -123,7 +128,7 @@ def _build_conv(classes, spec, ctx, **options: Any) -> Any:
     return classes[spec.dims - 1](in_size, out, tuple(spec.kernel), **named | options)
 
 
-def _example_shape(spec, ctx) -> tuple[int, ...]:
+def _example_shape(spec: Any, ctx: Building) -> tuple[int, ...]:
     """The shape ``(*space, in)`` of an example, which BrainState fixes.
 
     Raises:

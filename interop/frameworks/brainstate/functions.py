@@ -8,37 +8,38 @@ from brainstate import nn
 
 from ... import formulas, specs
 from ...composites.brainstate import Lambda
+from ...walk import Building, Reading
 from .adapter import adapter, arrays_of
 
 
 @adapter.reads(nn.Flatten, specs.Flatten)
-def read_flatten(m, ctx):
+def read_flatten(m: Any, ctx: Reading) -> specs.Flatten:
     return specs.Flatten(start_axis=m.start_axis, end_axis=m.end_axis, in_size=m.in_size)
 
 
 @adapter.builds(specs.Flatten, carries=specs.options(specs.Flatten))
-def build_flatten(spec, ctx):
+def build_flatten(spec: specs.Flatten, ctx: Building) -> nn.Flatten:
     return nn.Flatten(spec.start_axis, spec.end_axis, in_size=spec.in_size)
 
 
 @adapter.reads(nn.Unflatten, specs.Unflatten)
-def read_unflatten(m, ctx):
+def read_unflatten(m: Any, ctx: Reading) -> specs.Unflatten:
     return specs.Unflatten(axis=m.axis, sizes=tuple(m.sizes))
 
 
 @adapter.builds(specs.Unflatten)
-def build_unflatten(spec, ctx):
+def build_unflatten(spec: specs.Unflatten, ctx: Building) -> nn.Unflatten:
     return nn.Unflatten(spec.axis, spec.sizes)
 
 
 @adapter.reads(nn.PReLU, specs.PReLU, state=("weight",))
-def read_prelu(m, ctx):
+def read_prelu(m: nn.PReLU, ctx: Reading) -> specs.PReLU:
     arrays = arrays_of(m, ctx, weight=m.weight.value.shape)
     return specs.PReLU(slope=arrays["weight"])
 
 
 @adapter.builds(specs.PReLU)
-def build_prelu(spec, ctx):
+def build_prelu(spec: specs.PReLU, ctx: Building) -> nn.PReLU:
     shape = spec.slope.shape
     layer = nn.PReLU(1)
     layer.num_parameters = shape[0] if len(shape) == 1 else shape
@@ -47,7 +48,7 @@ def build_prelu(spec, ctx):
 
 
 @adapter.reads(nn.SpikeBitwise, specs.SpikeBitwise)
-def read_spike_bitwise(m, ctx):
+def read_spike_bitwise(m: nn.SpikeBitwise, ctx: Reading) -> specs.SpikeBitwise:
     known = ("or", "and", "xor", "iand", "ixor")
     if m.op not in known:
         ctx.refuse("op", m.op, f"BrainState computes {', '.join(known)}")
@@ -55,7 +56,7 @@ def read_spike_bitwise(m, ctx):
 
 
 @adapter.builds(specs.SpikeBitwise)
-def build_spike_bitwise(spec, ctx):
+def build_spike_bitwise(spec: specs.SpikeBitwise, ctx: Building) -> nn.SpikeBitwise:
     return nn.SpikeBitwise(spec.op)
 
 
@@ -67,12 +68,12 @@ adapter.refused[nn.RReLU] = (
 
 
 @adapter.reads(Lambda, specs.Function, state=())
-def read_lambda(m, ctx):
+def read_lambda(m: Lambda, ctx: Reading) -> specs.Spec:
     return ctx.read_callable(m.fn, ctx.path)
 
 
 @adapter.builds(specs.Function)
-def build_function(spec, ctx):
+def build_function(spec: specs.Function, ctx: Building) -> Any:
     return formulas.Batched(spec.fn) if spec.per_example else spec.fn
 
 
@@ -112,7 +113,7 @@ def _reads_activation(cls: type, name: str, attributes: dict[str, str]) -> None:
     defaults = formulas.activation_defaults(name)
 
     @adapter.reads(cls, specs.Activation)
-    def read_activation(m, ctx):
+    def read_activation(m: Any, ctx: Reading) -> specs.Activation:
         options = {option: getattr(m, attribute) for attribute, option in attributes.items()}
         if "axis" in options and options["axis"] is None:
             options["axis"] = -1
@@ -131,9 +132,9 @@ _CLASSES: dict[str, tuple[type, dict[str, str]]] = {
 
 
 @adapter.builds(specs.Activation)
-def build_activation(spec, ctx):
+def build_activation(spec: specs.Activation, ctx: Building) -> Any:
     cls, attributes = _CLASSES[spec.name]
-    options: dict[str, Any] = formulas.activation_defaults(spec.name) | spec.options
+    options = {**formulas.activation_defaults(spec.name), **spec.options}
     if unknown := [k for k in spec.options if k not in attributes]:
         ctx.refuse(unknown[0], spec.options[unknown[0]], f"{cls.__name__} has no such option")
     return cls(**{attributes[k]: v for k, v in options.items() if k in attributes})

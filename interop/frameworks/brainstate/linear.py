@@ -9,30 +9,31 @@ import numpy as np
 from brainstate import nn
 
 from ... import specs
+from ...walk import Building, Reading
 from .adapter import adapter, arrays_of, check_one_dtype, reshape
 
 
 @adapter.reads(nn.Linear, specs.Linear, state=("weight",))
-def read_linear(m, ctx):
+def read_linear(m: nn.Linear, ctx: Reading) -> specs.Linear:
     fields = _fields(m, ctx)
     return specs.Linear(**fields, mask=_factors(m, ctx, "w_mask"))
 
 
 @adapter.reads(nn.ScaledWSLinear, specs.ScaledWSLinear, state=("weight",))
-def read_scaled_linear(m, ctx):
+def read_scaled_linear(m: nn.ScaledWSLinear, ctx: Reading) -> specs.ScaledWSLinear:
     fields = _fields(m, ctx)
     fields.setdefault("gain", None)
     return specs.ScaledWSLinear(**fields, epsilon=m.eps, mask=_factors(m, ctx, "w_mask"))
 
 
 @adapter.reads(nn.SignedWLinear, specs.SignedLinear, state=("weight",))
-def read_signed_linear(m, ctx):
+def read_signed_linear(m: Any, ctx: Reading) -> specs.SignedLinear:
     if len(m.in_size) > 1:
         ctx.refuse("in_size", m.in_size, "BrainState's weight then has all these axes")
     return specs.SignedLinear(**_fields(m, ctx), sign=_factors(m, ctx, "w_sign"))
 
 
-def _fields(m, ctx) -> dict[str, Any]:
+def _fields(m: Any, ctx: Reading) -> dict[str, Any]:
     """The arrays, and the axes of an example before the last."""
     n_in, n_out = m.in_size[-1], m.out_size[-1]
     arrays = arrays_of(m, ctx, weight=(n_in, n_out), bias=(n_out,), gain=(n_out,))
@@ -41,7 +42,7 @@ def _fields(m, ctx) -> dict[str, Any]:
     return arrays | {"leading_shape": tuple(m.in_size[:-1])}
 
 
-def _factors(m, ctx, name: str) -> Any:
+def _factors(m: Any, ctx: Reading, name: str) -> Any:
     """What the layer multiplies its weight with, for each of its elements; or None."""
     value, shape = getattr(m, name), (m.in_size[-1], m.out_size[-1])
     if value is None or np.shape(value) == shape:
@@ -55,34 +56,34 @@ def _factors(m, ctx, name: str) -> Any:
 
 
 @adapter.builds(specs.Linear, carries=("mask", "leading_shape"))
-def build_linear(spec, ctx):
+def build_linear(spec: specs.Linear, ctx: Building) -> nn.Linear:
     return _build_linear(nn.Linear, spec, ctx, b_init=spec.bias, w_mask=spec.mask)
 
 
 @adapter.builds(specs.ScaledWSLinear, carries=("mask", "leading_shape"))
-def build_scaled_linear(spec, ctx):
-    options = {"b_init": spec.bias, "w_mask": spec.mask, "eps": spec.epsilon}
-    has_gain = spec.gain is not None
-    layer = _build_linear(nn.ScaledWSLinear, spec, ctx, ws_gain=has_gain, **options)
-    if has_gain:
+def build_scaled_linear(spec: specs.ScaledWSLinear, ctx: Building) -> nn.ScaledWSLinear:
+    options: dict[str, Any] = {"b_init": spec.bias, "w_mask": spec.mask, "eps": spec.epsilon}
+    options["ws_gain"] = spec.gain is not None
+    layer = _build_linear(nn.ScaledWSLinear, spec, ctx, **options)
+    if spec.gain is not None:
         gain = reshape(spec.gain, (1, spec.gain.shape[0]))
         layer.weight.value = {**layer.weight.value, "gain": gain}
     return layer
 
 
 @adapter.builds(specs.SignedLinear, carries=("sign",))
-def build_signed_linear(spec, ctx):
+def build_signed_linear(spec: specs.SignedLinear, ctx: Building) -> nn.SignedWLinear:
     if spec.bias is not None:
         ctx.refuse("use_bias", True, "BrainState's SignedWLinear has none")
     return nn.SignedWLinear(*spec.weight.shape, w_init=spec.weight, w_sign=spec.sign)
 
 
-def _build_linear(cls, spec, ctx, **options: Any) -> Any:
+def _build_linear(cls, spec: Any, ctx: Building, **options: Any) -> Any:
     check_one_dtype(spec.weight, spec.bias, ctx)
     return cls(*sizes_of(spec, ctx), w_init=spec.weight, **options)
 
 
-def sizes_of(spec, ctx) -> tuple[Any, Any]:
+def sizes_of(spec: Any, ctx: Building) -> tuple[Any, Any]:
     """The sizes of an example at the input and at the output of a :class:`specs.Linear`."""
     leading = ctx.shape[:-1] if ctx.shape else spec.leading_shape
     n_in, n_out = spec.weight.shape
@@ -90,9 +91,9 @@ def sizes_of(spec, ctx) -> tuple[Any, Any]:
 
 
 @adapter.reads(nn.LoRA, specs.LoRA, state=("weight", "base_module"))
-def read_lora(m, ctx):
+def read_lora(m: Any, ctx: Reading) -> specs.LoRA:
     rank = np.shape(m.weight.value["lora_a"])[-1]
-    shapes = {"lora_a": (m.in_features, rank), "lora_b": (rank, m.out_features)}
+    shapes: dict[str, Any] = {"lora_a": (m.in_features, rank), "lora_b": (rank, m.out_features)}
     arrays = arrays_of(m, ctx, **shapes)
     check_one_dtype(arrays["lora_a"], arrays["lora_b"], ctx, "lora_b")
     base = m.base_module
@@ -105,7 +106,7 @@ def read_lora(m, ctx):
 
 
 @adapter.builds(specs.LoRA, carries=("base", "promotes_base", "leading_shape"))
-def build_lora(spec, ctx):
+def build_lora(spec: specs.LoRA, ctx: Building) -> nn.LoRA:
     check_one_dtype(spec.lora_a, spec.lora_b, ctx, "lora_b")
     if spec.promotes_base and spec.feels_promotion:
         ctx.refuse("promotes_base", True, "BrainState gives its base the input as it is")

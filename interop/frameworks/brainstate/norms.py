@@ -11,12 +11,13 @@ import numpy as np
 from brainstate import nn
 
 from ... import specs
+from ...walk import Building, Reading
 from .adapter import adapter, arrays_of, real, reshape
 
 
 @adapter.reads(nn.LayerNorm, specs.LayerNorm, state=("weight",))
 @adapter.reads(nn.RMSNorm, specs.RMSNorm, state=("scale",))
-def read_layer_norm(m, ctx):
+def read_layer_norm(m: Any, ctx: Reading) -> specs.LayerNorm | specs.RMSNorm:
     ndim, is_rms = len(m.in_size), isinstance(m, nn.RMSNorm)
     reduction_axes = tuple(m.reduction_axes)
     if any(axis >= 0 for axis in reduction_axes):
@@ -39,7 +40,7 @@ def read_layer_norm(m, ctx):
     )
 
 
-def _norm_fields(m, arrays) -> dict[str, Any]:
+def _norm_fields(m: Any, arrays: Any) -> dict[str, Any]:
     """What every normalisation layer holds."""
     return {
         "scale": arrays.get("scale"),
@@ -52,7 +53,7 @@ def _norm_fields(m, arrays) -> dict[str, Any]:
     }
 
 
-def _norm_options(spec) -> dict[str, Any]:
+def _norm_options(spec: Any) -> dict[str, Any]:
     return {
         "epsilon": spec.epsilon,
         "axis_name": spec.axis_name,
@@ -61,7 +62,7 @@ def _norm_options(spec) -> dict[str, Any]:
     }
 
 
-def _affine_options(spec) -> dict[str, Any]:
+def _affine_options(spec: Any) -> dict[str, Any]:
     return {
         "use_scale": spec.scale is not None,
         "use_bias": spec.bias is not None,
@@ -70,7 +71,7 @@ def _affine_options(spec) -> dict[str, Any]:
     }
 
 
-def _check_output_dtype(spec, ctx):
+def _check_output_dtype(spec: Any, ctx: Building) -> None:
     if spec.scale is None and spec.bias is None and spec.output_dtype is None:
         ctx.refuse(
             "use_scale, use_bias",
@@ -87,7 +88,7 @@ _NORM = ("axis_name", "axis_index_groups", "output_dtype")
 
 
 @adapter.builds(specs.LayerNorm, carries=(*_AXES, *_NORM))
-def build_layer_norm(spec, ctx):
+def build_layer_norm(spec: specs.LayerNorm, ctx: Building) -> Any:
     _check_output_dtype(spec, ctx)
     spec = (
         spec
@@ -114,7 +115,7 @@ def build_layer_norm(spec, ctx):
 
 
 @adapter.builds(specs.RMSNorm, carries=(*_AXES, *_NORM, "bias"))
-def build_rms_norm(spec, ctx):
+def build_rms_norm(spec: specs.RMSNorm, ctx: Building) -> Any:
     """One layer; with a bias two, as BrainState's has none."""
     if spec.bias is None:
         return build_layer_norm(spec, ctx)
@@ -134,7 +135,7 @@ def build_rms_norm(spec, ctx):
     return nn.Sequential(build_layer_norm(norm, ctx), affine)
 
 
-def read_rms_norm_with_bias(norm, affine, ctx):
+def read_rms_norm_with_bias(norm: Any, affine: Any, ctx: Reading) -> Any:
     """What :func:`build_rms_norm` makes of a normalisation with a bias."""
     arrays = arrays_of(affine, ctx, weight=tuple(affine.in_size), bias=tuple(affine.in_size))
     spec = read_layer_norm(norm, ctx)
@@ -147,7 +148,7 @@ def read_rms_norm_with_bias(norm, affine, ctx):
     )
 
 
-def _with_ones(spec):
+def _with_ones(spec: Any) -> Any:
     """The norm with its arrays as BrainState has them: with a 1 for each axis between."""
     axes = range(spec.feature_axes[0], 0)
     sizes = dict(zip(spec.feature_axes, spec.feature_shape, strict=True))
@@ -157,7 +158,7 @@ def _with_ones(spec):
 
 
 @adapter.reads(nn.GroupNorm, specs.GroupNorm, state=("weight",))
-def read_group_norm(m, ctx):
+def read_group_norm(m: nn.GroupNorm, ctx: Reading) -> specs.GroupNorm:
     features, axes = m.num_groups * m.group_size, m.reduction_axes
     if axes is not None and axes[-1] != -1:
         ctx.refuse("reduction_axes", axes, "the last one must be -1, that of the features")
@@ -172,7 +173,7 @@ def read_group_norm(m, ctx):
 
 
 @adapter.builds(specs.GroupNorm, carries=(*_NORM, "reduction_axes", "repeat_axis"))
-def build_group_norm(spec, ctx):
+def build_group_norm(spec: specs.GroupNorm, ctx: Building) -> nn.GroupNorm:
     _check_output_dtype(spec, ctx)
     axes = spec.reduction_axes
     if spec.repeat_axis != (-1 if axes is None else 1):
@@ -191,7 +192,7 @@ def build_group_norm(spec, ctx):
 @adapter.reads(nn.BatchNorm1d, specs.BatchNorm, state=("weight", "running_mean", "running_var"))
 @adapter.reads(nn.BatchNorm2d, specs.BatchNorm, state=("weight", "running_mean", "running_var"))
 @adapter.reads(nn.BatchNorm3d, specs.BatchNorm, state=("weight", "running_mean", "running_var"))
-def read_batch_norm(m, ctx):
+def read_batch_norm(m: Any, ctx: Reading) -> specs.BatchNorm:
     if not m.track_running_stats:
         ctx.refuse("track_running_stats", False, "BrainState then does not normalise at all")
     if len(m.feature_axes) != 1:
@@ -219,7 +220,7 @@ _BATCH_NORMS = (nn.BatchNorm0d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 # Not axis: with any but the last, training gives BrainState's statistics a wrong shape.
 @adapter.builds(specs.BatchNorm, carries=_NORM)
-def build_batch_norm(spec, ctx):
+def build_batch_norm(spec: specs.BatchNorm, ctx: Building) -> Any:
     (features,) = spec.mean.shape
     if (spec.scale is None) != (spec.bias is None):
         ctx.refuse("scale, bias", "one of two", "BrainState has both or neither")

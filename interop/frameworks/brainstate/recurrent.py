@@ -13,12 +13,13 @@ from brainstate.nn import init
 
 from ... import formulas, specs
 from ...composites.brainstate import StateInit
+from ...walk import Building, Reading
 from .adapter import adapter, arrays_of, check_one_dtype
 
 # A cell's hidden state is made by init_state, and belongs to a run: it is not read.
 
 
-def _cell_parts(m, ctx, *names: str) -> tuple[list[Any], list[Any], list[Any]]:
+def _cell_parts(m: Any, ctx: Reading, *names: str) -> tuple[list[Any], list[Any], list[Any]]:
     """The weights for the input, those for the state, and the biases of a cell's layers."""
     parts: tuple[list[Any], list[Any], list[Any]] = [], [], []
     for name in names:
@@ -31,7 +32,7 @@ def _cell_parts(m, ctx, *names: str) -> tuple[list[Any], list[Any], list[Any]]:
     return parts
 
 
-def _joined(arrays: list[Any], ctx, name: str = "b_init") -> Any:
+def _joined(arrays: list[Any], ctx: Reading, name: str = "b_init") -> Any:
     """The arrays side by side; None where there is none."""
     if all(array is None for array in arrays):
         return None
@@ -44,7 +45,7 @@ def _joined(arrays: list[Any], ctx, name: str = "b_init") -> Any:
 _FUNCTIONS: dict[Any, Any] = {nn.relu: jax.nn.relu, nn.sigmoid: jax.nn.sigmoid}
 
 
-def _cell_options(m, weight, ctx) -> dict[str, Any]:
+def _cell_options(m: Any, weight: Any, ctx: Reading) -> dict[str, Any]:
     """The options that every cell has, None for the usual ones."""
     is_tanh = m.activation in (nn.tanh, jnp.tanh, jax.nn.tanh)
     return {
@@ -53,7 +54,7 @@ def _cell_options(m, weight, ctx) -> dict[str, Any]:
     }
 
 
-def _carry_init(state_init: Any, dtype: Any, ctx) -> Any:
+def _carry_init(state_init: Any, dtype: Any, ctx: Reading) -> Any:
     """A state initialiser as one that takes a key, a shape and a dtype; None for zeros."""
     own: Any = brainstate.environ.dftype()
     if isinstance(state_init, StateInit):
@@ -74,7 +75,7 @@ def _carry_init(state_init: Any, dtype: Any, ctx) -> Any:
     return formulas.carry_init(formulas.Filled(value), own, dtype)
 
 
-def _cell(make: Any, spec, **options: Any) -> Any:
+def _cell(make: Any, spec: Any, **options: Any) -> Any:
     """What the constructor of a cell makes for a spec's sizes and options."""
     dtype = spec.weight_h.dtype
     is_plain = spec.carry_init is None and dtype == brainstate.environ.dftype()
@@ -89,7 +90,7 @@ def _cell(make: Any, spec, **options: Any) -> Any:
     )
 
 
-def _stacked(spec) -> Any:
+def _stacked(spec: Any) -> Any:
     """The one matrix for the input and the state, side by side."""
     return jnp.concatenate([spec.weight_x, spec.weight_h])
 
@@ -103,20 +104,20 @@ def _swapped(array: Any) -> Any:
 
 
 @adapter.reads(nn.ValinaRNNCell, specs.SimpleCell, state=("W", "h"))
-def read_simple_cell(m, ctx):
+def read_simple_cell(m: nn.ValinaRNNCell, ctx: Reading) -> specs.SimpleCell:
     (weight_x,), (weight_h,), (bias,) = _cell_parts(m, ctx, "W")
     options = _cell_options(m, weight_h, ctx)
     return specs.SimpleCell(weight_x=weight_x, weight_h=weight_h, bias=bias, **options)
 
 
 @adapter.builds(specs.SimpleCell, carries=("activation", "carry_init"))
-def build_simple_cell(spec, ctx):
+def build_simple_cell(spec: specs.SimpleCell, ctx: Building) -> nn.ValinaRNNCell:
     check_one_dtype(spec.weight_h, spec.bias, ctx)
     return _cell(nn.ValinaRNNCell, spec, w_init=_stacked(spec), b_init=spec.bias)
 
 
 @adapter.reads(nn.LSTMCell, specs.LSTMCell, state=("W", "h", "c"))
-def read_lstm_cell(m, ctx):
+def read_lstm_cell(m: nn.LSTMCell, ctx: Reading) -> specs.LSTMCell:
     (weight_x,), (weight_h,), (bias,) = _cell_parts(m, ctx, "W")
     return specs.LSTMCell(
         weight_x=_swapped(weight_x),
@@ -128,7 +129,7 @@ def read_lstm_cell(m, ctx):
 
 
 @adapter.builds(specs.LSTMCell, carries=("activation", "forget_bias", "carry_init"))
-def build_lstm_cell(spec, ctx):
+def build_lstm_cell(spec: specs.LSTMCell, ctx: Building) -> nn.LSTMCell:
     check_one_dtype(spec.weight_h, spec.bias, ctx)
     if spec.forget_bias != 1.0:
         if spec.forget_bias or not spec.can_move_forget_bias:
@@ -143,7 +144,7 @@ def build_lstm_cell(spec, ctx):
 
 
 @adapter.reads(nn.URLSTMCell, specs.URLSTMCell, state=("W", "bias", "h", "c"))
-def read_urlstm_cell(m, ctx):
+def read_urlstm_cell(m: nn.URLSTMCell, ctx: Reading) -> specs.URLSTMCell:
     (weight_x,), (weight_h,), (none,) = _cell_parts(m, ctx, "W")
     if none is not None:
         ctx.refuse("W", m.W, "the layer of this cell has no bias of its own")
@@ -153,9 +154,9 @@ def read_urlstm_cell(m, ctx):
 
 
 @adapter.builds(specs.URLSTMCell, carries=("activation", "carry_init"))
-def build_urlstm_cell(spec, ctx):
+def build_urlstm_cell(spec: specs.URLSTMCell, ctx: Building) -> Any:
     def make(*sizes: Any, **options: Any) -> Any:
-        cell = nn.URLSTMCell.__new__(nn.URLSTMCell)
+        cell: Any = nn.URLSTMCell.__new__(nn.URLSTMCell)
         cell._forget_bias = lambda: spec.bias  # which draws from the random state
         nn.URLSTMCell.__init__(cell, *sizes, **options)
         del cell._forget_bias
@@ -166,7 +167,7 @@ def build_urlstm_cell(spec, ctx):
 
 @adapter.reads(nn.GRUCell, specs.GRUCell, state=("Wrz", "Wh", "h"))
 @adapter.reads(nn.MGUCell, specs.MGUCell, state=("Wf", "Wh", "h"))
-def read_gru_cell(m, ctx):
+def read_gru_cell(m: nn.GRUCell | nn.MGUCell, ctx: Reading) -> specs.GRUCell | specs.MGUCell:
     is_gru = isinstance(m, nn.GRUCell)
     x, h, bias = _cell_parts(m, ctx, "Wrz" if is_gru else "Wf", "Wh")
     weight_h = _joined(h, ctx, "w_init")
@@ -182,7 +183,7 @@ def read_gru_cell(m, ctx):
 
 @adapter.builds(specs.GRUCell, carries=("activation", "reset_first", "carry_init"))
 @adapter.builds(specs.MGUCell, carries=("activation", "reset_first", "carry_init"))
-def build_gru_cell(spec, ctx):
+def build_gru_cell(spec: specs.GRUCell | specs.MGUCell, ctx: Building) -> Any:
     if not spec.reset_first or spec.bias_n is not None:
         ctx.refuse(
             "reset_first",

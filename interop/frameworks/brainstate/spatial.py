@@ -8,6 +8,7 @@ from typing import Any
 from brainstate import nn
 
 from ... import specs
+from ...walk import Building, Reading
 from .adapter import adapter
 
 _PADS = {
@@ -35,7 +36,7 @@ _COUNTED = "covered" if _COVERS else "input"
 
 def _reads_pad(mode: str, cls: type) -> None:
     @adapter.reads(cls, specs.Pad)
-    def read_pad(m, ctx):
+    def read_pad(m: Any, ctx: Reading) -> specs.Pad:
         value = getattr(m, "value", 0.0)
         if not isinstance(value, int | float):
             ctx.refuse("value", value, "only a number converts")
@@ -44,7 +45,7 @@ def _reads_pad(mode: str, cls: type) -> None:
 
 def _reads_pool(kind: str, cls: type) -> None:
     @adapter.reads(cls, specs.Pool)
-    def read_pool(m, ctx):
+    def read_pool(m: Any, ctx: Reading) -> specs.Pool:
         options: dict[str, Any] = {"channel_axis": m.channel_axis}
         if kind == "mean":
             options["counts"] = "covered"
@@ -57,7 +58,7 @@ def _reads_pool(kind: str, cls: type) -> None:
 
 def _reads_adaptive_pool(kind: str, cls: type) -> None:
     @adapter.reads(cls, specs.AdaptivePool)
-    def read_adaptive_pool(m, ctx):
+    def read_adaptive_pool(m: Any, ctx: Reading) -> specs.AdaptivePool:
         target, axis = tuple(m.target_shape), m.channel_axis
         return specs.AdaptivePool(target=target, kind=kind, channel_axis=axis)
 
@@ -73,7 +74,7 @@ for _table, _reads in (
 
 
 @adapter.builds(specs.Pad, carries=specs.options(specs.Pad))
-def build_pad(spec, ctx):
+def build_pad(spec: specs.Pad, ctx: Building) -> Any:
     if spec.dims > 3 or spec.channel_axis != -1:
         return spec.function
     flat = [n for pair in spec.padding for n in pair]
@@ -82,7 +83,7 @@ def build_pad(spec, ctx):
 
 
 @adapter.builds(specs.Pool, carries=specs.options(specs.Pool))
-def build_pool(spec, ctx):
+def build_pool(spec: specs.Pool, ctx: Building) -> Any:
     counts = "covered" if spec.kind == "mean" and spec.is_padded else "window"
     axis = spec.channel_axis
     is_native = spec.is_plain(*_POOLS, channel_axis=axis, counts=counts, indices=spec.indices)
@@ -101,7 +102,7 @@ def build_pool(spec, ctx):
 
 
 @adapter.builds(specs.AdaptivePool, carries=specs.options(specs.AdaptivePool))
-def build_adaptive_pool(spec, ctx):
+def build_adaptive_pool(spec: specs.AdaptivePool, ctx: Building) -> Any:
     if spec.kind not in _ADAPTIVE or spec.dims > 3:
         return spec.function
     cls = _ADAPTIVE[spec.kind][spec.dims - 1]
@@ -111,7 +112,7 @@ def build_adaptive_pool(spec, ctx):
 @adapter.reads(nn.MaxUnpool1d, specs.MaxUnpool)
 @adapter.reads(nn.MaxUnpool2d, specs.MaxUnpool)
 @adapter.reads(nn.MaxUnpool3d, specs.MaxUnpool)
-def read_max_unpool(m, ctx):
+def read_max_unpool(m: Any, ctx: Reading) -> specs.MaxUnpool:
     return specs.MaxUnpool(
         window=tuple(m.kernel_size),
         strides=tuple(m.stride),
@@ -122,7 +123,7 @@ def read_max_unpool(m, ctx):
 
 
 @adapter.builds(specs.MaxUnpool, carries=("channel_axis", "covers"))
-def build_max_unpool(spec, ctx):
+def build_max_unpool(spec: specs.MaxUnpool, ctx: Building) -> Any:
     if spec.covers != _COVERS:
         ctx.refuse("covers", spec.covers, "this version of BrainState counts otherwise")
     if len(spec.window) > 3:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -16,7 +16,9 @@ from ... import specs
 from ...composites.equinox import COMPOSITES, Tied
 from ...errors import ArgumentError
 from ...parameters import is_quantity, path_of
-from ...registry import Adapter
+from ...registry import Adapter, ReadRule
+from ...specs import Spec
+from ...walk import Building, Reading
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +43,7 @@ class Equinox(Adapter):
     has_identity = False
     ties_stacks = True
 
-    def open(self, model, params, state):
+    def open(self, model: Any, params: Any, state: Any) -> Any:
         super().open(model, params, None)
         if state is not None and not isinstance(state, eqx.nn.State):
             raise ArgumentError(
@@ -52,13 +54,13 @@ class Equinox(Adapter):
             return Node(model, state)
         return Node(model, _initial_state(model), has_own_state=True)
 
-    def module(self, node):
+    def module(self, node: Any) -> Any:
         return node.module if isinstance(node, Node) else node
 
-    def read_composite(self, node, ctx):
+    def read_composite(self, node: Any, ctx: Reading) -> Spec:
         return node.module.spec(node.state)
 
-    def build_composite(self, cls, spec, ctx):
+    def build_composite(self, cls: type, spec: Spec, ctx: Building) -> Any:
         if spec.mixes_examples(None if ctx.shape is None else len(ctx.shape)):
             ctx.refuse(
                 "the batch axis",
@@ -86,18 +88,18 @@ class Equinox(Adapter):
             ctx.refuse("axis_name", names, "Equinox's layers are mapped over a batch so named")
         return cls(spec, inference=True)
 
-    def added_state(self, module, rule):
+    def added_state(self, module: Any, rule: ReadRule) -> set[str]:
         return _fields(type(module)) - _fields(rule.layer_type)
 
-    def has_children(self, module):
+    def has_children(self, module: Any) -> bool:
         leaves = jax.tree.leaves(module, is_leaf=lambda x: x is not module and _is_module(x))
         return any(map(_is_module, leaves))
 
-    def arrays(self, node):
+    def arrays(self, node: Any) -> Iterable[Any]:
         state = () if node.state is None else jax.tree.leaves(node.state)
         return [x for x in (*jax.tree.leaves(node.module), *state) if hasattr(x, "dtype")]
 
-    def parameters(self, node):
+    def parameters(self, node: Any) -> Any:
         held = eqx.filter(node.module, eqx.is_inexact_array)
         return jax.tree.map(  # what an index holds is state, not a parameter
             lambda x: jax.tree.map(lambda _: None, x) if is_index(x) else x,
@@ -105,10 +107,10 @@ class Equinox(Adapter):
             is_leaf=is_index,
         )
 
-    def with_parameters(self, node, parameters):
+    def with_parameters(self, node: Any, parameters: Any) -> Any:
         return Node(eqx.combine(parameters, node.module), node.state)
 
-    def held(self, node):
+    def held(self, node: Any) -> Mapping[tuple[Any, ...], Any]:
         found, seen = {}, set()
         for keys, leaf in _leaves(node.module)[0]:
             if is_index(leaf) and leaf.marker not in seen:
@@ -118,7 +120,7 @@ class Equinox(Adapter):
                 found[path_of(keys)] = leaf
         return found
 
-    def hold(self, node, values):
+    def hold(self, node: Any, values: Mapping[tuple[Any, ...], Any]) -> Any:
         leaves, treedef = _leaves(node.module)
         named = [(path_of(keys), leaf) for keys, leaf in leaves]
         indices = {path: leaf for path, leaf in named if is_index(leaf) and path in values}
@@ -130,11 +132,11 @@ class Equinox(Adapter):
         module = jax.tree.unflatten(treedef, changed)
         return dataclasses.replace(node, module=module, state=_updated(node.state, states))
 
-    def native(self, node):
+    def native(self, node: Any) -> Any:
         is_one = node.state is None or node.has_own_state
         return node.module if is_one else (node.module, node.state)
 
-    def tie(self, built, reused):
+    def tie(self, built: Any, reused: set[int]) -> Any:
         layers = layers_of(built) if isinstance(built, eqx.nn.Sequential) else {}
         first: dict[int, tuple[int, ...]] = {}
         again = {
@@ -146,7 +148,7 @@ class Equinox(Adapter):
             return None
         return Tied(eqx.nn.Shared(built, places(again), places(again.values())))
 
-    def run(self, node, inputs, train):
+    def run(self, node: Any, inputs: tuple[Any, ...], train: bool) -> Any:
         node = node if isinstance(node, Node) else self.open(node, None, None)
         module = eqx.nn.inference_mode(node.module, not train)
         module = module() if isinstance(module, eqx.nn.Shared) else module
@@ -263,7 +265,7 @@ def make(cls: type, **fields: Any) -> Any:
     return module
 
 
-def check_one_dtype(weight, bias, ctx):
+def check_one_dtype(weight: Any, bias: Any, ctx: Reading | Building) -> None:
     if bias is not None and bias.dtype != weight.dtype:
         ctx.refuse(
             "bias.dtype",

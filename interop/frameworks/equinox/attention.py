@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import equinox as eqx
 
 from ... import specs
+from ...walk import Building, Reading
 from .adapter import Node, adapter, check_one_dtype, make
 
 
 @adapter.reads(eqx.nn.MultiheadAttention, specs.MultiHeadAttention)
-def read_attention(node, ctx):
+def read_attention(node: Node, ctx: Reading) -> specs.MultiHeadAttention:
     m = node.module
-    dropout = ctx.read(Node(m.dropout, node.state), f"{ctx.path}.dropout")
+    dropout: Any = ctx.read(Node(m.dropout, node.state), f"{ctx.path}.dropout")
     return specs.MultiHeadAttention(
         query=_read_heads(node, ctx, "query_proj", m.qk_size),
         key=_read_heads(node, ctx, "key_proj", m.qk_size),
@@ -24,7 +26,7 @@ def read_attention(node, ctx):
     )
 
 
-def _read_heads(node, ctx, name: str, depth: int) -> specs.LinearGeneral:
+def _read_heads(node: Node, ctx: Reading, name: str, depth: int) -> specs.LinearGeneral:
     """One of the projections, with an axis of heads and one of features of each."""
     part = ctx.read(Node(getattr(node.module, name), node.state), f"{ctx.path}.{name}")
     if not isinstance(part, specs.Linear):
@@ -40,7 +42,7 @@ def _read_heads(node, ctx, name: str, depth: int) -> specs.LinearGeneral:
 
 
 @adapter.builds(specs.MultiHeadAttention, carries=("rate", "broadcast_dropout", "core"))
-def build_attention(spec, ctx):
+def build_attention(spec: specs.MultiHeadAttention, ctx: Building) -> eqx.nn.MultiheadAttention:
     _check_attention(spec, ctx)
     sizes = [part.weight.shape[0] for part in spec.parts[:3]]
     vo_size = spec.value.weight.shape[-1]
@@ -66,7 +68,7 @@ def build_attention(spec, ctx):
     )
 
 
-def _check_attention(spec, ctx):
+def _check_attention(spec: Any, ctx: Building) -> None:
     if not ctx.stands_alone:
         ctx.refuse("inputs_k", None, "Equinox's takes three inputs, and a stack passes one")
     if not spec.agrees_with("float32"):
@@ -81,7 +83,7 @@ def _check_attention(spec, ctx):
         ctx.refuse("broadcast_dropout", True, "Equinox decides for each head by itself")
 
 
-def _projection(part, ctx):
+def _projection(part: Any, ctx: Building) -> Any:
     check_one_dtype(part.weight, part.bias, ctx)
     n_in, n_out = math.prod(part.in_shape), math.prod(part.out_shape)
     return make(
@@ -96,7 +98,7 @@ def _projection(part, ctx):
 
 # Not built: Equinox keeps its tables by size alone, and so takes the first theta for all.
 @adapter.reads(eqx.nn.RotaryPositionalEmbedding, specs.RotaryEmbedding)
-def read_rope(node, ctx):
+def read_rope(node: Node, ctx: Reading) -> specs.RotaryEmbedding:
     m = node.module
     return specs.RotaryEmbedding(
         depth=m.embedding_size,

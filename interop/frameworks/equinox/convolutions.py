@@ -9,7 +9,8 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from ... import specs
-from .adapter import adapter, check_one_dtype, make
+from ...walk import Building, Reading
+from .adapter import Node, adapter, check_one_dtype, make
 
 _CONVS = {1: eqx.nn.Conv1d, 2: eqx.nn.Conv2d, 3: eqx.nn.Conv3d}
 
@@ -18,7 +19,7 @@ _CONVS = {1: eqx.nn.Conv1d, 2: eqx.nn.Conv2d, 3: eqx.nn.Conv3d}
 @adapter.reads(eqx.nn.Conv1d, specs.Conv)
 @adapter.reads(eqx.nn.Conv2d, specs.Conv)
 @adapter.reads(eqx.nn.Conv3d, specs.Conv)
-def read_conv(node, ctx):
+def read_conv(node: Node, ctx: Reading) -> specs.Conv:
     m = node.module
     padding = m.padding if isinstance(m.padding, str) else tuple(map(tuple, m.padding))
     is_padded = padding != "VALID" and any(map(any, padding))
@@ -29,7 +30,7 @@ def read_conv(node, ctx):
     )
 
 
-def _conv_fields(m, ctx) -> dict[str, Any]:
+def _conv_fields(m: Any, ctx: Reading) -> dict[str, Any]:
     """What convolutions and transposed ones have."""
     check_one_dtype(m.weight, m.bias, ctx)
     return {
@@ -43,7 +44,7 @@ def _conv_fields(m, ctx) -> dict[str, Any]:
 
 
 @adapter.builds(specs.Conv, carries=("padding_mode",))
-def build_conv(spec, ctx):
+def build_conv(spec: specs.Conv, ctx: Building) -> Any:
     return make(
         _CONVS.get(spec.dims, eqx.nn.Conv),
         padding=spec.padding,
@@ -52,7 +53,7 @@ def build_conv(spec, ctx):
     )
 
 
-def _conv_options(spec, ctx) -> dict[str, Any]:
+def _conv_options(spec: Any, ctx: Building) -> dict[str, Any]:
     check_one_dtype(spec.weight, spec.bias, ctx)
     return {
         "num_spatial_dims": spec.dims,
@@ -79,7 +80,7 @@ _TRANSPOSED = {
 @adapter.reads(eqx.nn.ConvTranspose1d, specs.ConvTranspose)
 @adapter.reads(eqx.nn.ConvTranspose2d, specs.ConvTranspose)
 @adapter.reads(eqx.nn.ConvTranspose3d, specs.ConvTranspose)
-def read_conv_transpose(node, ctx):
+def read_conv_transpose(node: Node, ctx: Reading) -> specs.ConvTranspose:
     m, fields = node.module, _conv_fields(node.module, ctx)
     spec = specs.ConvTranspose(padding=(), padding_mode=m.padding_mode, **fields)
     if isinstance(m.padding, str):
@@ -90,7 +91,7 @@ def read_conv_transpose(node, ctx):
     return dataclasses.replace(spec, padding=padding)
 
 
-def _pads_of(padding: str, spec, output_padding) -> tuple[tuple[int, int], ...]:
+def _pads_of(padding: str, spec: Any, output_padding: Any) -> tuple[tuple[int, int], ...]:
     """What a name for the padding comes to, in elements of the dilated input."""
     pads: list[tuple[int, int]] = []
     rows = zip(spec.reach, spec.strides, output_padding, strict=True)
@@ -106,7 +107,7 @@ def _pads_of(padding: str, spec, output_padding) -> tuple[tuple[int, int], ...]:
 
 
 @adapter.builds(specs.ConvTranspose, carries=("padding_mode",))
-def build_conv_transpose(spec, ctx):
+def build_conv_transpose(spec: specs.ConvTranspose, ctx: Building) -> Any:
     none = (0,) * spec.dims
     padding: Any = tuple(
         (n - 1 - low, n - 1 - high)

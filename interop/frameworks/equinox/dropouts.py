@@ -5,11 +5,12 @@ from __future__ import annotations
 import equinox as eqx
 
 from ... import specs
-from .adapter import adapter, make
+from ...walk import Building, Reading
+from .adapter import Node, adapter, make
 
 
 @adapter.reads(eqx.nn.Dropout, specs.Dropout)
-def read_dropout(node, ctx):
+def read_dropout(node: Node, ctx: Reading) -> specs.Dropout:
     p = node.module.p
     if not isinstance(p, int | float):
         ctx.refuse("p", p, "only a number converts, not an array")
@@ -17,7 +18,7 @@ def read_dropout(node, ctx):
 
 
 @adapter.builds(specs.Dropout)
-def build_dropout(spec, ctx):
+def build_dropout(spec: specs.Dropout, ctx: Building) -> eqx.nn.Dropout:
     if spec.rate == 1.0:
         ctx.refuse("rate", 1.0, "Equinox's own layer has a gradient of nan")
     return make(eqx.nn.Dropout, p=spec.rate, inference=True)

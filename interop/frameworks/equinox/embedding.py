@@ -5,16 +5,17 @@ from __future__ import annotations
 import equinox as eqx
 
 from ... import specs
-from .adapter import adapter
+from ...walk import Building, Reading
+from .adapter import Node, adapter
 
 
 @adapter.reads(eqx.nn.Embedding, specs.Embedding)
-def read_embedding(node, ctx):
+def read_embedding(node: Node, ctx: Reading) -> specs.Embedding:
     return specs.Embedding(weight=node.module.weight)
 
 
 @adapter.builds(specs.Embedding)
-def build_embedding(spec, ctx):
+def build_embedding(spec: specs.Embedding, ctx: Building) -> eqx.nn.Embedding:
     if ctx.shape:
         ctx.refuse("sample_input", ctx.shape, "Equinox's Embedding takes one index at a time")
     if spec.weight.ndim != 2:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from ... import formulas, specs
+from ...walk import Building, Reading
 from .adapter import Node, adapter, make
 
 
 @adapter.reads(eqx.nn.Identity, specs.Activation)
-def read_identity(node, ctx):
+def read_identity(node: Node, ctx: Reading) -> specs.Activation:
     return specs.Activation(name="identity")
 
 
 @adapter.reads(eqx.nn.Lambda, specs.Function)
-def read_lambda(node, ctx):
+def read_lambda(node: Node, ctx: Reading) -> specs.Spec:
     fn = node.module.fn
     if isinstance(fn, eqx.Module):  # what takes no key stands so in a stack
         return ctx.read(Node(fn, node.state), f"{ctx.path}.fn")
@@ -44,7 +46,7 @@ def _batched(axis: int | None, option: str = "axis") -> int | None:
     return axis if axis is None or axis < 0 else axis + 1
 
 
-def _single(axis: int | None, option: str, ctx) -> int | None:
+def _single(axis: int | None, option: str, ctx: Building) -> int | None:
     """The inverse of :func:`_batched`."""
     if option == "channel_axis" and axis in (-1, 0):
         return 0 if axis else None  # examples have their channels first, or none at all
@@ -54,7 +56,7 @@ def _single(axis: int | None, option: str, ctx) -> int | None:
 
 
 @adapter.builds(specs.Activation)
-def build_activation(spec, ctx):
+def build_activation(spec: specs.Activation, ctx: Building) -> eqx.nn.Identity | eqx.nn.Lambda:
     if spec.name == "identity":
         return eqx.nn.Identity()
     fn, options = formulas.ACTIVATIONS[spec.name], dict(spec.options)
@@ -65,18 +67,18 @@ def build_activation(spec, ctx):
 
 @adapter.builds(specs.Flatten, carries=specs.options(specs.Flatten))
 @adapter.builds(specs.Unflatten)
-def build_formula(spec, ctx):
+def build_formula(spec: specs.Formula, ctx: Building) -> eqx.nn.Lambda:
     axes = {name: _single(getattr(spec, name), name, ctx) for name in spec.axes}
     return eqx.nn.Lambda(dataclasses.replace(spec, **axes).function)
 
 
 @adapter.reads(eqx.nn.PReLU, specs.PReLU)
-def read_prelu(node, ctx):
+def read_prelu(node: Node, ctx: Reading) -> specs.PReLU:
     return specs.PReLU(slope=node.module.negative_slope)
 
 
 @adapter.builds(specs.PReLU)
-def build_prelu(spec, ctx):
+def build_prelu(spec: specs.PReLU, ctx: Building) -> Any:
     if spec.slope.ndim > 1 and spec.mixes_examples(len(ctx.require_shape())):
         ctx.refuse("slope", spec.slope.shape, "it has an axis for the batch")
     layer = make(eqx.nn.PReLU, negative_slope=spec.slope)
@@ -84,5 +86,5 @@ def build_prelu(spec, ctx):
 
 
 @adapter.builds(specs.Function)
-def build_function(spec, ctx):
+def build_function(spec: specs.Function, ctx: Building) -> eqx.nn.Lambda:
     return eqx.nn.Lambda(spec.fn if spec.per_example else formulas.Single(spec.fn))

@@ -9,11 +9,12 @@ import equinox as eqx
 import jax
 
 from ... import specs
+from ...walk import Building, Reading
 from .adapter import Node, adapter, check_one_dtype, make
 
 
 @adapter.reads(eqx.nn.Linear, specs.Linear)
-def read_linear(node, ctx):
+def read_linear(node: Node, ctx: Reading) -> specs.Linear:
     m = node.module
     if m.weight is None:
         return ctx.refuse(
@@ -29,7 +30,7 @@ def read_linear(node, ctx):
 
 
 @adapter.builds(specs.Linear, carries=("scalar_input", "scalar_output"))
-def build_linear(spec, ctx):
+def build_linear(spec: specs.Linear, ctx: Building) -> eqx.nn.Linear:
     check_one_dtype(spec.weight, spec.bias, ctx)
     if not ctx.fits(1 - spec.scalar_input):
         ctx.refuse("sample_input", ctx.shape, "Equinox's Linear takes examples of one axis")
@@ -45,7 +46,7 @@ def build_linear(spec, ctx):
 
 
 @adapter.reads(eqx.nn.MLP, specs.Sequential)
-def read_mlp(node, ctx):
+def read_mlp(node: Node, ctx: Reading) -> specs.Sequential:
     m = node.module
     layers = list(m.layers)
     if m.scan and m.depth > 0:  # the layers within are one, with an axis more
@@ -65,7 +66,7 @@ def read_mlp(node, ctx):
     return specs.Sequential(layers=tuple(parts))
 
 
-def _read_neuron(node, ctx, name: str, *index: int) -> specs.Spec:
+def _read_neuron(node: Node, ctx: Reading, name: str, *index: int) -> specs.Spec:
     """A function that is applied to each neuron by itself; its arrays have an axis for them."""
     fn, path = getattr(node.module, name), f"{ctx.path}.{name}"
     has_one = name == "final_activation" and node.module.out_size == "scalar"

@@ -8,12 +8,13 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from ... import specs
+from ...walk import Building, Reading
 from .adapter import Node, adapter, make
 
 _LAYERS = (eqx.nn.Linear, eqx.nn.Conv, eqx.nn.ConvTranspose)
 
 
-def _read_layer(node, ctx) -> Any:
+def _read_layer(node: Node, ctx: Reading) -> Any:
     m = node.module
     if m.weight_name != "weight":
         ctx.refuse("weight_name", m.weight_name, "only the weight converts")
@@ -24,9 +25,10 @@ def _read_layer(node, ctx) -> Any:
 
 
 @adapter.reads(eqx.nn.SpectralNorm, specs.SpectralNorm)
-def read_spectral_norm(node, ctx):
+def read_spectral_norm(node: Node, ctx: Reading) -> specs.SpectralNorm:
     m, layer = node.module, _read_layer(node, ctx)
-    u, v = node.state.get(m.uv_index)
+    state: Any = node.state
+    u, v = state.get(m.uv_index)
     space = layer.weight.shape[:-2]  # which Equinox has after the inputs
     return specs.SpectralNorm(
         layer=layer,
@@ -38,7 +40,7 @@ def read_spectral_norm(node, ctx):
 
 
 @adapter.builds(specs.SpectralNorm, carries=("v", "steps", "epsilon"))
-def build_spectral_norm(spec, ctx):
+def build_spectral_norm(spec: specs.SpectralNorm, ctx: Building) -> eqx.nn.SpectralNorm:
     v: Any = spec.v
     if v is None:
         return ctx.refuse("v", None, "Equinox keeps both vectors")
@@ -55,7 +57,7 @@ def build_spectral_norm(spec, ctx):
 
 
 @adapter.reads(eqx.nn.WeightNorm, specs.WeightNorm)
-def read_weight_norm(node, ctx):
+def read_weight_norm(node: Node, ctx: Reading) -> specs.WeightNorm:
     m, layer = node.module, _read_layer(node, ctx)
     axes = () if m.axis is None else (_moved(m.axis % m.g.ndim, m.g.ndim),)
     return specs.WeightNorm(
@@ -69,7 +71,7 @@ def _moved(axis: int, ndim: int) -> int:
 
 
 @adapter.builds(specs.WeightNorm, carries=("scale", "axes", "epsilon"))
-def build_weight_norm(spec, ctx):
+def build_weight_norm(spec: specs.WeightNorm, ctx: Building) -> Any:
     if spec.epsilon != 0:
         ctx.refuse("epsilon", spec.epsilon, "Equinox adds nothing to the norm")
     if spec.axes is None or len(spec.axes) > 1:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
 from ... import specs
-from .adapter import adapter, make
+from ...walk import Building, Reading
+from .adapter import Node, adapter, make
 
 
 @adapter.reads(eqx.nn.LayerNorm, specs.LayerNorm)
 @adapter.reads(eqx.nn.RMSNorm, specs.RMSNorm)
-def read_layer_norm(node, ctx):
+def read_layer_norm(node: Node, ctx: Reading) -> specs.LayerNorm | specs.RMSNorm:
     m, is_rms = node.module, isinstance(node.module, eqx.nn.RMSNorm)
     axes = tuple(range(-len(m.shape), 0))
     return (specs.RMSNorm if is_rms else specs.LayerNorm)(
@@ -26,7 +29,7 @@ def read_layer_norm(node, ctx):
     )
 
 
-def _check_output_dtype(spec, ctx):
+def _check_output_dtype(spec: Any, ctx: Building) -> None:
     if spec.output_dtype not in (None, jnp.dtype(jnp.float32), jnp.dtype(jnp.float64)):
         ctx.refuse("output_dtype", spec.output_dtype, "Equinox returns the input's dtype")
 
@@ -36,7 +39,7 @@ _NORM = ("reduction_axes", "feature_axes", "output_dtype")
 
 @adapter.builds(specs.LayerNorm, carries=_NORM)
 @adapter.builds(specs.RMSNorm, carries=(*_NORM, "bias"))
-def build_layer_norm(spec, ctx):
+def build_layer_norm(spec: specs.LayerNorm | specs.RMSNorm, ctx: Building) -> Any:
     _check_output_dtype(spec, ctx)
     trailing = tuple(range(-len(spec.feature_axes), 0))
     if spec.feature_axes != trailing or tuple(sorted(spec.reduction_axes)) != trailing:
@@ -46,12 +49,9 @@ def build_layer_norm(spec, ctx):
             f"Equinox normalises and scales the same trailing axes (feature_axes="
             f"{spec.feature_axes})",
         )
-    spec = (
-        spec
-        if spec.feature_shape is not None
-        else spec.sized(ctx.require_shape(-spec.feature_axes[0]))
-    )
-    shape = spec.feature_shape
+    if spec.feature_shape is None:
+        spec = spec.sized(ctx.require_shape(-spec.feature_axes[0]))
+    shape = spec.feature_shape or ()
     if not ctx.fits(len(shape)):
         ctx.refuse("in_size", ctx.shape, f"Equinox normalises whole examples of shape {shape}")
     return make(
@@ -66,7 +66,7 @@ def build_layer_norm(spec, ctx):
 
 
 @adapter.reads(eqx.nn.GroupNorm, specs.GroupNorm)
-def read_group_norm(node, ctx):
+def read_group_norm(node: Node, ctx: Reading) -> specs.GroupNorm:
     m = node.module
     return specs.GroupNorm(
         scale=m.weight,
@@ -78,13 +78,13 @@ def read_group_norm(node, ctx):
     )
 
 
-def _check_affine(spec, ctx):
+def _check_affine(spec: Any, ctx: Building) -> None:
     if (spec.scale is None) != (spec.bias is None):
         ctx.refuse("scale, bias", "one of two", "Equinox has both or neither")
 
 
 @adapter.builds(specs.GroupNorm, carries=("output_dtype",))
-def build_group_norm(spec, ctx):
+def build_group_norm(spec: specs.GroupNorm, ctx: Building) -> eqx.nn.GroupNorm:
     _check_output_dtype(spec, ctx)
     _check_affine(spec, ctx)
     return make(
@@ -99,8 +99,9 @@ def build_group_norm(spec, ctx):
 
 
 @adapter.reads(eqx.nn.BatchNorm, specs.BatchNorm)
-def read_batch_norm(node, ctx):
-    m, state = node.module, node.state
+def read_batch_norm(node: Node, ctx: Reading) -> specs.BatchNorm:
+    m: Any = node.module
+    state: Any = node.state
     if not isinstance(m.axis_name, str):
         ctx.refuse("axis_name", m.axis_name, "only one name, that of the batch axis, converts")
     if m.mode == "ema":
@@ -133,7 +134,7 @@ _SETTLED = 2**30
 
 
 @adapter.builds(specs.BatchNorm, carries=("output_dtype", "uses_running", "is_first"))
-def build_batch_norm(spec, ctx):
+def build_batch_norm(spec: specs.BatchNorm, ctx: Building) -> eqx.nn.BatchNorm:
     _check_output_dtype(spec, ctx)
     _check_affine(spec, ctx)
     promoted = specs.promoted_dtype(spec.mean, spec.scale, spec.bias)

@@ -11,11 +11,12 @@ import jax
 from ... import specs
 from ...composites.equinox import Tied
 from ...errors import UnsupportedStructureError
+from ...walk import Reading
 from .adapter import Node, Place, adapter, layers_of
 
 
 @adapter.reads(eqx.nn.Shared, specs.Sequential)
-def read_shared(node, ctx):
+def read_shared(node: Node, ctx: Reading) -> specs.Spec:
     stack = node.module()
     if not isinstance(stack, eqx.nn.Sequential):
         ctx.refuse(
@@ -32,7 +33,7 @@ def read_shared(node, ctx):
 
 
 @adapter.reads(Tied, specs.Sequential)
-def read_tied(node, ctx):
+def read_tied(node: Node, ctx: Reading) -> specs.Spec:
     return read_shared(Node(node.module.shared, node.state), ctx)
 
 
@@ -46,7 +47,7 @@ def _stack(stack: eqx.nn.Sequential, layers: dict[Place, Any], place: Place) -> 
     )
 
 
-def _ties(shared: eqx.nn.Shared, ctx) -> dict[Place, Place]:
+def _ties(shared: eqx.nn.Shared, ctx: Reading) -> dict[Place, Place]:
     """The first place of each layer that stands at several, by all its places.
 
     ``where`` and ``get`` are called with a mark in the place of each leaf, which tells the same

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from ... import specs
-from .adapter import adapter
+from ...walk import Building, Reading
+from .adapter import Node, adapter
 from .functions import build_formula
 
 _POOLS = {
@@ -24,7 +25,7 @@ _ADAPTIVE = {
 
 def _reads_pool(kind: str, cls: type) -> None:
     @adapter.reads(cls, specs.Pool)
-    def read_pool(node, ctx):
+    def read_pool(node: Node, ctx: Reading) -> specs.Pool:
         m = node.module
         options: dict[str, Any] = {}
         if kind == "fold":
@@ -39,7 +40,7 @@ def _reads_pool(kind: str, cls: type) -> None:
 
 def _reads_adaptive_pool(kind: str, cls: type) -> None:
     @adapter.reads(cls, specs.AdaptivePool)
-    def read_adaptive_pool(node, ctx):
+    def read_adaptive_pool(node: Node, ctx: Reading) -> specs.AdaptivePool:
         m = node.module
         target = tuple(m.target_shape)
         if kind != "fold":
@@ -48,7 +49,7 @@ def _reads_adaptive_pool(kind: str, cls: type) -> None:
         return specs.AdaptivePool(target=target, kind="fold", operation=m.operation)
 
 
-def _check_plain(option: str, fn: Any, ctx) -> None:
+def _check_plain(option: str, fn: Any, ctx: Reading) -> None:
     if any(eqx.is_array(leaf) for leaf in jax.tree.leaves(fn)):
         ctx.refuse(option, fn, "only a function without arrays converts")
 
@@ -68,7 +69,7 @@ adapter.builds(specs.Pad, carries=specs.options(specs.Pad))(build_formula)
 
 
 @adapter.builds(specs.Pool, carries=specs.options(specs.Pool))
-def build_pool(spec, ctx):
+def build_pool(spec: specs.Pool, ctx: Building) -> Any:
     if spec.indices is not None:
         ctx.refuse("indices", spec.indices, "Equinox's pools return no indices")
     pads = None
@@ -77,12 +78,12 @@ def build_pool(spec, ctx):
     if pads is None or (spec.kind != "fold" and spec.dims > 3):
         return build_formula(spec, ctx)
     options = {"stride": spec.steps, "padding": pads, "use_ceil": spec.ceil}
-    if spec.kind == "fold":
+    if spec.operation is not None:
         return eqx.nn.Pool(spec.init, spec.operation, spec.dims, spec.window, **options)
     return _POOLS[spec.kind][spec.dims - 1](spec.window, **options)
 
 
-def _pads(spec, ctx) -> Any:
+def _pads(spec: Any, ctx: Building) -> Any:
     """The padding as pairs that Equinox takes, or None."""
     if spec.padding == "SAME" and (ctx.shape is None or spec.ceil):
         return None
@@ -92,11 +93,12 @@ def _pads(spec, ctx) -> Any:
 
 
 @adapter.builds(specs.AdaptivePool, carries=specs.options(specs.AdaptivePool))
-def build_adaptive_pool(spec, ctx):
-    if spec.channel_axis != -1 or None in spec.target:
+def build_adaptive_pool(spec: specs.AdaptivePool, ctx: Building) -> Any:
+    target: Any = spec.target
+    if spec.channel_axis != -1 or None in target:
         return build_formula(spec, ctx)
-    if spec.kind == "fold":
-        return eqx.nn.AdaptivePool(spec.target, spec.dims, spec.operation)
+    if spec.operation is not None:
+        return eqx.nn.AdaptivePool(target, spec.dims, spec.operation)
     if spec.dims > 3:
         return build_formula(spec, ctx)
-    return _ADAPTIVE[spec.kind][spec.dims - 1](spec.target)
+    return _ADAPTIVE[spec.kind][spec.dims - 1](target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +20,9 @@ from ...errors import (
     ArgumentError,
 )
 from ...partitioning import Partitioning
-from ...registry import Adapter
+from ...registry import Adapter, ReadRule
+from ...specs import Spec
+from ...walk import Building, Reading
 from ..nnx.adapter import read_pool
 from .variables import chain_of, check_variables, leaves_of, within
 
@@ -59,7 +61,7 @@ class Linen(Adapter):
     spreads = True
     has_partitionings = True
 
-    def open(self, model, params, state):
+    def open(self, model: Any, params: Any, state: Any) -> Any:
         super().open(model, None, state)
         if not isinstance(params, Mapping):
             got = "none were given" if params is None else f"got {type(params).__qualname__}"
@@ -71,17 +73,17 @@ class Linen(Adapter):
             )
         return Node(model, _unboxed(params), given=params)
 
-    def check(self, root):
+    def check(self, root: Any) -> None:
         check_variables(self, root.module, root.variables)
 
-    def read_function(self, fn):
+    def read_function(self, fn: Any) -> Spec | None:
         return read_pool(fn)
 
-    def read_composite(self, node, ctx):
+    def read_composite(self, node: Any, ctx: Reading) -> Spec:
         trained, buffers = (node.variables.get(c, {}) for c in ("params", "batch_stats"))
         return node.module.skeleton.merge(combine(trained, buffers))
 
-    def build_composite(self, cls, spec, ctx):
+    def build_composite(self, cls: type, spec: Spec, ctx: Building) -> Any:
         if spec.writes_parameters:
             ctx.refuse("overwrites", True, OVERWRITES, OVERWRITTEN)
         skeleton, arrays = split(spec)
@@ -89,7 +91,7 @@ class Linen(Adapter):
         module = cls(skeleton=skeleton, deterministic=not ctx.options.get("train", False))
         return node_of(module, trained, **({"batch_stats": buffers} if buffers else {}))
 
-    def close(self, built, options):
+    def close(self, built: Any, options: Mapping[str, Any]) -> Any:
         train = options.get("train", False)
         if not isinstance(train, bool):
             raise ArgumentError(
@@ -100,15 +102,15 @@ class Linen(Adapter):
             built = Node(nn.Sequential((built,)), {})
         return built.module, built.variables
 
-    def module(self, node):
+    def module(self, node: Any) -> Any:
         return node.module if isinstance(node, Node) else node
 
-    def arrays(self, node):
+    def arrays(self, node: Any) -> Iterable[Any]:
         masks = (getattr(m, "mask", None) for m, _, _ in leaves_of(self, node.module, (), None))
         held = jax.tree.leaves(node.variables)
         return [*held, *(mask for mask in masks if mask is not None)]
 
-    def partitionings(self, node):
+    def partitionings(self, node: Any) -> Iterable[tuple[str, Any, Partitioning]]:
         flat: Any = jax.tree_util.tree_leaves_with_path(node.given, is_leaf=is_box)
         return [
             ("/".join(str(key.key) for key in keys), leaf.value, found)
@@ -116,7 +118,9 @@ class Linen(Adapter):
             if is_box(leaf) and (found := partitioning_of(leaf)) is not None
         ]
 
-    def partition(self, built, partitionings):
+    def partition(
+        self, built: Any, partitionings: Mapping[int, Partitioning]
+    ) -> tuple[Any, set[int]]:
         if not isinstance(built, Node):
             return built, set()
         placed = {id(array) for array in jax.tree.leaves(built.variables)}
@@ -125,13 +129,13 @@ class Linen(Adapter):
         )
         return Node(built.module, variables), placed & partitionings.keys()
 
-    def parameters(self, node):
+    def parameters(self, node: Any) -> Any:
         return (node.variables if node.given is None else node.given).get("params", {})
 
-    def with_parameters(self, node, parameters):
+    def with_parameters(self, node: Any, parameters: Any) -> Any:
         return Node(node.module, {**node.variables, "params": _unboxed(parameters)})
 
-    def container(self, leaves):
+    def container(self, leaves: Mapping[tuple[Any, ...], Any]) -> Any:
         tree: dict[str, Any] = {}
         for path, leaf in leaves.items():
             part = tree
@@ -140,19 +144,19 @@ class Linen(Adapter):
             part[path[-1]] = leaf
         return tree
 
-    def held(self, node):
+    def held(self, node: Any) -> Mapping[tuple[Any, ...], Any]:
         return {(k,): tree for k, tree in node.variables.items() if k not in _OF_A_RUN}
 
-    def hold(self, node, values):
+    def hold(self, node: Any, values: Mapping[tuple[Any, ...], Any]) -> Any:
         changed = {name: tree for (name,), tree in values.items()}
         variables = {**node.variables, **changed}
         given = None if node.given is None else _boxed_as(node.given, variables)
         return Node(node.module, variables, given=given)
 
-    def native(self, node):
+    def native(self, node: Any) -> Any:
         return node.module, node.variables if node.given is None else node.given
 
-    def run(self, node, inputs, train):
+    def run(self, node: Any, inputs: tuple[Any, ...], train: bool) -> Any:
         mutable = [name for name in node.variables if name != "params"]
         module = _in_mode(node.module, train, {})
         taken = inspect.signature(type(module).__call__).parameters.keys()
@@ -160,19 +164,21 @@ class Linen(Adapter):
         modes = {name: train is value for name, value in MODES.items() if name in taken}
         return module.apply(node.variables, *inputs, mutable=mutable, **modes)[0]
 
-    def for_callback(self, node):
+    def for_callback(self, node: Any) -> Any:
         return node
 
-    def from_callback(self, built):
+    def from_callback(self, built: Any) -> Any:
         return Node(*built) if isinstance(built, tuple) else built
 
-    def added_state(self, module, rule):
+    def added_state(self, module: Any, rule: ReadRule) -> set[str]:
         return _fields(type(module)) - _fields(rule.layer_type)
 
-    def chain(self, node):
+    def chain(self, node: Any) -> list[tuple[Any, str]] | None:
         found = chain_of(self.module(node))
-        if found is None or not isinstance(node, Node):
-            return found and [(part, path) for part, path, _ in found]
+        if found is None:
+            return None
+        if not isinstance(node, Node):
+            return [(part, path) for part, path, _ in found]
         nodes = {
             id(part): Node(part, within(node.variables, names)) for part, _, names in found
         }
@@ -181,7 +187,7 @@ class Linen(Adapter):
             for part, path, _ in found
         ]
 
-    def has_children(self, module):
+    def has_children(self, module: Any) -> bool:
         return True  # they may appear in setup, or in a compact call
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import flax.linen as nn
 
 from ... import specs
+from ...walk import Building, Reading
 from ..nnx.attention import ATTENTION, CACHE, attention_options, check_attention
-from .adapter import adapter, node_of
+from .adapter import Node, adapter, node_of
 
 _ATTENTION_FIXED = {
     "attention_fn": nn.dot_product_attention,
@@ -26,7 +27,7 @@ _ATTENTION_FIXED = {
 )
 @adapter.reads(nn.MultiHeadAttention, specs.MultiHeadAttention, fixed=_ATTENTION_FIXED)
 @adapter.reads(nn.SelfAttention, specs.MultiHeadAttention, fixed=_ATTENTION_FIXED)
-def read_attention(node, ctx):
+def read_attention(node: Node, ctx: Reading) -> specs.MultiHeadAttention:
     m = node.module
     shared = {"dtype": specs.dtype(m.dtype), "precision": m.precision}
     parts: dict[str, Any] = {
@@ -58,7 +59,7 @@ def read_attention(node, ctx):
 
 
 @adapter.builds(specs.MultiHeadAttention, carries=ATTENTION)
-def build_attention(spec, ctx):
+def build_attention(spec: specs.MultiHeadAttention, ctx: Building) -> Node:
     core = "widened" if spec.core == "widened" else "plain"
     check_attention(spec, ctx, core)
     if spec.key.weight.shape[1] != spec.heads:

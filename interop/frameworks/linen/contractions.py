@@ -7,7 +7,8 @@ from typing import Any
 import flax.linen as nn
 
 from ... import specs
-from .adapter import adapter, node_of
+from ...walk import Building, Reading
+from .adapter import Node, adapter, node_of
 from .norms import unpack
 from .variables import axes_of, equation_of
 
@@ -20,7 +21,7 @@ from .variables import axes_of, equation_of
         "dot_general_cls": None,
     },
 )
-def read_dense_general(node, ctx):
+def read_dense_general(node: Node, ctx: Reading) -> specs.LinearGeneral:
     m = node.module
     return specs.LinearGeneral(
         weight=node.array("kernel"),
@@ -33,7 +34,7 @@ def read_dense_general(node, ctx):
 
 
 @adapter.builds(specs.LinearGeneral, carries=("axes", "batch_axes", "dtype", "precision"))
-def build_dense_general(spec, ctx):
+def build_dense_general(spec: specs.LinearGeneral, ctx: Building) -> Node:
     module = nn.DenseGeneral(
         unpack(spec.out_shape),
         axis=unpack(spec.axes),
@@ -47,7 +48,7 @@ def build_dense_general(spec, ctx):
 
 
 @adapter.reads(nn.Einsum, specs.Einsum)
-def read_einsum(node, ctx):
+def read_einsum(node: Node, ctx: Reading) -> specs.Einsum:
     m = node.module
     return specs.Einsum(
         equation=equation_of(m),
@@ -60,7 +61,7 @@ def read_einsum(node, ctx):
 
 
 @adapter.builds(specs.Einsum, carries=("dtype", "precision", "preferred_element_type"))
-def build_einsum(spec, ctx):
+def build_einsum(spec: specs.Einsum, ctx: Building) -> Node:
     # The initialiser runs in each call, for its shape; the default needs two axes.
     short: dict[str, Any] = {}
     if spec.weight.ndim < 2:

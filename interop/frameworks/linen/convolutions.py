@@ -5,13 +5,14 @@ from __future__ import annotations
 import flax.linen as nn
 
 from ... import specs
+from ...walk import Building, Reading
 from ..nnx.convolutions import (
     conv_fields,
     conv_options,
     conv_transpose_fields,
     conv_transpose_options,
 )
-from .adapter import adapter, node_of
+from .adapter import Node, adapter, node_of
 from .variables import kernel_size
 
 
@@ -23,7 +24,7 @@ from .variables import kernel_size
         "conv_general_dilated_cls": None,
     },
 )
-def read_conv(node, ctx):
+def read_conv(node: Node, ctx: Reading) -> specs.Conv:
     m = node.module
     return specs.Conv(
         weight=node.array("kernel"),
@@ -36,7 +37,7 @@ _CONV = ("input_dilation", "mask", "dtype", "precision", "padding_mode")
 
 
 @adapter.builds(specs.Conv, carries=_CONV)
-def build_conv(spec, ctx):
+def build_conv(spec: specs.Conv, ctx: Building) -> Node:
     module = nn.Conv(spec.weight.shape[-1], **conv_options(spec, ctx))
     return node_of(module, {"kernel": spec.weight, "bias": spec.bias})
 
@@ -50,7 +51,7 @@ def build_conv(spec, ctx):
         "feature_group_count": 1,
     },
 )
-def read_conv_local(node, ctx):
+def read_conv_local(node: Node, ctx: Reading) -> specs.ConvLocal:
     return specs.ConvLocal(
         weight=node.array("kernel"),
         bias=node.array("bias"),
@@ -60,19 +61,19 @@ def read_conv_local(node, ctx):
 
 
 @adapter.builds(specs.ConvLocal, carries=_CONV)
-def build_conv_local(spec, ctx):
+def build_conv_local(spec: specs.ConvLocal, ctx: Building) -> Node:
     module = nn.ConvLocal(spec.weight.shape[-1], **conv_options(spec, ctx))
     return node_of(module, {"kernel": spec.weight, "bias": spec.bias})
 
 
 @adapter.reads(nn.ConvTranspose, specs.ConvTranspose)
-def read_conv_transpose(node, ctx):
+def read_conv_transpose(node: Node, ctx: Reading) -> specs.ConvTranspose:
     arrays = node.array("kernel"), node.array("bias")
     return specs.ConvTranspose(**conv_transpose_fields(node.module, *arrays, ctx))
 
 
 @adapter.builds(specs.ConvTranspose, carries=(*_CONV[1:], "preferred_element_type"))
-def build_conv_transpose(spec, ctx):
+def build_conv_transpose(spec: specs.ConvTranspose, ctx: Building) -> Node:
     options = conv_transpose_options(spec, ctx)
     kernel = options.pop("kernel_init")()
     del options["bias_init"]

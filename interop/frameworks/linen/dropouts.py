@@ -5,11 +5,12 @@ from __future__ import annotations
 import flax.linen as nn
 
 from ... import specs
+from ...walk import Building, Reading
 from .adapter import Node, adapter
 
 
 @adapter.reads(nn.Dropout, specs.Dropout)
-def read_dropout(node, ctx):
+def read_dropout(node: Node, ctx: Reading) -> specs.Dropout:
     m = node.module
     return specs.Dropout(
         rate=m.rate, broadcast_dims=tuple(m.broadcast_dims), rng_collection=m.rng_collection
@@ -17,7 +18,7 @@ def read_dropout(node, ctx):
 
 
 @adapter.builds(specs.Dropout, carries=("broadcast_dims",))
-def build_dropout(spec, ctx):
+def build_dropout(spec: specs.Dropout, ctx: Building) -> Node:
     return Node(
         nn.Dropout(
             spec.rate,

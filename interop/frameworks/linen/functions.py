@@ -5,8 +5,9 @@ from __future__ import annotations
 import flax.linen as nn
 
 from ... import specs
+from ...walk import Building, Reading
 from ..nnx.functions import build_activation, build_formula, build_function
-from .adapter import adapter, node_of
+from .adapter import Node, adapter, node_of
 
 # The functions are those of NNX.
 adapter.builds(specs.Activation)(build_activation)
@@ -16,12 +17,12 @@ adapter.builds(specs.Function)(build_function)
 
 
 @adapter.reads(nn.PReLU, specs.PReLU)
-def read_prelu(node, ctx):
+def read_prelu(node: Node, ctx: Reading) -> specs.PReLU:
     return specs.PReLU(slope=node.array("negative_slope"), keeps_dtype=True)
 
 
 @adapter.builds(specs.PReLU, carries=("keeps_dtype",))
-def build_prelu(spec, ctx):
+def build_prelu(spec: specs.PReLU, ctx: Building) -> Node:
     if not spec.keeps_dtype:
         ctx.refuse("keeps_dtype", False, "Flax casts the slope to the dtype of the input")
     if spec.slope.shape != ():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import flax.linen as nn
 
 from ... import specs
-from .adapter import adapter, node_of
+from ...walk import Building, Reading
+from .adapter import Node, adapter, node_of
 
 
 @adapter.reads(
@@ -16,7 +17,7 @@ from .adapter import adapter, node_of
         "dot_general_cls": None,
     },
 )
-def read_dense(node, ctx):
+def read_dense(node: Node, ctx: Reading) -> specs.Linear:
     return specs.Linear(
         weight=node.array("kernel"),
         bias=node.array("bias"),
@@ -26,7 +27,7 @@ def read_dense(node, ctx):
 
 
 @adapter.builds(specs.Linear, carries=("leading_shape", "dtype", "precision"))
-def build_dense(spec, ctx):
+def build_dense(spec: specs.Linear, ctx: Building) -> Node:
     module = nn.Dense(
         spec.weight.shape[1],
         use_bias=spec.bias is not None,

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ... import specs
+from ...walk import Building, Reading
 from ..nnx.normalized_weights import (
     ONLY_KERNELS,
     check_layer,
@@ -23,13 +24,13 @@ from .variables import flatten, normalized_by
 _LAYERS = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvLocal, nn.ConvTranspose)
 
 
-def _arrays(node) -> dict[str, Any]:
+def _arrays(node: Node) -> dict[str, Any]:
     """The parameters of the layer within by name."""
     within = below(node, "layer_instance").variables.get("params", {})
     return {"/".join(path): array for path, array in flatten(within, ())}
 
 
-def _read_layer(node, ctx, names: set[str]) -> Any:
+def _read_layer(node: Node, ctx: Reading, names: set[str]) -> Any:
     """The spec of the layer within, of whose arrays those of such names are normalised."""
     part = below(node, "layer_instance")
     layer = ctx.read(part, f"{ctx.path}.layer_instance")
@@ -42,7 +43,7 @@ def _read_layer(node, ctx, names: set[str]) -> Any:
 
 
 @adapter.reads(nn.SpectralNorm, specs.SpectralNorm)
-def read_spectral_norm(node, ctx):
+def read_spectral_norm(node: Node, ctx: Reading) -> specs.SpectralNorm:
     m = node.module
     found = {name for name, array in _arrays(node).items() if array.ndim > 1}
     names = found if m.n_steps >= 1 else set()
@@ -66,7 +67,7 @@ def read_spectral_norm(node, ctx):
 
 
 @adapter.builds(specs.SpectralNorm, carries=("dtype", "sigma", "steps", "epsilon"))
-def build_spectral_norm(spec, ctx):
+def build_spectral_norm(spec: specs.SpectralNorm, ctx: Building) -> Node:
     if not ctx.stands_alone:
         ctx.refuse("update_stats", None, "Linen has it in each call, which a stack cannot pass")
     check_layer(spec, ctx)
@@ -86,7 +87,7 @@ def build_spectral_norm(spec, ctx):
 
 
 @adapter.reads(nn.WeightNorm, specs.WeightNorm)
-def read_weight_norm(node, ctx):
+def read_weight_norm(node: Node, ctx: Reading) -> specs.WeightNorm:
     m, part = node.module, below(node, "layer_instance")
     names = set(normalized_by(m, _arrays(node)))
     layer = _read_layer(node, ctx, names)
@@ -111,7 +112,7 @@ def read_weight_norm(node, ctx):
     specs.WeightNorm,
     carries=("dtype", "axes", "bias_axes", "epsilon", "scale", "bias_scale"),
 )
-def build_weight_norm(spec, ctx):
+def build_weight_norm(spec: specs.WeightNorm, ctx: Building) -> Node:
     axes, names, scales = feature_axes(spec, ctx), normalized_names(spec), scales_of(spec, ctx)
     check_layer(spec, ctx)
     layer = ctx.build_part(spec.layer, _LAYERS)

@@ -7,12 +7,13 @@ from typing import Any
 import flax.linen as nn
 
 from ... import specs
+from ...walk import Building, Reading
 from ..nnx.norms import group_axes
-from .adapter import adapter, node_of
+from .adapter import Node, adapter, node_of
 from .variables import axes_of
 
 
-def _norm_fields(node) -> dict[str, Any]:
+def _norm_fields(node: Node) -> dict[str, Any]:
     """What every normalisation layer holds."""
     m = node.module
     return {
@@ -27,7 +28,7 @@ def _norm_fields(node) -> dict[str, Any]:
     }
 
 
-def _norm_options(spec) -> dict[str, Any]:
+def _norm_options(spec: Any) -> dict[str, Any]:
     options = {
         "epsilon": spec.epsilon,
         "dtype": spec.output_dtype,
@@ -42,7 +43,7 @@ def _norm_options(spec) -> dict[str, Any]:
     return options | has_bias
 
 
-def _from_the_end(axes: Any, option: str, ctx) -> tuple[int, ...]:
+def _from_the_end(axes: Any, option: str, ctx: Reading) -> tuple[int, ...]:
     if any(axis >= 0 for axis in axes_of(axes)):
         ctx.refuse(
             option,
@@ -55,7 +56,7 @@ def _from_the_end(axes: Any, option: str, ctx) -> tuple[int, ...]:
 
 @adapter.reads(nn.LayerNorm, specs.LayerNorm)
 @adapter.reads(nn.RMSNorm, specs.RMSNorm)
-def read_layer_norm(node, ctx):
+def read_layer_norm(node: Node, ctx: Reading) -> specs.LayerNorm | specs.RMSNorm:
     m = node.module
     return (specs.RMSNorm if isinstance(m, nn.RMSNorm) else specs.LayerNorm)(
         **_norm_fields(node),
@@ -65,7 +66,7 @@ def read_layer_norm(node, ctx):
     )
 
 
-def _shape(node) -> tuple[int, ...] | None:
+def _shape(node: Node) -> tuple[int, ...] | None:
     """The shape of scale and bias, or None where there is neither."""
     arrays = (node.array("scale"), node.array("bias"))
     return next((array.shape for array in arrays if array is not None), None)
@@ -84,7 +85,7 @@ _NORM = ("axis_name", "axis_index_groups", "output_dtype", "force_float32")
 
 @adapter.builds(specs.LayerNorm, carries=(*_AXES, *_NORM))
 @adapter.builds(specs.RMSNorm, carries=(*_AXES, *_NORM))
-def build_layer_norm(spec, ctx):
+def build_layer_norm(spec: specs.LayerNorm | specs.RMSNorm, ctx: Building) -> Node:
     if spec.feature_shape is None and len(spec.feature_axes) > 1 and spec.holds_state:
         spec = spec.sized(ctx.require_shape(-spec.feature_axes[0]))
     module = (nn.RMSNorm if isinstance(spec, specs.RMSNorm) else nn.LayerNorm)(
@@ -96,7 +97,7 @@ def build_layer_norm(spec, ctx):
 
 
 @adapter.reads(nn.GroupNorm, specs.GroupNorm)
-def read_group_norm(node, ctx):
+def read_group_norm(node: Node, ctx: Reading) -> specs.GroupNorm:
     m, (features,) = node.module, _shape(node) or (None,)
     num_groups = m.num_groups
     if num_groups is None:
@@ -116,7 +117,7 @@ def read_group_norm(node, ctx):
 
 
 @adapter.reads(nn.InstanceNorm, specs.GroupNorm, fixed={"feature_axes": -1})
-def read_instance_norm(node, ctx):
+def read_instance_norm(node: Node, ctx: Reading) -> specs.GroupNorm:
     (features,) = _shape(node) or (0,)
     if not features:
         ctx.refuse("use_scale, use_bias", False, "without them the features are not known")
@@ -124,7 +125,7 @@ def read_instance_norm(node, ctx):
 
 
 @adapter.builds(specs.GroupNorm, carries=(*_NORM, "reduction_axes", "repeat_axis"))
-def build_group_norm(spec, ctx):
+def build_group_norm(spec: specs.GroupNorm, ctx: Building) -> Node:
     axes = spec.reduction_axes
     if spec.repeat_axis != -1:
         ctx.refuse("reduction_axes", axes, "linen repeats the statistics along the groups")
@@ -134,7 +135,7 @@ def build_group_norm(spec, ctx):
 
 
 @adapter.reads(nn.BatchNorm, specs.BatchNorm)
-def read_batch_norm(node, ctx):
+def read_batch_norm(node: Node, ctx: Reading) -> specs.BatchNorm:
     m = node.module
     (axis,) = _from_the_end(m.axis, "axis", ctx)
     return specs.BatchNorm(
@@ -148,7 +149,7 @@ def read_batch_norm(node, ctx):
 
 
 @adapter.builds(specs.BatchNorm, carries=("axis", *_NORM))
-def build_batch_norm(spec, ctx):
+def build_batch_norm(spec: specs.BatchNorm, ctx: Building) -> Node:
     module = nn.BatchNorm(
         use_running_average=not ctx.options.get("train", False),
         axis=spec.axis,

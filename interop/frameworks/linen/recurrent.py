@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 
 from ... import formulas, specs
+from ...walk import Building, Reading
 from ..nnx.recurrent import (
     RNNS,
     bidirectional_fields,
@@ -24,7 +25,7 @@ from .sequential import place
 from .variables import gates_of
 
 
-def _gate_arrays(node, ctx) -> dict[str, Any]:
+def _gate_arrays(node: Node, ctx: Reading) -> dict[str, Any]:
     gates, biased = gates_of(node.module)
 
     def side_by_side(part: str, name: str) -> Any:
@@ -34,7 +35,7 @@ def _gate_arrays(node, ctx) -> dict[str, Any]:
     return kernels | {"bias": side_by_side(biased, "bias")}
 
 
-def _gate_params(module, spec) -> dict[str, Any]:
+def _gate_params(module: Any, spec: Any) -> dict[str, Any]:
     names, biased = gates_of(module)
     arrays = gates(spec.weight_x, spec.weight_h, spec.bias, number=len(names))
     params: dict[str, Any] = {}
@@ -44,7 +45,7 @@ def _gate_params(module, spec) -> dict[str, Any]:
     return params
 
 
-def _cell_options(spec) -> dict[str, Any]:
+def _cell_options(spec: Any) -> dict[str, Any]:
     options = cell_options(spec)
     if spec.carry_init is not None:
         options["carry_init"] = spec.carry_init
@@ -58,14 +59,14 @@ _CARRIED = ("activation", "dtype", "carry_init")
 
 
 @adapter.reads(nn.SimpleCell, specs.SimpleCell)
-def read_simple_cell(node, ctx):
+def read_simple_cell(node: Node, ctx: Reading) -> specs.SimpleCell:
     arrays = _gate_arrays(node, ctx)
     fields = cell_fields(node.module, *arrays.values())
     return specs.SimpleCell(**arrays, **fields, residual=node.module.residual)
 
 
 @adapter.builds(specs.SimpleCell, carries=(*_CARRIED, "residual"), apart=True)
-def build_simple_cell(spec, ctx):
+def build_simple_cell(spec: specs.SimpleCell, ctx: Building) -> Node:
     check_bias(spec.bias, ctx)
     module = nn.SimpleCell(spec.hidden, **_cell_options(spec), residual=spec.residual)
     return node_of(module, _gate_params(module, spec))
@@ -73,13 +74,13 @@ def build_simple_cell(spec, ctx):
 
 @adapter.reads(nn.LSTMCell, specs.LSTMCell)
 @adapter.reads(nn.OptimizedLSTMCell, specs.LSTMCell)
-def read_lstm_cell(node, ctx):
+def read_lstm_cell(node: Node, ctx: Reading) -> specs.LSTMCell:
     arrays = _gate_arrays(node, ctx)
     return specs.LSTMCell(**arrays, **cell_fields(node.module, *arrays.values()))
 
 
 @adapter.builds(specs.LSTMCell, carries=(*_CARRIED, "gate"), apart=True)
-def build_lstm_cell(spec, ctx):
+def build_lstm_cell(spec: specs.LSTMCell, ctx: Building) -> Node:
     check_bias(spec.bias, ctx)
     module = nn.LSTMCell(spec.hidden, **_cell_options(spec))
     return node_of(module, _gate_params(module, spec))
@@ -87,7 +88,7 @@ def build_lstm_cell(spec, ctx):
 
 @adapter.reads(nn.GRUCell, specs.GRUCell)
 @adapter.reads(nn.MGUCell, specs.MGUCell)
-def read_gru_cell(node, ctx):
+def read_gru_cell(node: Node, ctx: Reading) -> specs.GRUCell | specs.MGUCell:
     arrays = _gate_arrays(node, ctx) | {"bias_n": node.array("hn").get("bias")}
     fields = cell_fields(node.module, *arrays.values())
     if isinstance(node.module, nn.GRUCell):
@@ -97,13 +98,13 @@ def read_gru_cell(node, ctx):
 
 @adapter.builds(specs.GRUCell, carries=(*_CARRIED, "gate"), apart=True)
 @adapter.builds(specs.MGUCell, carries=(*_CARRIED, "gate", "reset_gate"), apart=True)
-def build_gru_cell(spec, ctx):
+def build_gru_cell(spec: specs.GRUCell | specs.MGUCell, ctx: Building) -> Node:
     check_bias(spec.bias, ctx)
     is_gru, wants = isinstance(spec, specs.GRUCell), getattr(spec, "reset_gate", True)
     if (spec.bias_n is not None) != wants:
         has = "has" if wants else "has no"
         ctx.refuse("bias_n", spec.bias_n, f"this cell {has} such a bias in Linen")
-    options = {} if is_gru else {"reset_gate": spec.reset_gate}
+    options: dict[str, Any] = {} if is_gru else {"reset_gate": wants}
     module = (nn.GRUCell if is_gru else nn.MGUCell)(
         spec.hidden, **_cell_options(spec), **options
     )
@@ -114,7 +115,7 @@ def build_gru_cell(spec, ctx):
 
 
 @adapter.reads(nn.ConvLSTMCell, specs.ConvLSTMCell)
-def read_conv_lstm_cell(node, ctx):
+def read_conv_lstm_cell(node: Node, ctx: Reading) -> specs.ConvLSTMCell:
     m, parts = node.module, (node.array("ih"), node.array("hh"))
     arrays = {
         "weight_x": parts[0]["kernel"],
@@ -132,7 +133,7 @@ def read_conv_lstm_cell(node, ctx):
     )
 
 
-def _cell_padding(padding: Any, ctx) -> Any:
+def _cell_padding(padding: Any, ctx: Reading) -> Any:
     if not isinstance(padding, str):
         return tuple(map(tuple, padding))
     if padding.upper() not in ("SAME", "VALID"):
@@ -141,10 +142,12 @@ def _cell_padding(padding: Any, ctx) -> Any:
 
 
 @adapter.builds(specs.ConvLSTMCell, carries=("dtype", "carry_init"))
-def build_conv_lstm_cell(spec, ctx):
+def build_conv_lstm_cell(spec: specs.ConvLSTMCell, ctx: Building) -> Node:
     if (spec.bias_x is None) != (spec.bias_h is None):
         ctx.refuse("bias_x, bias_h", "one of two", "Linen has both or neither")
-    carry_init = {} if spec.carry_init is None else {"carry_init": spec.carry_init}
+    carry_init: dict[str, Any] = (
+        {} if spec.carry_init is None else {"carry_init": spec.carry_init}
+    )
     module = nn.ConvLSTMCell(
         spec.hidden,
         tuple(spec.weight_x.shape[: spec.space]),
@@ -166,13 +169,13 @@ def _part(**arrays: Any) -> dict[str, Any]:
 _RNN = ("time_major", "return_carry", "reverse", "keep_order", "unroll")
 
 
-def below(node, name: str) -> Node:
+def below(node: Node, name: str) -> Node:
     """The submodule of that name, and its variables."""
     variables = {k: tree[name] for k, tree in node.variables.items() if name in tree}
     return Node(getattr(node.module, name), variables)
 
 
-def above(module: Any, parts: dict[str, Any], ctx) -> Node:
+def above(module: Any, parts: dict[str, Any], ctx: Building) -> Node:
     """A module with submodules by their names; one that has two names is under the first."""
     variables: dict[str, dict[str, Any]] = {}
     seen: set[int] = set()
@@ -194,26 +197,26 @@ def above(module: Any, parts: dict[str, Any], ctx) -> Node:
         for name in ("variable_axes", "variable_broadcast", "variable_carry", "split_rngs")
     },
 )
-def read_rnn(node, ctx):
+def read_rnn(node: Node, ctx: Reading) -> specs.RNN:
     cell = read_cell(below(node, "cell"), node.module.cell, ctx)
     return specs.RNN(cell=cell, **{name: getattr(node.module, name) for name in _RNN})
 
 
 @adapter.builds(specs.RNN, carries=_RNN)
-def build_rnn(spec, ctx):
+def build_rnn(spec: specs.RNN, ctx: Building) -> Node:
     cell = ctx.build(spec.cell)
     module = nn.RNN(cell.module, **{name: getattr(spec, name) for name in _RNN})
     return above(module, {"cell": cell}, ctx)
 
 
 @adapter.reads(nn.Bidirectional, specs.Bidirectional)
-def read_bidirectional(node, ctx):
+def read_bidirectional(node: Node, ctx: Reading) -> specs.Bidirectional:
     parts = {name: (below(node, name), getattr(node.module, name)) for name in RNNS}
     return specs.Bidirectional(**read_rnns(parts, ctx), **bidirectional_fields(node.module))
 
 
 @adapter.builds(specs.Bidirectional, carries=("merge", "time_major", "return_carry"))
-def build_bidirectional(spec, ctx):
+def build_bidirectional(spec: specs.Bidirectional, ctx: Building) -> Node:
     parts = {name: ctx.build(getattr(spec, name)) for name in RNNS}
     modules = {name: node.module for name, node in parts.items()}
     return above(nn.Bidirectional(**modules, **bidirectional_options(spec)), parts, ctx)

@@ -10,11 +10,12 @@ from ... import specs
 from ...errors import (
     UnsupportedStructureError,
 )
+from ...walk import Building, Reading
 from .adapter import Node, adapter
 
 
 @adapter.reads(nn.Sequential, specs.Sequential)
-def read_sequential(node, ctx):
+def read_sequential(node: Node, ctx: Reading) -> specs.Sequential:
     first = {id(layer): i for i, layer in reversed(list(enumerate(node.module.layers)))}
     return specs.Sequential(
         layers=ctx.read_all(
@@ -31,7 +32,7 @@ def read_sequential(node, ctx):
     )
 
 
-def place(node: Node, ctx) -> None:
+def place(node: Node, ctx: Building) -> None:
     """Take it that a module's variables have a name now."""
     if node.placed:
         raise UnsupportedStructureError(
@@ -43,7 +44,7 @@ def place(node: Node, ctx) -> None:
 
 
 @adapter.builds(specs.Sequential)
-def build_sequential(spec, ctx):
+def build_sequential(spec: specs.Sequential, ctx: Building) -> Node:
     built = [ctx.build(layer) for layer in spec.layers]
     variables: dict[str, dict[str, Any]] = {}
     placed: set[int] = set()

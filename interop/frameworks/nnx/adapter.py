@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +17,9 @@ from ...chains import steps_of
 from ...composites.nnx import COMPOSITES, Composite
 from ...errors import ArgumentError
 from ...partitioning import Partitioning
-from ...registry import Adapter
+from ...registry import Adapter, ReadRule
+from ...specs import Spec
+from ...walk import Building, Reading
 
 _OF_A_RUN = (nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation)
 
@@ -29,16 +32,16 @@ class Nnx(Adapter):
     spreads = True
     has_partitionings = True
 
-    def containers(self, node):
+    def containers(self, node: Any) -> Iterable[tuple[str, object]]:
         if isinstance(node, nnx.RNNCellBase | Composite):  # whose parts no rule reads
             return [(".".join(map(str, path)), v) for path, v in _variables(node)]
         return [(k, v) for k, v in vars(node).items() if isinstance(v, nnx.Variable)]
 
-    def added_state(self, module, rule):
+    def added_state(self, module: Any, rule: ReadRule) -> set[str]:
         held = nnx.Variable | nnx.Pytree
         return {k for k, v in vars(module).items() if isinstance(v, held)} - rule.state
 
-    def chain(self, node):
+    def chain(self, node: Any) -> list[tuple[Any, str]] | None:
         cls = type(node)
         if cls.__getattribute__ is not nnx.Module.__getattribute__:
             return None
@@ -47,24 +50,26 @@ class Nnx(Adapter):
         used = {id(v) for part, _ in steps or () for v in _held(part)}
         return steps if used == {id(v) for v in _held(node)} else None
 
-    def has_children(self, module):
+    def has_children(self, module: Any) -> bool:
         return any(path for path, _ in nnx.iter_modules(module))
 
-    def arrays(self, node):
+    def arrays(self, node: Any) -> Iterable[Any]:
         masks = (getattr(module, "mask", None) for _, module in nnx.iter_modules(node))
         return [
             *jax.tree.leaves(nnx.state(node)),
             *(mask for mask in masks if mask is not None),
         ]
 
-    def partitionings(self, node):
+    def partitionings(self, node: Any) -> Iterable[tuple[str, Any, Partitioning]]:
         return [
             (".".join(map(str, path)), variable.get_raw_value(), found)
             for path, variable in _variables(node)
             if (found := partitioning_of(variable)) is not None
         ]
 
-    def partition(self, built, partitionings):
+    def partition(
+        self, built: Any, partitionings: Mapping[int, Partitioning]
+    ) -> tuple[Any, set[int]]:
         placed: set[int] = set()
         for _, variable in _variables(built) if isinstance(built, nnx.Module) else ():
             if (key := id(variable.get_raw_value())) in partitionings:
@@ -72,20 +77,20 @@ class Nnx(Adapter):
                 placed.add(key)
         return built, placed
 
-    def parameters(self, node):
+    def parameters(self, node: Any) -> Any:
         return nnx.state(node, nnx.Param)
 
-    def with_parameters(self, node, parameters):
+    def with_parameters(self, node: Any, parameters: Any) -> Any:
         definition, _, rest = nnx.split(node, nnx.Param, ...)
         return nnx.merge(definition, parameters, rest, copy=True)
 
-    def container(self, leaves):
+    def container(self, leaves: Mapping[tuple[Any, ...], Any]) -> Any:
         return nnx.from_flat_state([(path, nnx.Param(leaf)) for path, leaf in leaves.items()])
 
-    def held(self, node):
+    def held(self, node: Any) -> Mapping[tuple[Any, ...], Any]:
         return {path: _value(part) for path, part in _lasting(node).items()}
 
-    def hold(self, node, values):
+    def hold(self, node: Any, values: Mapping[tuple[Any, ...], Any]) -> Any:
         held = _lasting(node)
         for path, value in values.items():
             if isinstance(held[path], nnx.Variable):
@@ -94,7 +99,7 @@ class Nnx(Adapter):
                 nnx.update(node, nnx.from_flat_state([(path, value)]))
         return node
 
-    def run(self, node, inputs, train):
+    def run(self, node: Any, inputs: tuple[Any, ...], train: bool) -> Any:
         model = nnx.clone(node)
         if train:
             model.train()
@@ -102,13 +107,13 @@ class Nnx(Adapter):
             model.eval()
         return model(*inputs)
 
-    def read_function(self, fn):
+    def read_function(self, fn: Any) -> Spec | None:
         return read_pool(fn)
 
-    def build_composite(self, cls, spec, ctx):
+    def build_composite(self, cls: type, spec: Spec, ctx: Building) -> Any:
         return cls(spec, rngs=ctx.options.get("rngs"), deterministic=True)
 
-    def close(self, built, options):
+    def close(self, built: Any, options: Mapping[str, Any]) -> Any:
         rngs = options.get("rngs")
         if rngs is not None and not isinstance(rngs, nnx.Rngs | nnx.RngStream):
             raise ArgumentError(
@@ -188,7 +193,9 @@ def _value(part: Any) -> Any:
     return part.get_value() if isinstance(part, nnx.Variable) else part
 
 
-def array_of(layer, ctx, name: str, wanted: type[nnx.Variable] = nnx.Param) -> Any:
+def array_of(
+    layer: Any, ctx: Reading, name: str, wanted: type[nnx.Variable] = nnx.Param
+) -> Any:
     """The array of the layer's variable of that name, or None."""
     variable = getattr(layer, name)
     if variable is None:

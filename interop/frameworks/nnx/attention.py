@@ -9,6 +9,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from ... import specs
+from ...walk import Building, Reading
 from .adapter import NO_RNGS, adapter
 from .contractions import ZEROS, set_general
 
@@ -30,7 +31,7 @@ from .contractions import ZEROS, set_general
         "out_dot_general_cls": None,
     },
 )
-def read_attention(m, ctx):
+def read_attention(m: nnx.MultiHeadAttention, ctx: Reading) -> specs.MultiHeadAttention:
     parts = {name: getattr(m, name) for name in ("query", "key", "value", "out")}
     for name, part in parts.items():
         first = next(other for other, own in parts.items() if own is part)
@@ -56,31 +57,31 @@ def read_attention(m, ctx):
 CACHE = ("cached_key", "cached_value", "cache_index")
 
 
-def _read_cache(m) -> dict[str, Any]:
+def _read_cache(m: Any) -> dict[str, Any]:
     """What a run has left so far; it belongs to layers that decode."""
     found = {name: getattr(m, name, None) for name in CACHE}
     return {k: None if v is None else v.get_raw_value() for k, v in found.items()}
 
 
-def _read_part(m, ctx, name: str) -> specs.LinearGeneral:
+def _read_part(m: Any, ctx: Reading, name: str) -> specs.LinearGeneral:
     part = ctx.read(getattr(m, name), f"{ctx.path}.{name}")
     if not isinstance(part, specs.LinearGeneral):
         ctx.refuse(name, type(getattr(m, name)).__qualname__, "only a LinearGeneral converts")
     return part
 
 
-def _head_scale(norm, m, ctx):
+def _head_scale(norm: Any, m: Any, ctx: Reading) -> Any:
     """The scale of the normalisation that the layer makes by itself."""
     if norm is None:
         return None
-    spec = ctx.read(norm, f"{ctx.path}.{'query' if norm is m.query_ln else 'key'}_ln")
+    spec: Any = ctx.read(norm, f"{ctx.path}.{'query' if norm is m.query_ln else 'key'}_ln")
     found = (spec.epsilon, spec.reduction_axes, spec.use_fast_variance, spec.output_dtype)
     if spec.bias is not None or found != (1e-6, (-1,), True, specs.dtype(m.dtype)):
         ctx.refuse("normalize_qk", norm, "only the normalisation that it makes itself converts")
     return spec.scale
 
 
-def _read_rope_of(fn, ctx):
+def _read_rope_of(fn: Any, ctx: Reading) -> Any:
     if fn is nnx.dot_product_attention:
         return None
     with_rope = getattr(nnx, "dot_product_attention_with_rope", None)  # since flax 0.12.9
@@ -95,7 +96,7 @@ def _read_rope_of(fn, ctx):
     )
 
 
-def check_attention(spec, ctx, core: str) -> None:
+def check_attention(spec: Any, ctx: Building, core: str) -> None:
     """Refuse what neither NNX nor Linen has."""
     if not spec.agrees_with(core):
         ctx.refuse("core", spec.core, f"Flax computes in the dtypes of {core!r}")
@@ -111,7 +112,7 @@ def check_attention(spec, ctx, core: str) -> None:
         ctx.refuse("value_depth", spec.value.weight.shape[-1], "Flax has that of the queries")
 
 
-def attention_options(spec) -> dict[str, Any]:
+def attention_options(spec: Any) -> dict[str, Any]:
     """The options that both constructors take."""
     return {
         "dtype": spec.dtype,
@@ -132,7 +133,7 @@ ATTENTION += ("dtype", "precision", "decode", *CACHE)
 
 
 @adapter.builds(specs.MultiHeadAttention, carries=(*ATTENTION, "rope"))
-def build_attention(spec, ctx):
+def build_attention(spec: specs.MultiHeadAttention, ctx: Building) -> nnx.MultiHeadAttention:
     check_attention(spec, ctx, "plain" if spec.rate > 0.0 else "fused")
     key_features, kv_heads, _ = spec.key.weight.shape
     if spec.value.weight.shape[0] != key_features:
@@ -169,7 +170,7 @@ def build_attention(spec, ctx):
     return layer
 
 
-def _attention_fn(rope, ctx):
+def _attention_fn(rope: Any, ctx: Building) -> Any:
     if rope is None:
         return nnx.dot_product_attention
     if _ROPE is None or (rope.table_dtype, rope.keeps_dtype) != (None, False):
@@ -181,7 +182,7 @@ def _attention_fn(rope, ctx):
 _ROPE: Any = getattr(nnx, "RoPE", None)  # since flax 0.12.9
 
 
-def build_rope(spec, ctx):
+def build_rope(spec: Any, ctx: Building) -> Any:
     size = None if spec.max_length is None else spec.depth
     return _ROPE(spec.theta, size, spec.max_length)
 
@@ -190,6 +191,6 @@ if _ROPE is not None:
     adapter.builds(specs.RotaryEmbedding, carries=("depth", "theta", "max_length"))(build_rope)
 
     @adapter.reads(_ROPE, specs.RotaryEmbedding, state=("cached_sin", "cached_cos"))
-    def read_rope(m, ctx):
+    def read_rope(m: Any, ctx: Reading) -> specs.RotaryEmbedding:
         length, half = (None, None) if m.cached_sin is None else m.cached_sin.shape
         return specs.RotaryEmbedding(depth=half and 2 * half, theta=m.theta, max_length=length)

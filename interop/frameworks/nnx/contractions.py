@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ... import specs
+from ...walk import Building, Reading
 from .adapter import NO_RNGS, adapter, array_of, returns
 
 _GENERAL = {
@@ -18,7 +19,7 @@ _GENERAL = {
 
 
 @adapter.reads(nnx.LinearGeneral, specs.LinearGeneral, state=("kernel", "bias"), fixed=_GENERAL)
-def read_linear_general(m, ctx):
+def read_linear_general(m: nnx.LinearGeneral, ctx: Reading) -> specs.LinearGeneral:
     return specs.LinearGeneral(
         weight=array_of(m, ctx, "kernel"),
         bias=array_of(m, ctx, "bias"),
@@ -37,7 +38,7 @@ ZEROS: Any = jax.nn.initializers.zeros  # every array is replaced
 
 
 @adapter.builds(specs.LinearGeneral, carries=("axes", "batch_axes", *_CONTRACTION))
-def build_linear_general(spec, ctx):
+def build_linear_general(spec: specs.LinearGeneral, ctx: Building) -> nnx.LinearGeneral:
     layer = nnx.LinearGeneral(
         spec.in_shape,
         spec.out_shape,
@@ -56,7 +57,7 @@ def build_linear_general(spec, ctx):
     return layer
 
 
-def set_general(layer, spec) -> None:
+def set_general(layer: Any, spec: Any) -> None:
     layer.kernel.set_value(spec.weight)
     if spec.bias is not None:
         layer.bias.set_value(spec.bias)
@@ -68,7 +69,7 @@ def set_general(layer, spec) -> None:
     state=("kernel", "bias"),
     fixed={"einsum_op": jnp.einsum},
 )
-def read_einsum(m, ctx):
+def read_einsum(m: nnx.Einsum, ctx: Reading) -> specs.Einsum:
     return specs.Einsum(
         equation=m.einsum_str,
         weight=array_of(m, ctx, "kernel"),
@@ -80,7 +81,7 @@ def read_einsum(m, ctx):
 
 
 @adapter.builds(specs.Einsum, carries=_CONTRACTION)
-def build_einsum(spec, ctx):
+def build_einsum(spec: specs.Einsum, ctx: Building) -> nnx.Einsum:
     return nnx.Einsum(
         spec.equation,
         spec.weight.shape,

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from ... import specs
+from ...walk import Building, Reading
 from .adapter import NO_RNGS, adapter, array_of, returns
 
 
@@ -18,7 +19,7 @@ from .adapter import NO_RNGS, adapter, array_of, returns
     state=("kernel", "bias"),
     fixed={"conv_general_dilated": jax.lax.conv_general_dilated},
 )
-def read_conv(m, ctx):
+def read_conv(m: nnx.Conv, ctx: Reading) -> specs.Conv:
     return specs.Conv(
         weight=array_of(m, ctx, "kernel"),
         bias=array_of(m, ctx, "bias"),
@@ -27,7 +28,7 @@ def read_conv(m, ctx):
     )
 
 
-def conv_fields(m, ctx) -> dict[str, Any]:
+def conv_fields(m: Any, ctx: Reading) -> dict[str, Any]:
     """The options of a convolution, which Flax spells alike in NNX and in Linen."""
     kernel = _kernel_size(m)
     input_dilation = _each(m.input_dilation, kernel)
@@ -50,7 +51,7 @@ def conv_fields(m, ctx) -> dict[str, Any]:
     }
 
 
-def _conv_fields(m, kernel: tuple[int, ...]) -> dict[str, Any]:
+def _conv_fields(m: Any, kernel: tuple[int, ...]) -> dict[str, Any]:
     """Those that convolutions and transposed ones have."""
     return {
         "strides": _each(m.strides, kernel),
@@ -61,7 +62,7 @@ def _conv_fields(m, kernel: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def _kernel_size(m) -> tuple[int, ...]:
+def _kernel_size(m: Any) -> tuple[int, ...]:
     return (m.kernel_size,) if isinstance(m.kernel_size, int) else tuple(m.kernel_size)
 
 
@@ -72,7 +73,7 @@ def _each(value: Any, kernel: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _padding(m, kernel: tuple[int, ...]) -> Any:
+def _padding(m: Any, kernel: tuple[int, ...]) -> Any:
     if isinstance(m.padding, str):
         return m.padding.upper()
     pairs = [m.padding] * len(kernel) if isinstance(m.padding, int) else m.padding
@@ -84,7 +85,7 @@ def _flax_pads(reach: Iterable[int]) -> tuple[tuple[int, int], ...]:
     return tuple(((size - 1) // 2, size // 2) for size in reach)
 
 
-def conv_options(spec, ctx) -> dict[str, Any]:
+def conv_options(spec: Any, ctx: Building) -> dict[str, Any]:
     """The same options, as both constructors take them."""
     padding = spec.padding
     if spec.padding_mode != "ZEROS":
@@ -107,7 +108,7 @@ def conv_options(spec, ctx) -> dict[str, Any]:
     }
 
 
-def _conv_options(spec) -> dict[str, Any]:
+def _conv_options(spec: Any) -> dict[str, Any]:
     return {
         "strides": spec.strides,
         "kernel_dilation": spec.kernel_dilation,
@@ -123,7 +124,7 @@ _CONV = ("input_dilation", "mask", "dtype", "precision", "padding_mode")
 
 
 @adapter.builds(specs.Conv, carries=(*_CONV, "preferred_element_type"))
-def build_conv(spec, ctx):
+def build_conv(spec: specs.Conv, ctx: Building) -> nnx.Conv:
     return nnx.Conv(
         spec.channels,
         spec.weight.shape[-1],
@@ -140,12 +141,12 @@ def build_conv(spec, ctx):
     specs.ConvTranspose,
     state=("kernel", "bias"),
 )
-def read_conv_transpose(m, ctx):
+def read_conv_transpose(m: nnx.ConvTranspose, ctx: Reading) -> specs.ConvTranspose:
     arrays = array_of(m, ctx, "kernel"), array_of(m, ctx, "bias")
     return specs.ConvTranspose(**conv_transpose_fields(m, *arrays, ctx))
 
 
-def conv_transpose_fields(m, kernel, bias, ctx) -> dict[str, Any]:
+def conv_transpose_fields(m: Any, kernel: Any, bias: Any, ctx: Reading) -> dict[str, Any]:
     """A transposed convolution, which Flax has alike in NNX and in Linen."""
     size = _kernel_size(m)
     fields = _conv_fields(m, size)
@@ -173,7 +174,7 @@ def conv_transpose_fields(m, kernel, bias, ctx) -> dict[str, Any]:
     return fields
 
 
-def _circular_pads(reach, strides, mirrored: bool) -> tuple[tuple[int, int], ...]:
+def _circular_pads(reach: Any, strides: Any, mirrored: bool) -> tuple[tuple[int, int], ...]:
     """What periodic padding comes to: Flax adds up what is one period apart in the output.
 
     The output then has ``stride`` times the elements of the input; where an odd number has to
@@ -187,7 +188,7 @@ def _circular_pads(reach, strides, mirrored: bool) -> tuple[tuple[int, int], ...
     return tuple(pads)
 
 
-def conv_transpose_options(spec, ctx) -> dict[str, Any]:
+def conv_transpose_options(spec: Any, ctx: Building) -> dict[str, Any]:
     """The same options, as both constructors take them, with the kernel beside them."""
     if spec.groups != 1 or spec.dims > 3:
         option, value = ("groups", spec.groups) if spec.groups != 1 else ("dims", spec.dims)
@@ -216,6 +217,6 @@ _TRANSPOSED = ("mask", "dtype", "precision", "padding_mode", "preferred_element_
 
 
 @adapter.builds(specs.ConvTranspose, carries=_TRANSPOSED)
-def build_conv_transpose(spec, ctx):
+def build_conv_transpose(spec: specs.ConvTranspose, ctx: Building) -> nnx.ConvTranspose:
     options, out = conv_transpose_options(spec, ctx), spec.weight.shape[-1]
     return nnx.ConvTranspose(spec.channels, out, **options, rngs=NO_RNGS)

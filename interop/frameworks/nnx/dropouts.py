@@ -5,18 +5,19 @@ from __future__ import annotations
 from flax import nnx
 
 from ... import specs
+from ...walk import Building, Reading
 from .adapter import adapter
 
 
 @adapter.reads(nnx.Dropout, specs.Dropout, state=("rngs",))
-def read_dropout(m, ctx):
+def read_dropout(m: nnx.Dropout, ctx: Reading) -> specs.Dropout:
     return specs.Dropout(
         rate=m.rate, broadcast_dims=tuple(m.broadcast_dims), rng_collection=m.rng_collection
     )
 
 
 @adapter.builds(specs.Dropout, carries=("broadcast_dims",))
-def build_dropout(spec, ctx):
+def build_dropout(spec: specs.Dropout, ctx: Building) -> nnx.Dropout:
     return nnx.Dropout(
         spec.rate,
         broadcast_dims=spec.broadcast_dims,

@@ -5,17 +5,18 @@ from __future__ import annotations
 from flax import nnx
 
 from ... import specs
+from ...walk import Building, Reading
 from .adapter import NO_RNGS, adapter, array_of, returns
 
 
 @adapter.reads(nnx.Embed, specs.Embedding, state=("embedding",))
-def read_embed(m, ctx):
+def read_embed(m: nnx.Embed, ctx: Reading) -> specs.Embedding:
     weight, dtype = array_of(m, ctx, "embedding"), specs.dtype(m.dtype)
     return specs.Embedding(weight=weight, dtype=None if dtype == weight.dtype else dtype)
 
 
 @adapter.builds(specs.Embedding, carries=("dtype",))
-def build_embed(spec, ctx):
+def build_embed(spec: specs.Embedding, ctx: Building) -> nnx.Embed:
     if spec.weight.ndim != 2:
         ctx.refuse("embedding_size", spec.weight.shape[1:], "only vectors are native")
     return nnx.Embed(

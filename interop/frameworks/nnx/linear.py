@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from ... import specs
+from ...walk import Building, Reading
 from .adapter import NO_RNGS, adapter, array_of, returns
 
 
@@ -18,7 +19,7 @@ from .adapter import NO_RNGS, adapter, array_of, returns
     state=("kernel", "bias"),
     fixed={"dot_general": jax.lax.dot_general},
 )
-def read_linear(m, ctx):
+def read_linear(m: nnx.Linear, ctx: Reading) -> specs.Linear:
     return specs.Linear(
         weight=array_of(m, ctx, "kernel"),
         bias=array_of(m, ctx, "bias"),
@@ -31,11 +32,11 @@ def read_linear(m, ctx):
 @adapter.builds(
     specs.Linear, carries=("leading_shape", "dtype", "precision", "preferred_element_type")
 )
-def build_linear(spec, ctx):
+def build_linear(spec: specs.Linear, ctx: Building) -> nnx.Linear:
     return nnx.Linear(*spec.weight.shape, **_options(spec), rngs=NO_RNGS)
 
 
-def _options(spec) -> dict[str, Any]:
+def _options(spec: Any) -> dict[str, Any]:
     return {
         "use_bias": spec.bias is not None,
         "dtype": spec.dtype,
@@ -48,7 +49,7 @@ def _options(spec) -> dict[str, Any]:
 
 
 @adapter.reads(nnx.LoRA, specs.LoRA, state=("lora_a", "lora_b", "base_module"))
-def read_lora(m, ctx):
+def read_lora(m: nnx.LoRA, ctx: Reading) -> specs.LoRA:
     base = m.base_module
     return specs.LoRA(
         lora_a=array_of(m, ctx, "lora_a", nnx.LoRAParam),
@@ -65,13 +66,13 @@ def read_lora(m, ctx):
     state=("kernel", "bias", "lora"),
     fixed={"dot_general": jax.lax.dot_general},
 )
-def read_lora_linear(m, ctx):
-    lora = ctx.read(m.lora, f"{ctx.path}.lora")
+def read_lora_linear(m: nnx.LoRALinear, ctx: Reading) -> specs.LoRA:
+    lora: Any = ctx.read(m.lora, f"{ctx.path}.lora")
     return dataclasses.replace(lora, base=read_linear(m, ctx))
 
 
 @adapter.builds(specs.LoRA, carries=("base", "dtype", "promotes_base", "leading_shape"))
-def build_lora(spec, ctx):
+def build_lora(spec: specs.LoRA, ctx: Building) -> nnx.LoRA | nnx.LoRALinear:
     options = {
         "a_initializer": returns(spec.lora_a),
         "b_initializer": returns(spec.lora_b),

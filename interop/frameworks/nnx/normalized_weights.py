@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ... import specs
+from ...walk import Building, Reading
 from .adapter import NO_RNGS, adapter, returns
 
 _LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose)
 
 
-def _read_layer(m, ctx, paths: list[tuple[Any, ...]]) -> Any:
+def _read_layer(m: Any, ctx: Reading, paths: list[tuple[Any, ...]]) -> Any:
     """The spec of the layer within, of whose arrays those at ``paths`` are normalised."""
     native = m.layer_instance
     layer = ctx.read(native, f"{ctx.path}.layer_instance")
@@ -37,7 +38,7 @@ ONLY_KERNELS = (
 @adapter.reads(
     nnx.SpectralNorm, specs.SpectralNorm, state=("layer_instance", "batch_stats", "rngs")
 )
-def read_spectral_norm(m, ctx):
+def read_spectral_norm(m: nnx.SpectralNorm, ctx: Reading) -> specs.SpectralNorm:
     paths = [path[:-1] for path in m.batch_stats] if m.n_steps >= 1 else []
     layer = _read_layer(m, ctx, paths)
     if not paths:  # there is nothing to normalise
@@ -54,14 +55,14 @@ def read_spectral_norm(m, ctx):
     )
 
 
-def _build_layer(spec, ctx) -> Any:
+def _build_layer(spec: Any, ctx: Building) -> Any:
     if not spec.overwrites:
         ctx.refuse("overwrites", False, "NNX leaves the new kernel in the place of the old one")
     check_layer(spec, ctx)
     return ctx.build_part(spec.layer, _LAYERS)
 
 
-def check_layer(spec, ctx) -> None:
+def check_layer(spec: Any, ctx: Building) -> None:
     """Refuse a layer whose kernel Flax mirrors."""
     if isinstance(spec.layer, specs.ConvTranspose) and spec.layer.padding_mode != "ZEROS":
         ctx.refuse("layer.padding_mode", spec.layer.padding_mode, "Flax may mirror the kernel")
@@ -70,7 +71,7 @@ def check_layer(spec, ctx) -> None:
 @adapter.builds(
     specs.SpectralNorm, carries=("dtype", "overwrites", "sigma", "steps", "epsilon")
 )
-def build_spectral_norm(spec, ctx):
+def build_spectral_norm(spec: specs.SpectralNorm, ctx: Building) -> nnx.SpectralNorm:
     norm = nnx.SpectralNorm(
         _build_layer(spec, ctx),
         n_steps=0,  # so that nothing is drawn
@@ -90,7 +91,7 @@ def build_spectral_norm(spec, ctx):
 
 
 @adapter.reads(nnx.WeightNorm, specs.WeightNorm, state=("layer_instance", "scales"))
-def read_weight_norm(m, ctx):
+def read_weight_norm(m: Any, ctx: Reading) -> specs.WeightNorm:
     state: Any = nnx.to_flat_state(nnx.state(m.layer_instance))
     paths = [path for path, variable in state if m.variable_filter(path, variable)]
     layer = _read_layer(m, ctx, paths)
@@ -116,7 +117,7 @@ def read_weight_norm(m, ctx):
     )
 
 
-def normalized_axes(m, array, ctx) -> tuple[int, ...]:
+def normalized_axes(m: Any, array: Any, ctx: Reading) -> tuple[int, ...]:
     """The axes of an array that have norms of their own, which Flax spells alike in both."""
     given = () if m.feature_axes is None else m.feature_axes
     axes = (given,) if isinstance(given, int) else tuple(given)
@@ -125,7 +126,7 @@ def normalized_axes(m, array, ctx) -> tuple[int, ...]:
     return tuple(sorted(axis % array.ndim - array.ndim for axis in axes))
 
 
-def feature_axes(spec, ctx) -> Any:
+def feature_axes(spec: Any, ctx: Building) -> Any:
     """The same option, as both constructors take it."""
     axes, bias_axes = spec.axes, spec.bias_axes
     if axes is None or bias_axes is None:
@@ -139,13 +140,13 @@ def feature_axes(spec, ctx) -> Any:
     return counted[0]
 
 
-def normalized_names(spec) -> list[str]:
+def normalized_names(spec: Any) -> list[str]:
     """The arrays that are normalised, by Flax's names."""
     axes = {"kernel": spec.axes, "bias": spec.bias_axes}
     return [name for name, given in axes.items() if given is not None]
 
 
-def scales_of(spec, ctx) -> dict[str, Any]:
+def scales_of(spec: Any, ctx: Building) -> dict[str, Any]:
     """Their scales, by the same names; Flax has one for each, or for none."""
     parts = spec.parts
     scales = {"kernel": parts["weight"][1], "bias": parts["bias"][1]}
@@ -175,7 +176,7 @@ _NO_KEYS: Any = {"params": None}
         *("scale", "bias_scale", "fixed_scale", "fixed_bias_scale"),
     ),
 )
-def build_weight_norm(spec, ctx):
+def build_weight_norm(spec: specs.WeightNorm, ctx: Building) -> nnx.WeightNorm:
     axes, names, scales = feature_axes(spec, ctx), normalized_names(spec), scales_of(spec, ctx)
     is_trained = spec.fixed_scale is None and spec.fixed_bias_scale is None
     if scales and is_trained != _trains_scales():

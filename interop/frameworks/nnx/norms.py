@@ -8,10 +8,11 @@ from typing import Any
 from flax import nnx
 
 from ... import specs
+from ...walk import Building, Reading
 from .adapter import NO_RNGS, adapter, array_of, returns
 
 
-def _norm_fields(m, ctx) -> dict[str, Any]:
+def _norm_fields(m: Any, ctx: Reading) -> dict[str, Any]:
     """What every normalisation layer holds."""
     dtype = specs.dtype(m.dtype)
     return {
@@ -26,7 +27,7 @@ def _norm_fields(m, ctx) -> dict[str, Any]:
     }
 
 
-def _norm_options(spec, ctx) -> dict[str, Any]:
+def _norm_options(spec: Any, ctx: Building) -> dict[str, Any]:
     options = {
         "epsilon": spec.epsilon,
         "dtype": _norm_dtype(spec, ctx),
@@ -43,7 +44,7 @@ def _norm_options(spec, ctx) -> dict[str, Any]:
     return options
 
 
-def _norm_dtype(spec, ctx):
+def _norm_dtype(spec: Any, ctx: Building) -> Any:
     """The one dtype that this framework has for the operands and for the result."""
     if spec.compute_dtype == spec.output_dtype or specs.is_wide(spec.output_dtype):
         return spec.output_dtype
@@ -64,7 +65,9 @@ def _norm_dtype(spec, ctx):
     specs.RMSNorm,
     state=("scale",),
 )
-def read_layer_norm(m, ctx):
+def read_layer_norm(
+    m: nnx.LayerNorm | nnx.RMSNorm, ctx: Reading
+) -> specs.LayerNorm | specs.RMSNorm:
     reduction_axes = _axes(m.reduction_axes, "reduction_axes", ctx)
     feature_axes = _axes(m.feature_axes, "feature_axes", ctx)
     return (specs.RMSNorm if isinstance(m, nnx.RMSNorm) else specs.LayerNorm)(
@@ -76,7 +79,7 @@ def read_layer_norm(m, ctx):
     )
 
 
-def _axes(axes: Any, option: str, ctx) -> tuple[int, ...]:
+def _axes(axes: Any, option: str, ctx: Reading) -> tuple[int, ...]:
     axes = (axes,) if isinstance(axes, int) else tuple(axes)
     if any(axis >= 0 for axis in axes):
         ctx.refuse(
@@ -96,7 +99,7 @@ _NORM = ("axis_name", "axis_index_groups", "compute_dtype", "output_dtype")
 
 @adapter.builds(specs.LayerNorm, carries=(*_AXES, *_NORM))
 @adapter.builds(specs.RMSNorm, carries=(*_AXES, *_NORM))
-def build_layer_norm(spec, ctx):
+def build_layer_norm(spec: specs.LayerNorm | specs.RMSNorm, ctx: Building) -> Any:
     arrays = [array for array in (spec.scale, spec.bias) if array is not None]
     shape = arrays[0].shape if arrays else spec.feature_shape
     if shape is None:
@@ -119,7 +122,7 @@ def _flat(array: Any) -> Any:
     specs.GroupNorm,
     state=("scale", "bias"),
 )
-def read_group_norm(m, ctx):
+def read_group_norm(m: nnx.GroupNorm, ctx: Reading) -> specs.GroupNorm:
     axes = m.reduction_axes
     return specs.GroupNorm(
         **_norm_fields(m, ctx),
@@ -130,7 +133,7 @@ def read_group_norm(m, ctx):
     )
 
 
-def group_axes(axes: Any, ctx) -> tuple[int, ...] | None:
+def group_axes(axes: Any, ctx: Reading) -> tuple[int, ...] | None:
     """The axes that a GroupNorm reduces beside that of the features, or None for all."""
     if axes is None:
         return None
@@ -141,7 +144,7 @@ def group_axes(axes: Any, ctx) -> tuple[int, ...] | None:
 
 
 @adapter.builds(specs.GroupNorm, carries=(*_NORM, "reduction_axes", "repeat_axis"))
-def build_group_norm(spec, ctx):
+def build_group_norm(spec: specs.GroupNorm, ctx: Building) -> nnx.GroupNorm:
     features, axes = spec.features or ctx.require_shape()[-1], spec.reduction_axes
     if spec.repeat_axis != (-1 if axes is None else 1):
         ctx.refuse("reduction_axes", axes, "nnx repeats the statistics along axis 1")
@@ -159,7 +162,7 @@ def build_group_norm(spec, ctx):
     state=("scale", "bias"),
     fixed={"feature_axes": -1},
 )
-def read_instance_norm(m, ctx):
+def read_instance_norm(m: nnx.InstanceNorm, ctx: Reading) -> specs.GroupNorm:
     return specs.GroupNorm(
         **_norm_fields(m, ctx), num_groups=m.num_features, features=m.num_features
     )
@@ -170,7 +173,7 @@ def read_instance_norm(m, ctx):
     specs.BatchNorm,
     state=("scale", "bias", "mean", "var"),
 )
-def read_batch_norm(m, ctx):
+def read_batch_norm(m: nnx.BatchNorm, ctx: Reading) -> specs.BatchNorm:
     (axis,) = _axes(m.axis, "axis", ctx)
     fields, mean = _norm_fields(m, ctx), array_of(m, ctx, "mean", nnx.BatchStat)
     if m.dtype is None:
@@ -186,7 +189,7 @@ def read_batch_norm(m, ctx):
 
 
 @adapter.builds(specs.BatchNorm, carries=("axis", *_NORM))
-def build_batch_norm(spec, ctx):
+def build_batch_norm(spec: specs.BatchNorm, ctx: Building) -> nnx.BatchNorm:
     promoted = specs.promoted_dtype(spec.mean, spec.scale, spec.bias)
     if spec.output_dtype is None and promoted is not None:
         ctx.refuse("dtype", None, f"nnx returns {promoted} for a half-precision input")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ... import formulas, specs
+from ...walk import Building, Reading
 from .adapter import NO_RNGS, adapter, array_of, returns
 
 _CELL: dict[str, Any] = {
@@ -17,20 +18,20 @@ _CELL: dict[str, Any] = {
 
 
 @adapter.reads(nnx.SimpleCell, specs.SimpleCell, **_CELL)
-def read_simple_cell(m, ctx):
+def read_simple_cell(m: nnx.SimpleCell, ctx: Reading) -> specs.SimpleCell:
     arrays = _dense_arrays([m.dense_i], [m.dense_h], ctx, bias=m.dense_i)
     return specs.SimpleCell(**arrays, **cell_fields(m, *arrays.values()), residual=m.residual)
 
 
 @adapter.reads(nnx.GRUCell, specs.GRUCell, **_CELL)
-def read_gru_cell(m, ctx):
+def read_gru_cell(m: nnx.GRUCell, ctx: Reading) -> specs.GRUCell:
     arrays = _dense_arrays([m.dense_i], [m.dense_h], ctx, bias=m.dense_i)
     return specs.GRUCell(**arrays, bias_n=None, **cell_fields(m, *arrays.values()))
 
 
 @adapter.reads(nnx.LSTMCell, specs.LSTMCell, **_CELL)
 @adapter.reads(nnx.OptimizedLSTMCell, specs.LSTMCell, **_CELL)
-def read_lstm_cell(m, ctx):
+def read_lstm_cell(m: nnx.LSTMCell | nnx.OptimizedLSTMCell, ctx: Reading) -> specs.LSTMCell:
     if isinstance(m, nnx.OptimizedLSTMCell):
         inputs, hidden = [m.dense_i], [m.dense_h]
     else:
@@ -40,7 +41,7 @@ def read_lstm_cell(m, ctx):
     return specs.LSTMCell(**arrays, **cell_fields(m, *arrays.values()))
 
 
-def _dense_arrays(inputs, hidden, ctx, bias: Any = None) -> dict[str, Any]:
+def _dense_arrays(inputs: Any, hidden: Any, ctx: Reading, bias: Any = None) -> dict[str, Any]:
     own = [layer.kernel for layer in (*inputs, *hidden)]
     if len({*map(id, own)}) < len(own):
         ctx.refuse("kernel", "of several gates", "one array for them would become several")
@@ -49,7 +50,7 @@ def _dense_arrays(inputs, hidden, ctx, bias: Any = None) -> dict[str, Any]:
     return found if bias is None else found | {"bias": array_of(bias, ctx, "bias")}
 
 
-def joined(arrays: list[Any], ctx) -> Any:
+def joined(arrays: list[Any], ctx: Reading) -> Any:
     """The arrays of a cell's gates side by side."""
     found = {str(array.dtype) for array in arrays}
     if len(found) > 1:
@@ -57,7 +58,7 @@ def joined(arrays: list[Any], ctx) -> Any:
     return arrays[0] if len(arrays) == 1 else specs.Gates(tuple(arrays))
 
 
-def cell_fields(m, *arrays: Any) -> dict[str, Any]:
+def cell_fields(m: Any, *arrays: Any) -> dict[str, Any]:
     """The options of a cell, None for the usual ones, which Flax spells alike in both."""
     usual = specs.common_dtype(*arrays)
     fields = {
@@ -70,7 +71,7 @@ def cell_fields(m, *arrays: Any) -> dict[str, Any]:
     return fields
 
 
-def cell_options(spec) -> dict[str, Any]:
+def cell_options(spec: Any) -> dict[str, Any]:
     """The same options, as both constructors take them, but ``carry_init``."""
     options = {
         "activation_fn": spec.activation or jnp.tanh,
@@ -80,7 +81,7 @@ def cell_options(spec) -> dict[str, Any]:
     return options | ({"gate_fn": spec.gate or jax.nn.sigmoid} if hasattr(spec, "gate") else {})
 
 
-def _cell(cls: Any, spec, **options: Any) -> Any:
+def _cell(cls: Any, spec: Any, **options: Any) -> Any:
     """A cell of that class for a spec's sizes and options; every array is to be replaced."""
     empty = returns(jnp.zeros(()))
     cell = cls(
@@ -100,27 +101,27 @@ def _cell(cls: Any, spec, **options: Any) -> Any:
 _CARRIED = ("activation", "dtype", "carry_init")
 
 
-def check_bias(bias: Any, ctx) -> None:
+def check_bias(bias: Any, ctx: Building) -> None:
     """Refuse a cell without a bias."""
     if bias is None:
         ctx.refuse("use_bias", False, "Flax's cells have a bias")
 
 
 @adapter.builds(specs.SimpleCell, carries=(*_CARRIED, "residual"))
-def build_simple_cell(spec, ctx):
+def build_simple_cell(spec: specs.SimpleCell, ctx: Building) -> Any:
     check_bias(spec.bias, ctx)
     return _with_dense(_cell(nnx.SimpleCell, spec, residual=spec.residual), spec)
 
 
 @adapter.builds(specs.GRUCell, carries=(*_CARRIED, "gate"))
-def build_gru_cell(spec, ctx):
+def build_gru_cell(spec: specs.GRUCell, ctx: Building) -> Any:
     check_bias(spec.bias, ctx)
     if spec.bias_n is not None:
         ctx.refuse("bias_n", spec.bias_n, "nnx has no bias in the product with the state")
     return _with_dense(_cell(nnx.GRUCell, spec), spec)
 
 
-def _with_dense(cell: Any, spec) -> Any:
+def _with_dense(cell: Any, spec: Any) -> Any:
     cell.dense_i.kernel.set_value(spec.weight_x)
     cell.dense_i.bias.set_value(spec.bias)
     cell.dense_h.kernel.set_value(spec.weight_h)
@@ -128,7 +129,7 @@ def _with_dense(cell: Any, spec) -> Any:
 
 
 @adapter.builds(specs.LSTMCell, carries=(*_CARRIED, "gate"), apart=True)
-def build_lstm_cell(spec, ctx):
+def build_lstm_cell(spec: specs.LSTMCell, ctx: Building) -> nnx.LSTMCell:
     check_bias(spec.bias, ctx)
     cell = _cell(nnx.LSTMCell, spec)
     inputs, hidden = (cell.ii, cell.if_, cell.ig, cell.io), (cell.hi, cell.hf, cell.hg, cell.ho)
@@ -153,12 +154,12 @@ _RNN = ("time_major", "return_carry", "reverse", "keep_order", "unroll")
     state=("cell", "rngs", "state_axes"),
     fixed={"state_axes": nnx.StateAxes({...: nnx.Carry}), "broadcast_rngs": None},
 )
-def read_rnn(m, ctx):
+def read_rnn(m: nnx.RNN, ctx: Reading) -> specs.RNN:
     cell = read_cell(m.cell, m.cell, ctx)
     return specs.RNN(cell=cell, **{name: getattr(m, name) for name in _RNN})
 
 
-def read_cell(node: Any, cell: Any, ctx) -> Any:
+def read_cell(node: Any, cell: Any, ctx: Reading) -> Any:
     """The spec of the cell that a layer runs."""
     spec = ctx.read(node, f"{ctx.path}.cell")
     if not isinstance(spec, specs.Cell):
@@ -167,14 +168,14 @@ def read_cell(node: Any, cell: Any, ctx) -> Any:
 
 
 @adapter.builds(specs.RNN, carries=_RNN)
-def build_rnn(spec, ctx):
+def build_rnn(spec: specs.RNN, ctx: Building) -> nnx.RNN:
     return nnx.RNN(ctx.build(spec.cell), **{name: getattr(spec, name) for name in _RNN})
 
 
 @adapter.reads(
     nnx.Bidirectional, specs.Bidirectional, state=("forward_rnn", "backward_rnn", "rngs")
 )
-def read_bidirectional(m, ctx):
+def read_bidirectional(m: nnx.Bidirectional, ctx: Reading) -> specs.Bidirectional:
     parts = {name: (getattr(m, name), getattr(m, name)) for name in RNNS}
     return specs.Bidirectional(**read_rnns(parts, ctx), **bidirectional_fields(m))
 
@@ -182,7 +183,7 @@ def read_bidirectional(m, ctx):
 RNNS = ("forward_rnn", "backward_rnn")
 
 
-def read_rnns(parts: dict[str, tuple[Any, Any]], ctx) -> dict[str, Any]:
+def read_rnns(parts: dict[str, tuple[Any, Any]], ctx: Reading) -> dict[str, Any]:
     """The specs of both directions, from their nodes and modules by name."""
     found = {name: ctx.read(node, f"{ctx.path}.{name}") for name, (node, _) in parts.items()}
     for name, spec in found.items():
@@ -191,7 +192,7 @@ def read_rnns(parts: dict[str, tuple[Any, Any]], ctx) -> dict[str, Any]:
     return found
 
 
-def bidirectional_fields(m) -> dict[str, Any]:
+def bidirectional_fields(m: Any) -> dict[str, Any]:
     """The options, None for the usual merge, which Flax spells alike in NNX and in Linen."""
     is_usual = m.merge_fn is type(m).merge_fn
     return {
@@ -201,13 +202,13 @@ def bidirectional_fields(m) -> dict[str, Any]:
     }
 
 
-def bidirectional_options(spec) -> dict[str, Any]:
+def bidirectional_options(spec: Any) -> dict[str, Any]:
     """The same options, as both constructors take them."""
     merge = {} if spec.merge is None else {"merge_fn": spec.merge}
     return merge | {"time_major": spec.time_major, "return_carry": spec.return_carry}
 
 
 @adapter.builds(specs.Bidirectional, carries=("merge", "time_major", "return_carry"))
-def build_bidirectional(spec, ctx):
+def build_bidirectional(spec: specs.Bidirectional, ctx: Building) -> nnx.Bidirectional:
     parts = [ctx.build(getattr(spec, name)) for name in RNNS]
     return nnx.Bidirectional(*parts, **bidirectional_options(spec))

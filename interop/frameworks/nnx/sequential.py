@@ -5,16 +5,17 @@ from __future__ import annotations
 from flax import nnx
 
 from ... import specs
+from ...walk import Building, Reading
 from .adapter import adapter
 
 
 @adapter.reads(nnx.Sequential, specs.Sequential, state=("layers",))
-def read_sequential(m, ctx):
+def read_sequential(m: nnx.Sequential, ctx: Reading) -> specs.Sequential:
     return specs.Sequential(layers=ctx.read_all(m.layers))
 
 
 @adapter.builds(specs.Sequential)
-def build_sequential(spec, ctx):
+def build_sequential(spec: specs.Sequential, ctx: Building) -> nnx.Sequential:
     return nnx.Sequential(*[ctx.build(layer) for layer in spec.layers])
 
 

@@ -6,11 +6,12 @@ import functools
 from typing import Any
 
 from ... import specs
+from ...walk import Building
 from .adapter import POOLS, adapter
 from .functions import build_formula
 
 
-def build_pool(spec, ctx):
+def build_pool(spec: specs.Pool, ctx: Building) -> Any:
     if not spec.is_plain(*POOLS) or spec.counts == "covered":
         return spec.function
     options: dict[str, Any] = {"window_shape": spec.window}
