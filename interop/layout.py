@@ -377,14 +377,17 @@ class _Crossing:
         return 0
 
     def _axes_before(self, leaf: specs.Spec, rest: list[specs.Spec]) -> int:
-        """The axes of a function's input, by the next layer that has a fixed number."""
-        space = next((later.space for later in rest if later.space is not None), None)
-        if space is None and any(later.has_channels for later in rest):
-            rank = len(self._require_shape(leaf))
-            return 0 if rank == 1 else rank
-        if not space:
-            return 0
-        return space + 1 if len(self._require_shape(leaf)) == space + 1 else 0
+        """The axes of a function's input, by the next layer that tells where channels are."""
+        for i, later in enumerate(rest):
+            if later.space is not None:
+                moves = later.space and len(self._require_shape(leaf)) == later.space + 1
+                return later.space + 1 if moves else 0
+            if later.has_channels:
+                rank, here = len(self._require_shape(leaf)), self.shape
+                for passed in (leaf, *rest[:i]):
+                    here = passed.output_shape(here)
+                return 0 if rank == 1 or (here is not None and len(here) == 1) else rank
+        return 0
 
     def _ahead(self, i: int) -> int | None:
         """Axes of space that the data from layer ``i`` on must have, 0 for none, if known."""

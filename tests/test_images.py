@@ -117,6 +117,43 @@ def test_an_unknown_function_between_spatial_layers_sees_its_own_layout(source, 
     assert source.options(back)[-1] == source.options(features(source, last))[-1]
 
 
+def test_a_function_before_a_norm_of_images_moves_with_it(source, target):
+    for feature in ("functions", "flatten"):
+        source.needs(feature)
+        target.needs(feature)
+    scale, shift = array(3, positive=True), array(3, seed=1)
+    weight = array(7 * 6 * 3, 2, seed=2)
+    own = weight
+    if source.channels_first:
+        own = weight.reshape(7, 6, 3, 2).transpose(2, 0, 1, 3).reshape(-1, 2)
+    model = source.sequential(
+        source.activation(jnp.sin),
+        source.group_norm(scale, shift, groups=3, epsilon=1e-3),
+        source.flatten(),
+        source.linear(own, B),
+    )
+    sample = source.from_channels_last(X).shape[1:]
+    found = target.convert_from(source, model, sample_input=sample)
+    y = truth.group_norm(np.sin(X), scale, shift, groups=3, epsilon=1e-3)
+    wanted = truth.linear(y.reshape(2, -1), weight, B)
+    close(target.call(found, target.from_channels_last(X)), wanted)
+
+
+def test_flattened_input_of_which_nothing_tells_that_it_has_channels_stays(source, target):
+    """Also before a normalisation, whose channels are those of the flattened examples."""
+    for feature in ("functions", "flatten"):
+        source.needs(feature)
+        target.needs(feature)
+    scale, shift = array(7 * 6 * 3, positive=True), array(7 * 6 * 3, seed=1)
+    for first in ([], [source.activation(jnp.sin)]):
+        norm = source.group_norm(scale, shift, groups=3, epsilon=1e-3)
+        model = source.sequential(*first, source.flatten(), norm)
+        found = target.convert_from(source, model, sample_input=X.shape[1:])
+        x = (np.sin(X) if first else np.float64(X)).reshape(2, -1)
+        wanted = truth.group_norm(x, scale, shift, groups=3, epsilon=1e-3)
+        close(target.call(found, X), wanted)
+
+
 def test_softmax_over_channels_follows_them(source, target):
     axis = -3 if source.name == "equinox" else -1
     softmax = functools.partial(jax.nn.softmax, axis=axis)
