@@ -39,7 +39,8 @@ class Composite(nn.Module):
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         fields = {"skeleton", "deterministic", "name", "parent"}
-        init: Any = cls.__init__
+        made: Any = cls
+        init = made.__init__
 
         @functools.wraps(init)
         def construct(self: Any, *args: Any, **given: Any) -> None:
@@ -49,7 +50,7 @@ class Composite(nn.Module):
                 own["skeleton"] = core.split(spec)[0]
             init(self, **own)
 
-        cls.__init__ = construct
+        made.__init__ = construct
 
     @nn.compact
     def spec(self) -> Any:
@@ -139,38 +140,38 @@ def _layer(spec_type: type[specs.Spec]) -> Any:
     return COMPOSITES[-1]
 
 
-AllToAll = _layer(specs.AllToAll)
-AlphaDropout = _layer(specs.AlphaDropout)
-BatchNorm = _layer(specs.BatchNorm)
-Conv = _layer(specs.Conv)
-ConvLSTMCell = _layer(specs.ConvLSTMCell)
-ConvLocal = _layer(specs.ConvLocal)
-ConvTranspose = _layer(specs.ConvTranspose)
-Dropout = _layer(specs.Dropout)
-DropoutFixed = _layer(specs.DropoutFixed)
-Einsum = _layer(specs.Einsum)
-Embedding = _layer(specs.Embedding)
-FixedNumConn = _layer(specs.FixedNumConn)
-FrozenEmbedding = _layer(specs.FrozenEmbedding)
-GRUCell = _layer(specs.GRUCell)
-GroupNorm = _layer(specs.GroupNorm)
-LSTMCell = _layer(specs.LSTMCell)
-LayerNorm = _layer(specs.LayerNorm)
-Linear = _layer(specs.Linear)
-LinearGeneral = _layer(specs.LinearGeneral)
-LoRA = _layer(specs.LoRA)
-MGUCell = _layer(specs.MGUCell)
-MaxUnpool = _layer(specs.MaxUnpool)
-MultiHeadAttention = _layer(specs.MultiHeadAttention)
-PReLU = _layer(specs.PReLU)
-RMSNorm = _layer(specs.RMSNorm)
-RotaryEmbedding = _layer(specs.RotaryEmbedding)
-ScaledWSConv = _layer(specs.ScaledWSConv)
-ScaledWSLinear = _layer(specs.ScaledWSLinear)
-SignedLinear = _layer(specs.SignedLinear)
-SimpleCell = _layer(specs.SimpleCell)
-SparseLinear = _layer(specs.SparseLinear)
-SpectralNorm = _layer(specs.SpectralNorm)
-SpikeBitwise = _layer(specs.SpikeBitwise)
-URLSTMCell = _layer(specs.URLSTMCell)
-WeightNorm = _layer(specs.WeightNorm)
+AllToAll: type[Composite] = _layer(specs.AllToAll)
+AlphaDropout: type[Composite] = _layer(specs.AlphaDropout)
+BatchNorm: type[Composite] = _layer(specs.BatchNorm)
+Conv: type[Composite] = _layer(specs.Conv)
+ConvLSTMCell: type[Cell] = _layer(specs.ConvLSTMCell)
+ConvLocal: type[Composite] = _layer(specs.ConvLocal)
+ConvTranspose: type[Composite] = _layer(specs.ConvTranspose)
+Dropout: type[Composite] = _layer(specs.Dropout)
+DropoutFixed: type[Composite] = _layer(specs.DropoutFixed)
+Einsum: type[Composite] = _layer(specs.Einsum)
+Embedding: type[Composite] = _layer(specs.Embedding)
+FixedNumConn: type[Composite] = _layer(specs.FixedNumConn)
+FrozenEmbedding: type[Composite] = _layer(specs.FrozenEmbedding)
+GRUCell: type[Cell] = _layer(specs.GRUCell)
+GroupNorm: type[Composite] = _layer(specs.GroupNorm)
+LSTMCell: type[Cell] = _layer(specs.LSTMCell)
+LayerNorm: type[Composite] = _layer(specs.LayerNorm)
+Linear: type[Composite] = _layer(specs.Linear)
+LinearGeneral: type[Composite] = _layer(specs.LinearGeneral)
+LoRA: type[Composite] = _layer(specs.LoRA)
+MGUCell: type[Cell] = _layer(specs.MGUCell)
+MaxUnpool: type[Composite] = _layer(specs.MaxUnpool)
+MultiHeadAttention: type[Composite] = _layer(specs.MultiHeadAttention)
+PReLU: type[Composite] = _layer(specs.PReLU)
+RMSNorm: type[Composite] = _layer(specs.RMSNorm)
+RotaryEmbedding: type[Composite] = _layer(specs.RotaryEmbedding)
+ScaledWSConv: type[Composite] = _layer(specs.ScaledWSConv)
+ScaledWSLinear: type[Composite] = _layer(specs.ScaledWSLinear)
+SignedLinear: type[Composite] = _layer(specs.SignedLinear)
+SimpleCell: type[Cell] = _layer(specs.SimpleCell)
+SparseLinear: type[Composite] = _layer(specs.SparseLinear)
+SpectralNorm: type[Composite] = _layer(specs.SpectralNorm)
+SpikeBitwise: type[Composite] = _layer(specs.SpikeBitwise)
+URLSTMCell: type[Cell] = _layer(specs.URLSTMCell)
+WeightNorm: type[Composite] = _layer(specs.WeightNorm)

@@ -114,7 +114,7 @@ class SparseLinear(Spec):
     sizes: tuple[int, int]
     form: str = "COO"
 
-    trained = ("weight", "bias")
+    trained: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
     def apply(self, run: Run, x: Array) -> Array:
         return formulas.sparse_linear(

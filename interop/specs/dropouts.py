@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +133,7 @@ class DropoutFixed(Spec):
     in_size: Shape
     mask: Array | None
 
-    buffers = ("mask",)
+    buffers: ClassVar[tuple[str, ...]] = ("mask",)
     keeps_shape = True
     takes_examples = True
     counts_axes = True

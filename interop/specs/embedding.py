@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class Embedding(Spec):
     scale_grad_by_freq: bool = False
     dtype: DType | None = None
 
-    trained = ("weight",)
+    trained: ClassVar[tuple[str, ...]] = ("weight",)
     takes_integers = True
 
     def apply(self, run: Run, x: Array) -> Array:
@@ -94,8 +94,8 @@ class Embedding(Spec):
 class FrozenEmbedding(Embedding):
     """:class:`Embedding` whose table is no parameter: optimisers do not see it."""
 
-    trained = ()
-    buffers = ("weight",)
+    trained: ClassVar[tuple[str, ...]] = ()
+    buffers: ClassVar[tuple[str, ...]] = ("weight",)
 
     @property
     def has_modes(self) -> bool:

@@ -135,7 +135,7 @@ class Flatten(Formula):
     start_axis: int = 0
     end_axis: int = -1
     in_size: Shape | None = None
-    formula = staticmethod(formulas.flatten)
+    formula: ClassVar[Callable[..., Any]] = staticmethod(formulas.flatten)
 
     @property
     def axes(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -162,8 +162,8 @@ class Unflatten(Formula):
 
     axis: int
     sizes: tuple[int, ...]
-    formula = staticmethod(formulas.unflatten)
-    axes = ("axis",)
+    formula: ClassVar[Callable[..., Any]] = staticmethod(formulas.unflatten)
+    axes: ClassVar[tuple[str, ...]] = ("axis",)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -208,7 +208,7 @@ class PReLU(Spec):
     dtype: DType | None = None
     keeps_dtype: bool = False
 
-    trained = ("slope",)
+    trained: ClassVar[tuple[str, ...]] = ("slope",)
     keeps_shape = True
 
     def apply(self, run: Run, x: Any) -> Any:

@@ -229,8 +229,8 @@ class LoRA(Spec):
     promotes_base: bool = False
     leading_shape: Shape = ()
 
-    trained = ("lora_a", "lora_b")
-    children = ("base",)
+    trained: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b")
+    children: ClassVar[tuple[str, ...]] = ("base",)
 
     def apply(self, run: Run, x: Array) -> Array:
         operands = formulas.promote(x, self.lora_a, self.lora_b, dtype=self.dtype)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class NormalizedWeight(Spec):
     dtype: DType | None = None
     overwrites: bool = False
 
-    children = ("layer",)
+    children: ClassVar[tuple[str, ...]] = ("layer",)
 
     def normalized(self, run: Run) -> dict[str, Array]:
         """The arrays of ``layer`` that take the place of its own, by name."""
@@ -116,7 +116,7 @@ class SpectralNorm(NormalizedWeight):
     steps: int = 1
     epsilon: float = 1e-12
 
-    buffers = ("u", "v", "sigma")
+    buffers: ClassVar[tuple[str, ...]] = ("u", "v", "sigma")
 
     def normalized(self, run: Run) -> dict[str, Array]:
         weight = self.layer.weight
@@ -195,8 +195,8 @@ class WeightNorm(NormalizedWeight):
     bias_axes: tuple[int, ...] | None = None
     epsilon: float = 1e-12
 
-    trained = ("scale", "bias_scale")
-    buffers = ("fixed_scale", "fixed_bias_scale")
+    trained: ClassVar[tuple[str, ...]] = ("scale", "bias_scale")
+    buffers: ClassVar[tuple[str, ...]] = ("fixed_scale", "fixed_bias_scale")
 
     def normalized(self, run: Run) -> dict[str, Array]:
         return {

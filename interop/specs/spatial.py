@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 
@@ -24,7 +24,7 @@ class Spatial(Formula):
     """A formula for images. Its channels are last, or at ``channel_axis`` of the batch."""
 
     channel_axis: int | None
-    axes = ("channel_axis",)
+    axes: ClassVar[tuple[str, ...]] = ("channel_axis",)
 
     @property
     def dims(self) -> int:
@@ -53,7 +53,7 @@ class Pad(Spatial):
     mode: str = "zero"
     value: float = 0.0
     channel_axis: int | None = -1
-    formula = staticmethod(formulas.pad)
+    formula: ClassVar[Callable[..., Any]] = staticmethod(formulas.pad)
 
     @property
     def dims(self) -> int:
@@ -75,7 +75,7 @@ class Pool(Spatial):
     operation: Callable[..., Any] | None = None
     init: float = 0.0
     indices: str | None = None
-    formula = staticmethod(formulas.pool)
+    formula: ClassVar[Callable[..., Any]] = staticmethod(formulas.pool)
 
     @classmethod
     def shaped(cls, window: tuple[int, ...], **options: Any) -> Self:
@@ -135,7 +135,7 @@ class AdaptivePool(Spatial):
     kind: str = "mean"
     channel_axis: int | None = -1
     operation: Callable[[Any], Any] | None = None
-    formula = staticmethod(formulas.adaptive_pool)
+    formula: ClassVar[Callable[..., Any]] = staticmethod(formulas.adaptive_pool)
 
     @property
     def dims(self) -> int:

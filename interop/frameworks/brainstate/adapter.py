@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import brainstate
 import brainunit
@@ -16,6 +16,7 @@ from brainstate import nn
 from ... import specs
 from ...composites.brainstate import COMPOSITES, Composite, Lambda
 from ...registry import Adapter, ReadRule
+from ...specs import Spec
 from ...walk import Building, Reading
 
 _PARAM_TYPES = (brainstate.ParamState, type(nn.LayerNorm((1,)).weight))
@@ -26,8 +27,10 @@ _OF_A_RUN = (brainstate.ShortTermState, brainstate.random.RandomState)
 
 class BrainState(Adapter):
     name = "brainstate"
-    module_type = brainstate.nn.Module
-    edges = {specs.Embedding: "a too large index gives the last row, without a gradient"}
+    module_type: ClassVar[type] = brainstate.nn.Module
+    edges: ClassVar[Mapping[type[Spec], str]] = {
+        specs.Embedding: "a too large index gives the last row, without a gradient"
+    }
     is_hub = True
 
     def containers(self, node: Any) -> Iterable[tuple[str, object]]:
@@ -95,7 +98,7 @@ def _holds_state(value: Any) -> bool:
     return isinstance(value, brainstate.State | brainstate.graph.Node)
 
 
-adapter = BrainState()
+adapter: Adapter = BrainState()
 
 
 adapter.ships(COMPOSITES)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -35,9 +35,11 @@ class Node:
 
 class Equinox(Adapter):
     name = "equinox"
-    module_type = eqx.Module
-    edges = {specs.Embedding: "a too large index gives the last row"}
-    companion = "state"
+    module_type: ClassVar[type] = eqx.Module
+    edges: ClassVar[Mapping[type[Spec], str]] = {
+        specs.Embedding: "a too large index gives the last row"
+    }
+    companion: ClassVar[str | None] = "state"
     per_example = True
     channels_first = True
     has_identity = False
@@ -160,7 +162,7 @@ class Equinox(Adapter):
         )[0]
 
 
-adapter = Equinox()
+adapter: Adapter = Equinox()
 
 
 adapter.ships(COMPOSITES)

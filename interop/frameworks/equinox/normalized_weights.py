@@ -40,7 +40,7 @@ def read_spectral_norm(node: Node, ctx: Reading) -> specs.SpectralNorm:
 
 
 @adapter.builds(specs.SpectralNorm, carries=("v", "steps", "epsilon"))
-def build_spectral_norm(spec: specs.SpectralNorm, ctx: Building) -> eqx.nn.SpectralNorm:
+def build_spectral_norm(spec: specs.SpectralNorm, ctx: Building) -> eqx.nn.SpectralNorm[Any]:
     v: Any = spec.v
     if v is None:
         return ctx.refuse("v", None, "Equinox keeps both vectors")

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -54,10 +54,10 @@ class Node:
 
 class Linen(Adapter):
     name = "linen"
-    module_type = nn.Module
-    edges = {specs.Embedding: "a too large index gives NaN"}
-    fixed = {"promote_dtype": dtypes.promote_dtype}
-    companion = "params"
+    module_type: ClassVar[type] = nn.Module
+    edges: ClassVar[Mapping[type[Spec], str]] = {specs.Embedding: "a too large index gives NaN"}
+    fixed: ClassVar[Mapping[str, Any]] = {"promote_dtype": dtypes.promote_dtype}
+    companion: ClassVar[str | None] = "params"
     spreads = True
     has_partitionings = True
 
@@ -191,7 +191,7 @@ class Linen(Adapter):
         return True  # they may appear in setup, or in a compact call
 
 
-adapter = Linen()
+adapter: Adapter = Linen()
 
 
 adapter.ships(COMPOSITES)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -26,9 +26,9 @@ _OF_A_RUN = (nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation)
 
 class Nnx(Adapter):
     name = "nnx"
-    module_type = nnx.Module
-    edges = {specs.Embedding: "a too large index gives NaN"}
-    fixed = {"promote_dtype": dtypes.promote_dtype}
+    module_type: ClassVar[type] = nnx.Module
+    edges: ClassVar[Mapping[type[Spec], str]] = {specs.Embedding: "a too large index gives NaN"}
+    fixed: ClassVar[Mapping[str, Any]] = {"promote_dtype": dtypes.promote_dtype}
     spreads = True
     has_partitionings = True
 
@@ -123,7 +123,7 @@ class Nnx(Adapter):
         return built if isinstance(built, nnx.Module) else nnx.Sequential(built)
 
 
-adapter = Nnx()
+adapter: Adapter = Nnx()
 
 
 adapter.ships(COMPOSITES)
@@ -140,7 +140,7 @@ _PARTITIONING = {"out_sharding", "mesh", "sharding_rules"}
 _BOXES = (nn.Partitioned, nn.LogicallyPartitioned)
 
 
-def partitioning_of(variable: nnx.Variable) -> Partitioning | None:
+def partitioning_of(variable: nnx.Variable[Any]) -> Partitioning | None:
     """What a Variable's metadata say of how to split its array; None where they don't."""
     metadata = variable.get_metadata()
     names, mesh = metadata.get("out_sharding"), metadata.get("mesh")
@@ -194,7 +194,7 @@ def _value(part: Any) -> Any:
 
 
 def array_of(
-    layer: Any, ctx: Reading, name: str, wanted: type[nnx.Variable] = nnx.Param
+    layer: Any, ctx: Reading, name: str, wanted: type[nnx.Variable[Any]] = nnx.Param
 ) -> Any:
     """The array of the layer's variable of that name, or None."""
     variable = getattr(layer, name)
@@ -232,7 +232,7 @@ def returns(array: Any) -> Any:
     return lambda *_: array
 
 
-POOLS = {"max": nnx.max_pool, "min": nnx.min_pool, "mean": nnx.avg_pool, "fold": nnx.pool}
+POOLS: dict[str, Callable[..., Any]] = {"max": nnx.max_pool, "min": nnx.min_pool, "mean": nnx.avg_pool, "fold": nnx.pool}
 
 
 def read_pool(fn: Any) -> specs.Pool | None:
