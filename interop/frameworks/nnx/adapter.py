@@ -232,7 +232,12 @@ def returns(array: Any) -> Any:
     return lambda *_: array
 
 
-POOLS: dict[str, Callable[..., Any]] = {"max": nnx.max_pool, "min": nnx.min_pool, "mean": nnx.avg_pool, "fold": nnx.pool}
+POOLS: dict[str, Callable[..., Any]] = {
+    "max": nnx.max_pool,
+    "min": nnx.min_pool,
+    "mean": nnx.avg_pool,
+    "fold": nnx.pool,
+}
 
 
 def read_pool(fn: Any) -> specs.Pool | None:

@@ -8,11 +8,11 @@ from .guest import BrainStateGuest
 from .host import FromEquinox, FromLinen, FromNNX, Wrapped
 from .models import Models
 
-whole = Models()
+whole: Models = Models()
 
 __all__ = ["FromEquinox", "FromLinen", "FromNNX", "guest", "host", "whole"]
 
-guest = BrainStateGuest
+guest: type[BrainStateGuest] = BrainStateGuest
 
 _CLASSES = {"equinox": FromEquinox, "linen": FromLinen, "nnx": FromNNX}
 

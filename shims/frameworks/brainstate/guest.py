@@ -14,9 +14,9 @@ import dataclasses
 import inspect
 import math
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from contextvars import ContextVar, Token
-from typing import Any
+from typing import Any, ClassVar
 
 import brainstate
 import jax
@@ -60,11 +60,11 @@ class _StateCell(Cell):
     tree: Any
 
     @property
-    def identity(self):
+    def identity(self) -> tuple[Any, int]:
         inner = vars(self.state).get("_shim_cell")  # the state itself shows another's array
         return (self.state, self.index) if inner is None else inner.identity
 
-    def get(self):
+    def get(self) -> Any:
         value = self.state.value
         if isinstance(value, jax.Array):
             return value
@@ -77,7 +77,7 @@ class _StateCell(Cell):
             )
         return flat[self.index]
 
-    def _put(self, value):
+    def _put(self, value: Any) -> None:
         flat, tree = jax.tree.flatten(self.state.value)
         flat[self.index] = value
         self.state.value = jax.tree.unflatten(tree, flat)
@@ -107,19 +107,19 @@ def _facts(state: brainstate.State) -> Any:
 class BrainStateGuest(WatchedGuest):
     """A BrainState module, seen from a shim."""
 
-    cell_types = (brainstate.nn.RNNCell, brainstate.nn.Dynamics)
+    cell_types: ClassVar[tuple[type, ...]] = (brainstate.nn.RNNCell, brainstate.nn.Dynamics)
 
     def __init__(self, module: brainstate.nn.Module):
-        self.native = module
+        self.native: Any = module
         self._shims: list[Any] = []
         self._states: list[brainstate.State] = []
 
-    def looks(self):
+    def looks(self) -> Looks:
         for shim in self._shims:
             shim._shim_refresh()
         return super().looks()
 
-    def _look(self):
+    def _look(self) -> tuple[Watch | None, Looks]:
         _refresh(self.native)
         nodes = [node for _, node in graph.iter_node(self.native)]
         self._shims = [node for node in nodes if _is_shim(node)]
@@ -128,12 +128,12 @@ class BrainStateGuest(WatchedGuest):
         watch = _watch(nodes, self._states)
         return watch, Looks(BrainStateStructure(self.native), _cells(states))
 
-    def settings(self):
+    def settings(self) -> Hashable:
         found = {name: v for name, v in brainstate.environ.all().items() if name != "fit"}
         flat, tree = jax.tree.flatten(found)  # a quantity is a tree
         return tree, tuple(_comparable(leaf) for leaf in flat if not is_traced(leaf))
 
-    def call(self, call):
+    def call(self, call: Call) -> Any:
         self.looks()
         before = [(state, state.value) for state in self._states]
         try:
@@ -213,9 +213,9 @@ class BrainStateStructure(Structure):
         definition, found = graph.flatten(module, numbers, treefy_state=False)
         states = found.to_flat()
         self._numbers = {path: numbers[state] for path, state in states.items()}
-        self.guest_type = type(module)
-        self.base_type = brainstate.nn.Module
-        self.forward = forward_of(type(module))
+        self.guest_type: type = type(module)
+        self.base_type: type = brainstate.nn.Module
+        self.forward: Callable[..., Any] = forward_of(type(module))
         self._definition = definition
         # The states without their values: an equal structure may live as long as the process.
         self._states = {
@@ -226,18 +226,22 @@ class BrainStateStructure(Structure):
             path: [leaf_path for leaf_path, _ in leaves(path, state.value)]
             for path, state in states.items()
         }
-        self.kinds = {
+        self.kinds: Mapping[Path, Kind] = {
             leaf_path: _kind(state, leaf)
             for path, state in states.items()
             for leaf_path, leaf in leaves(path, state.value)
         }
-        self.carried = [path for path, kind in self.kinds.items() if kind is Kind.HIDDEN]
+        self.carried: Collection[Path] = [
+            path for path, kind in self.kinds.items() if kind is Kind.HIDDEN
+        ]
         if isinstance(module, BrainStateGuest.cell_types):
             size: Any = module.in_size
-            self.feature_axes = 1 if size is None else len(size)
+            self.feature_axes: int | None = 1 if size is None else len(size)
         nodes: Any = module.nodes()
-        self.named = named_paths(nodes.items(), self.kinds)
-        self.unkept = [path for path, node in nodes.items() if _keeps_no_statistics(node)]
+        self.named: Collection[Path] = named_paths(nodes.items(), self.kinds)
+        self.unkept: Collection[Path] = [
+            path for path, node in nodes.items() if _keeps_no_statistics(node)
+        ]
         trees = tuple(
             (path, _comparable(type(s)), jax.tree.structure(s.value))
             for path, s in states.items()
@@ -245,15 +249,15 @@ class BrainStateStructure(Structure):
         self._key = (_comparable(definition), trees)
         self._hash = hash(self._key)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return type(other) is BrainStateStructure and (
             self is other or (self._hash == other._hash and self._key == other._key)
         )
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return self._hash
 
-    def build(self, values):
+    def build(self, values: Mapping[Path, Any]) -> Any:
         return self._copy(values)[0]
 
     def _copy(self, values: Mapping[Path, Any]) -> tuple[Any, dict[Path, Any], list[Any]]:
@@ -271,7 +275,9 @@ class BrainStateStructure(Structure):
         nodes = [part for part in made.values() if not isinstance(part, brainstate.State)]
         return module, states, nodes
 
-    def run(self, values, call):
+    def run(
+        self, values: Mapping[Path, Any], call: Call
+    ) -> tuple[Any, dict[Path, Any], Structure]:
         module, states, nodes = self._copy(values)
         watch = _watch(nodes, states.values())
         with _random_from(call.key, private={id(state) for state in states.values()}):
@@ -289,10 +295,10 @@ class BrainStateStructure(Structure):
             found |= zip(self._paths[path], jax.tree.leaves(state.value), strict=True)
         return found
 
-    def tracing(self):
+    def tracing(self) -> contextlib.AbstractContextManager[None]:
         return _without_checks()
 
-    def takes_carry(self, args):
+    def takes_carry(self, args: tuple[Any, ...]) -> bool:
         if len(args) < 2 or not self.is_recurrent:
             return False
         parameters = list(inspect.signature(self.forward).parameters.values())[1:]
@@ -300,7 +306,9 @@ class BrainStateStructure(Structure):
         takes_any = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
         return isinstance(args[0], Mapping) or (len(args) > most and not takes_any)
 
-    def step(self, values, call):
+    def step(
+        self, values: Mapping[Path, Any], call: Call
+    ) -> tuple[tuple[Any, Any], dict[Path, Any], Structure]:
         carry, *inputs = call.args
         shape = jnp.shape(jax.tree.leaves(inputs)[0])
         known = carry if isinstance(carry, Mapping) else {}
@@ -316,7 +324,12 @@ class BrainStateStructure(Structure):
             others = {c.path: c.get() for c in new if c.kind is not Kind.HIDDEN}
             return (_hidden(module), out), others, self
 
-    def initial_carry(self, values, input_shape, key):
+    def initial_carry(
+        self,
+        values: Mapping[Path, Any],
+        input_shape: tuple[Any, ...],
+        key: Callable[[], jax.Array],
+    ) -> Any:
         return _hidden(self._initialised(values, self._batch(input_shape), key))
 
     def _batch(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -407,7 +420,7 @@ class _ArrayKey:
     def __init__(self, array: Any):
         self.array = array.copy() if isinstance(array, np.ndarray) else array
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         if not isinstance(other, _ArrayKey):
             return False
         a, b = self.array, other.array
@@ -416,7 +429,7 @@ class _ArrayKey:
         same_kind = a.shape == b.shape and a.dtype == b.dtype
         return a is b or (same_kind and bool(np.array_equal(np.asarray(a), np.asarray(b))))
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash((self.array.shape, str(self.array.dtype)))
 
 
@@ -426,10 +439,10 @@ class _SameObject:
     def __init__(self, value: Any):
         self.value = value
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, _SameObject) and self.value is other.value
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return id(self.value)
 
 
@@ -461,12 +474,12 @@ class _KeyByThread(type(DEFAULT)):
     """The class of ``DEFAULT``: where a guest runs in this thread, its value is another key."""
 
     @property
-    def _value(self):
+    def _value(self) -> Any:
         here = _key_here.get() if self is DEFAULT else None
         return vars(self)["_value"] if here is None else here[0]
 
     @_value.setter
-    def _value(self, value):
+    def _value(self, value: Any) -> None:
         here = _key_here.get() if self is DEFAULT else None
         if here is None:
             vars(self)["_value"] = value

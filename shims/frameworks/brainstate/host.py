@@ -71,12 +71,12 @@ class _View(_Base):
     """
 
     @property
-    def _value(self):
+    def _value(self) -> Any:
         own = vars(self)
         return own["_shim_own"] if "_shim_own" in own else own["_shim_cell"].get()
 
     @_value.setter
-    def _value(self, value):
+    def _value(self, value: Any) -> None:
         own: Any = vars(self)
         cell = own.get("_shim_cell")
         if cell is None or is_traced(value):
@@ -89,7 +89,7 @@ class _View(_Base):
     def copy(self):
         return _detached(super().copy(), self._value)
 
-    def replace(self, *args, **kwargs):
+    def replace(self, *args: Any, **kwargs: Any) -> Any:
         other = super().replace(*args, **kwargs)
         if not isinstance(other, _View):
             return other
@@ -109,7 +109,7 @@ class _View(_Base):
     def copy_from(self, other):
         self.value = other.value
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: Any) -> Structure:
         return self.copy()
 
 

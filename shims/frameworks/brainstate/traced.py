@@ -16,7 +16,7 @@ from .cells import CarryCell
 
 __all__ = ["STATES", "Traced", "TracedCell"]
 
-STATES = {
+STATES: dict[Kind, type[brainstate.State[Any]]] = {
     Kind.PARAMETER: brainstate.ParamState,
     Kind.STATISTIC: brainstate.BatchState,
     Kind.HIDDEN: brainstate.HiddenState,
@@ -68,7 +68,7 @@ class Traced(brainstate.nn.Module):
     def __repr__(self) -> str:
         return f"Traced({self.program!r})"
 
-    def traced_states(self) -> dict[Path, brainstate.State]:
+    def traced_states(self) -> dict[Path, brainstate.State[Any]]:
         """The States by the wrapped module's paths."""
         return {v.path: self._state(v.path) for v in self.program.values}
 

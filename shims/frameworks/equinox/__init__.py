@@ -4,8 +4,8 @@ from .guest import EquinoxGuest
 from .host import ToEquinox
 from .models import Models
 
-guest = EquinoxGuest
-host = ToEquinox
-whole = Models()
+guest: type[EquinoxGuest] = EquinoxGuest
+host: type[ToEquinox] = ToEquinox
+whole: Models = Models()
 
 __all__ = ["ToEquinox", "guest", "host", "whole"]

@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -47,7 +47,7 @@ def _frozen(module: Any) -> list[Path]:
 class EquinoxGuest(Guest):
     """An Equinox module and its state, seen from a shim."""
 
-    cell_types = (eqx.nn.LSTMCell, eqx.nn.GRUCell)
+    cell_types: ClassVar[tuple[type, ...]] = (eqx.nn.LSTMCell, eqx.nn.GRUCell)
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class EquinoxGuest(Guest):
             )
         if not isinstance(batch_axes, int) or batch_axes < 0:
             raise ArgumentError(f"batch_axes must be 0 or more, got {batch_axes!r}")
-        self.native = module if state is None else (module, state)
+        self.native: Any = module if state is None else (module, state)
         self._module, self._state = module, state
         self._structure = EquinoxStructure(
             module,
@@ -76,10 +76,10 @@ class EquinoxGuest(Guest):
             jax.tree.map(np.asarray, carry),
         )
 
-    def structure(self):
+    def structure(self) -> Structure:
         return self._structure
 
-    def values(self):
+    def values(self) -> dict[Path, Any]:
         return self._structure.values_of(self._module, self._state)
 
 
@@ -103,25 +103,32 @@ class EquinoxStructure(Structure):
     """A module's tree without its arrays, and the layout of its state."""
 
     def __init__(
-        self, module, state, batch_axes: int, axis_name: str | None, carry: Any = None
+        self,
+        module: eqx.Module,
+        state: eqx.nn.State | None,
+        batch_axes: int,
+        axis_name: str | None,
+        carry: Any = None,
     ):
-        self.guest_type = type(module)
-        self.base_type = eqx.Module
-        self.forward = type(module).__call__
-        self.fills = frozenset(("key", "state", "inference", "deterministic"))
-        self.batch_axes, self._axis_name = batch_axes, axis_name
+        self.guest_type: type = type(module)
+        self.base_type: type = eqx.Module
+        self.forward: Callable[..., Any] = type(module).__call__
+        self.fills: frozenset[str] = frozenset(("key", "state", "inference", "deterministic"))
+        self.batch_axes: int = batch_axes
+        self._axis_name = axis_name
         flat, self._tree = _flatten(module)
         self._leaves = [(path, None if eqx.is_array(leaf) else leaf) for path, leaf in flat]
         self._is_array = [eqx.is_array(leaf) for _, leaf in flat]
         self._state_tree = None if state is None else jax.tree.structure(state)
         self._state_paths = [] if state is None else _state_paths(flat, self._state_tree)
         frozen = _frozen(module)
-        self.kinds = {
+        kinds = {
             path: Kind.BUFFER if any(path[: len(f)] == f for f in frozen) else _kind(leaf)
             for path, leaf in flat
             if eqx.is_array(leaf)
         }
-        self.kinds |= dict.fromkeys(self._state_paths, Kind.STATISTIC)
+        kinds |= dict.fromkeys(self._state_paths, Kind.STATISTIC)
+        self.kinds: Mapping[Path, Kind] = kinds
         self._example_rank = _example_rank(module)
         self._draws = {mode: _draws(module, mode) for mode in (True, False, None)}
         static = tuple(
@@ -141,15 +148,15 @@ class EquinoxStructure(Structure):
         self._own_carry = carry is not None
         self._initial = _initial_carry(module) if carry is None else carry
         if self._initial is not None:
-            self.feature_axes = int(getattr(module, "num_feature_axes", 1))
+            self.feature_axes: int | None = int(getattr(module, "num_feature_axes", 1))
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return type(other) is EquinoxStructure and (self is other or self._key == other._key)
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash((self.guest_type, tuple(self.kinds), self.batch_axes, self._axis_name))
 
-    def values_of(self, module, state):
+    def values_of(self, module: eqx.Module, state: eqx.nn.State | None) -> dict[Path, Any]:
         """The arrays of a module and a state of this structure, by path."""
         flat, _ = _flatten(module)
         values = {path: leaf for path, leaf in flat if path in self.kinds}
@@ -157,7 +164,7 @@ class EquinoxStructure(Structure):
             values |= zip(self._state_paths, jax.tree.leaves(state), strict=True)
         return values
 
-    def build(self, values):
+    def build(self, values: Mapping[Path, Any]) -> Any:
         module, state = self._build(values)
         return module if state is None else (module, state)
 
@@ -172,11 +179,15 @@ class EquinoxStructure(Structure):
         state = jax.tree.unflatten(self._state_tree, [values[p] for p in self._state_paths])
         return module, state
 
-    def run(self, values, call):
+    def run(
+        self, values: Mapping[Path, Any], call: Call
+    ) -> tuple[Any, dict[Path, Any], Structure]:
         self._check_rank(call, self.batch_axes)
         return self._run(values, call, self.batch_axes)
 
-    def step(self, values, call):
+    def step(
+        self, values: Mapping[Path, Any], call: Call
+    ) -> tuple[tuple[Any, Any], dict[Path, Any], Structure]:
         if len(call.args) < 2:
             raise ArgumentError(
                 f"{self.guest_type.__qualname__} is called with its carry and one input",
@@ -198,7 +209,12 @@ class EquinoxStructure(Structure):
             )
         return out, new, after
 
-    def initial_carry(self, values, input_shape, key):
+    def initial_carry(
+        self,
+        values: Mapping[Path, Any],
+        input_shape: tuple[Any, ...],
+        key: Callable[[], jax.Array],
+    ) -> Any:
         batch = tuple(input_shape)[: len(input_shape) - self._rank]
         return jax.tree.map(
             lambda leaf: jax.numpy.broadcast_to(leaf, (*batch, *leaf.shape)), self._initial
@@ -240,7 +256,7 @@ class EquinoxStructure(Structure):
                 remedy="Name the argument that takes the eqx.nn.State 'state'",
             )
 
-        def one_example(args, kwargs, key, state):
+        def one_example(args: Any, kwargs: Any, key: Any, state: Any) -> Any:
             own = {} if state is None else {"state": state}
             if "key" in parameters:
                 own["key"] = key
@@ -314,10 +330,10 @@ class EquinoxStructure(Structure):
             )
         return jax.random.split(key, jax.numpy.shape(first)[:axes])
 
-    def module(self, native):
+    def module(self, native: Any) -> Any:
         return native if self._state_tree is None else native[0]
 
-    def convert_arguments(self, native):
+    def convert_arguments(self, native: Any) -> dict[str, Any]:
         return {} if self._state_tree is None else {"state": native[1]}
 
 

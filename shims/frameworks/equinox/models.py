@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -12,7 +12,7 @@ import jax
 from interop.errors import ArgumentError
 from interop.frameworks.equinox.adapter import is_index, takes_state
 
-from ...core import Path, path_of, recording
+from ...core import Noted, Path, path_of, recording
 from ...materialization import Whole, by_path
 from ...program import Program
 from .host import ToEquinox, _Link
@@ -25,23 +25,25 @@ class Models(Whole):
     """Equinox models, for ``materialize``, ``save_traced`` and ``load_traced``."""
 
     module_type = Traced
-    companion = "state"
+    companion: str | None = "state"
 
     def make(self, program: Program, values: Mapping[Path, Any], **options: Any) -> Traced:
         return Traced(program, values, **options)
 
-    def close(self, made):
+    def close(self, made: Any) -> Any:
         return _with_state(made, None) if made.is_stateful() else made
 
-    def parts(self, model):
+    def parts(self, model: Any) -> tuple[Program, dict[Path, Any], bool]:
         module, state = model if isinstance(model, tuple) else (model, None)
         return module.program, module.values(state), not module.inference
 
-    def shims(self, model):
+    def shims(self, model: Any) -> list[tuple[Path, Any]]:
         flat, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_shim)
         return [(path_of(keys), leaf) for keys, leaf in flat if _is_shim(leaf)]
 
-    def run(self, model, companion, inputs):
+    def run(
+        self, model: Any, companion: Any, inputs: tuple[Any, ...]
+    ) -> dict[Path, list[Noted]]:
         module = jax.tree.map(_marked, eqx.nn.inference_mode(model), is_leaf=_is_shim)
         # A copy, because Equinox marks a state that a call has replaced as used up.
         state = jax.tree.map(lambda x: x, companion)
@@ -54,15 +56,15 @@ class Models(Whole):
             lambda shim, called: shim._shim_link.mark is called._shim_link.mark,
         )
 
-    def call_of(self, shim, inputs):
+    def call_of(self, shim: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         given = carry_first(inputs)
         return given if shim._shim_structure.takes_carry(given) else inputs
 
-    def replace(self, model, companion, remake):
+    def replace(self, model: Any, companion: Any, remake: Callable[..., Any]) -> Any:
         if companion is None and not _is_shim(model):
             self._check_stateless(model)
 
-        def new(keys, leaf):
+        def new(keys: Any, leaf: Any) -> Any:
             if not _is_shim(leaf):
                 return leaf
             state = companion if leaf.is_stateful() else None

@@ -32,7 +32,7 @@ class Traced(eqx.nn.StatefulLayer):
     """
 
     params: dict[str, Any]
-    buffers: eqx.nn.StateIndex | None
+    buffers: eqx.nn.StateIndex[Any] | None
     inference: bool
     program: Program = eqx.field(static=True)
 

@@ -4,8 +4,8 @@ from .guest import LinenGuest
 from .host import ToLinen
 from .models import Models
 
-guest = LinenGuest
-host = ToLinen
-whole = Models()
+guest: type[LinenGuest] = LinenGuest
+host: type[ToLinen] = ToLinen
+whole: Models = Models()
 
 __all__ = ["ToLinen", "guest", "host", "whole"]

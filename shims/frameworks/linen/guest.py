@@ -15,8 +15,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -53,7 +53,7 @@ def _kind(path: Any, leaf: Any) -> Kind:
 class LinenGuest(Guest):
     """A Linen module and its variables, seen from a shim."""
 
-    cell_types = (nn.RNNCellBase,)
+    cell_types: ClassVar[tuple[type, ...]] = (nn.RNNCellBase,)
 
     def __init__(self, module: nn.Module, params: Any = None):
         if not isinstance(params, Mapping):
@@ -73,13 +73,13 @@ class LinenGuest(Guest):
         self._variables = {
             str(name): tree for name, tree in params.items() if name not in _RESULTS
         }
-        self.native = (module, self._variables)
+        self.native: Any = (module, self._variables)
 
-    def structure(self):
+    def structure(self) -> Structure:
         module, variables = self.native
         return LinenStructure(module, variables)
 
-    def values(self):
+    def values(self) -> dict[Path, Any]:
         return dict(_leaves(self._variables))
 
 
@@ -103,34 +103,34 @@ class LinenStructure(Structure):
     """A module, and the tree of its variables."""
 
     def __init__(self, module: nn.Module, variables: Mapping[str, Any]):
-        self.guest_type = type(module)
-        self.forward = type(module).__call__
+        self.guest_type: type = type(module)
+        self.forward: Callable[..., Any] = type(module).__call__
         self._module = module
         self._tree = jax.tree.structure(variables)
         flat = _leaves(variables)
         self._paths = [path for path, _ in flat]
-        self.kinds = {path: _kind(path, leaf) for path, leaf in flat}
-        self.partitionings = _partitionings(variables)
-        self.base_type = nn.Module
-        self.fills = frozenset((*_TRAINING, *_EVALUATION))
+        self.kinds: Mapping[Path, Kind] = {path: _kind(path, leaf) for path, leaf in flat}
+        self.partitionings: Mapping[Path, Partitioning] = _partitionings(variables)
+        self.base_type: type = nn.Module
+        self.fills: frozenset[str] = frozenset((*_TRAINING, *_EVALUATION))
         self.takes_streams = True
         self._draws = _draws(module)
         if isinstance(module, nn.RNNCellBase):
-            self.feature_axes = module.num_feature_axes
+            self.feature_axes: int | None = module.num_feature_axes
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return type(other) is LinenStructure and (
             self is other or (self._module == other._module and self._tree == other._tree)
         )
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash((self.guest_type, self._tree))
 
-    def build(self, values):
+    def build(self, values: Mapping[Path, Any]) -> Any:
         check_partitionings(self, values)
         return self._module, self._unflatten(values)
 
-    def partitioned(self, partitionings):
+    def partitioned(self, partitionings: Mapping[Path, Partitioning]) -> Structure:
         def box(keys: Any, leaf: Any) -> Any:
             is_known = path_of(keys) in self.partitionings
             return boxed(leaf.value, partitionings.get(path_of(keys))) if is_known else leaf
@@ -147,7 +147,9 @@ class LinenStructure(Structure):
     def _unflatten(self, values):
         return jax.tree.unflatten(self._tree, [values[path] for path in self._paths])
 
-    def run(self, values, call):
+    def run(
+        self, values: Mapping[Path, Any], call: Call
+    ) -> tuple[Any, dict[Path, Any], Structure]:
         variables = self._unflatten(values)
         method = getattr(type(self._module), call.method)
         with nn.intercept_methods(functools.partial(_check_mode, call)):
@@ -162,14 +164,19 @@ class LinenStructure(Structure):
         _check_grown(variables, changed)
         return out, dict(_leaves({**variables, **changed})), self
 
-    def initial_carry(self, values, input_shape, key):
+    def initial_carry(
+        self,
+        values: Mapping[Path, Any],
+        input_shape: tuple[Any, ...],
+        key: Callable[[], jax.Array],
+    ) -> Any:
         cell: Any = self._module
         return cell.initialize_carry(key(), input_shape)
 
-    def module(self, native):
+    def module(self, native: Any) -> Any:
         return native[0]
 
-    def convert_arguments(self, native):
+    def convert_arguments(self, native: Any) -> dict[str, Any]:
         return {"params": native[1]}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ from interop.errors import ArgumentError
 from interop.registry import registry
 from interop.walk import captured
 
-from ...core import Path, at, is_plain, path_text, recording
+from ...core import Noted, Path, at, is_plain, path_text, recording
 from ...materialization import Whole, by_path
 from ...program import Program
 from .guest import is_own
@@ -26,7 +26,7 @@ class Models(Whole):
     """Linen models, for ``materialize``, ``save_traced`` and ``load_traced``."""
 
     module_type = Traced
-    companion = "variables"
+    companion: str | None = "variables"
 
     def make(
         self, program: Program, values: Mapping[Path, Any], *, training: bool = False
@@ -34,7 +34,7 @@ class Models(Whole):
         made = TracedCell if program.is_cell else Traced
         return made(program, deterministic=not training), variables_of(program, values)
 
-    def parts(self, model):
+    def parts(self, model: Any) -> tuple[Program, dict[Path, Any], bool]:
         if not isinstance(model, tuple):
             raise ArgumentError(
                 "a Linen module holds no weights", remedy="Pass (module, variables)"
@@ -42,14 +42,16 @@ class Models(Whole):
         module, variables = model
         return module.program, module.values(variables), module.deterministic is False
 
-    def shims(self, model):
+    def shims(self, model: Any) -> list[tuple[Path, Any]]:
         found: dict[int, tuple[Path, Any]] = {}
         for path, part in _fields(model, ()):
             if isinstance(part, ToLinen):
                 found.setdefault(id(part), (path, part))
         return list(found.values())
 
-    def run(self, model, companion, inputs):
+    def run(
+        self, model: Any, companion: Any, inputs: tuple[Any, ...]
+    ) -> dict[Path, list[Noted]]:
         _check_given(companion)
         with recording() as calls:
             mutable = [name for name in companion if name != "params"]
@@ -61,7 +63,7 @@ class Models(Whole):
             lambda called: ".".join(("model", *called.scope.path)),
         )
 
-    def check_held(self, model):
+    def check_held(self, model: Any) -> None:
         own = [
             getattr(part, "__name__", type(part).__qualname__)
             for _, part in _fields(model, ())
@@ -74,7 +76,7 @@ class Models(Whole):
                 remedy="Pass sample_input=, an input as the model takes it",
             )
 
-    def replace(self, model, companion, remake):
+    def replace(self, model: Any, companion: Any, remake: Callable[..., Any]) -> Any:
         if isinstance(model, ToLinen):
             return model._shim_remade(remake, companion, path=())
         _check_given(companion)

@@ -4,8 +4,8 @@ from .guest import NnxGuest
 from .host import ToNNX
 from .models import Models
 
-guest = NnxGuest
-host = ToNNX
-whole = Models()
+guest: type[NnxGuest] = NnxGuest
+host: type[ToNNX] = ToNNX
+whole: Models = Models()
 
 __all__ = ["ToNNX", "guest", "host", "whole"]

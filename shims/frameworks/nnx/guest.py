@@ -8,8 +8,8 @@ buffers like any other: they are copied in and out, and so advance. ``nnx.Interm
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
@@ -19,6 +19,7 @@ from flax.typing import HashableMapping
 
 from interop.errors import ArgumentError, MissingKeyError, UnsupportedStructureError
 from interop.frameworks.nnx.adapter import partitioning_of
+from interop.partitioning import Partitioning
 from interop.walk import captured
 
 from ...core import (
@@ -92,15 +93,15 @@ class _VariableCell(Cell):
     index: int
 
     @property
-    def identity(self):
+    def identity(self) -> tuple[Any, int]:
         inner = cell_of(self.variable)  # the Variable itself shows another's array
         return (self.variable, self.index) if inner is None else inner.identity
 
-    def get(self):
+    def get(self) -> Any:
         value = self.variable.get_raw_value()
         return value if isinstance(value, jax.Array) else jax.tree.leaves(value)[self.index]
 
-    def _put(self, value):
+    def _put(self, value: Any) -> None:
         flat, tree = jax.tree.flatten(self.variable.get_raw_value())
         flat[self.index] = value
         # The value is concrete, whatever trace is being built around the call: flax's own
@@ -111,7 +112,7 @@ class _VariableCell(Cell):
 class NnxGuest(WatchedGuest):
     """An NNX module, seen from a shim."""
 
-    cell_types = (nnx.RNNCellBase,)
+    cell_types: ClassVar[tuple[type, ...]] = (nnx.RNNCellBase,)
 
     def __init__(self, module: nnx.Module):
         for path, variable in _variables(module):
@@ -126,9 +127,9 @@ class NnxGuest(WatchedGuest):
                     remedy="Build the module inside nnx.var_defaults(hijax=False, ref=False)",
                 )
         _check_functions(module)
-        self.native = module
+        self.native: Any = module
 
-    def _look(self):
+    def _look(self) -> tuple[Watch | None, Looks]:
         watch, _ = _watched(self.native)
         cells = [
             _VariableCell(leaf_path, _kind(variable, leaf), variable, index)
@@ -137,7 +138,7 @@ class NnxGuest(WatchedGuest):
         ]
         return watch, Looks(NnxStructure(self.native), cells)
 
-    def call(self, call):
+    def call(self, call: Call) -> Any:
         values = self.values()
         out, new, _ = self.structure().run(values, call)
         for cell in self.cells():
@@ -173,10 +174,10 @@ class NnxStructure(Structure):
     """The graph definition of a module, and the tree of each Variable's value."""
 
     def __init__(self, module: nnx.Module):
-        self.guest_type = type(module)
-        self.base_type = nnx.Module
-        self.forward = type(module).__call__
-        self.fills = frozenset(("deterministic", "rngs"))
+        self.guest_type: type = type(module)
+        self.base_type: type = nnx.Module
+        self.forward: Callable[..., Any] = type(module).__call__
+        self.fills: frozenset[str] = frozenset(("deterministic", "rngs"))
         self._definition, state = nnx.split(_without_results(module))
         flat: Any = nnx.to_flat_state(state)
         self._makers = {
@@ -187,26 +188,28 @@ class NnxStructure(Structure):
             issubclass(cls, nnx.RngState) for cls, _, _ in self._makers.values()
         )
         self._paths = {p: [q for q, _ in leaves(p, v.get_raw_value())] for p, v in flat}
-        self.kinds = {
+        self.kinds: Mapping[Path, Kind] = {
             leaf_path: _kind(variable, leaf)
             for path, variable in flat
             for leaf_path, leaf in leaves(path, variable.get_raw_value())
         }
-        self.named = named_paths(nnx.iter_modules(module), self.kinds)
+        self.named: Collection[Path] = named_paths(nnx.iter_modules(module), self.kinds)
         found = {path: partitioning_of(variable) for path, variable in flat}
-        self.partitionings = {path: names for path, names in found.items() if names}
+        self.partitionings: Mapping[Path, Partitioning] = {
+            path: names for path, names in found.items() if names
+        }
         if isinstance(module, nnx.RNNCellBase):
-            self.feature_axes = module.num_feature_axes
+            self.feature_axes: int | None = module.num_feature_axes
         trees = tuple((path, tree) for path, (_, _, tree) in self._makers.items())
         self._key = (self._definition, trees)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return type(other) is NnxStructure and (self is other or self._key == other._key)
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self._key)
 
-    def build(self, values):
+    def build(self, values: Mapping[Path, Any]) -> Any:
         check_partitionings(self, values)
         flat = {
             path: cls.from_metadata(
@@ -216,7 +219,9 @@ class NnxStructure(Structure):
         }
         return nnx.merge(self._definition, nnx.from_flat_state(flat))
 
-    def run(self, values, call):
+    def run(
+        self, values: Mapping[Path, Any], call: Call
+    ) -> tuple[Any, dict[Path, Any], Structure]:
         module = self._private(values, call.training)
         watch, variables = _watched(module)
         method = getattr(module, call.method)
@@ -239,7 +244,12 @@ class NnxStructure(Structure):
             (module.train if training else module.eval)()
         return module
 
-    def initial_carry(self, values, input_shape, key):
+    def initial_carry(
+        self,
+        values: Mapping[Path, Any],
+        input_shape: tuple[Any, ...],
+        key: Callable[[], jax.Array],
+    ) -> Any:
         cell: Any = self.build(values)
         return cell.initialize_carry(input_shape, nnx.Rngs(key()))
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
 
-from ...core import Path, recording
+from ...core import Noted, Path, recording
 from ...graph import Graph
 from ...materialization import Whole, by_path
 from ...program import Program
@@ -25,13 +25,15 @@ class Models(Whole):
     def make(self, program: Program, values: Mapping[Path, Any], **options: Any) -> Traced:
         return (TracedCell if program.is_cell else Traced)(program, values, **options)
 
-    def parts(self, model):
+    def parts(self, model: Any) -> tuple[Program, dict[Path, Any], bool]:
         return model.program, model.values(), not model.deterministic
 
-    def shims(self, model):
+    def shims(self, model: Any) -> list[tuple[Path, Any]]:
         return _graph(model).shims
 
-    def run(self, model, companion, inputs):
+    def run(
+        self, model: Any, companion: Any, inputs: tuple[Any, ...]
+    ) -> dict[Path, list[Noted]]:
         copy = nnx.clone(model)
         copy.eval()
         shims = self.shims(copy)
@@ -42,7 +44,7 @@ class Models(Whole):
             copy(*inputs)
         return by_path(calls, shims, lambda shim, called: _mark(called) is shim._shim_mark)
 
-    def replace(self, model, companion, remake):
+    def replace(self, model: Any, companion: Any, remake: Callable[..., Any]) -> Any:
         for _, shim in self.shims(model):
             shim.refresh()
         graph = _graph(nnx.clone(model))

@@ -17,7 +17,7 @@ from .views import Buffer, HiddenState
 
 __all__ = ["TYPES", "Traced", "TracedCell"]
 
-TYPES = {
+TYPES: dict[Kind, type[nnx.Variable[Any]]] = {
     Kind.PARAMETER: nnx.Param,
     Kind.STATISTIC: nnx.BatchStat,
     Kind.HIDDEN: HiddenState,
@@ -50,8 +50,8 @@ class Traced(nnx.Module):
     ):
         program.check_names(("program", "deterministic", "rngs", "values"), type(self))
         self.program = program
-        self.deterministic = not training
-        self.rngs = nnx.data(None if rngs is None else stream_of(rngs).fork())
+        self.deterministic: bool = not training
+        self.rngs: Any = nnx.data(None if rngs is None else stream_of(rngs).fork())
         variables = {
             attribute_path(v.path): values[v.path]
             if isinstance(values[v.path], nnx.Variable)

@@ -23,11 +23,11 @@ from ...core import Cell, Kind, Probe, Views
 __all__ = ["Buffer", "HiddenState", "cell_of", "check_link", "owned", "view_of"]
 
 
-class HiddenState(nnx.Cache):
+class HiddenState(nnx.Cache[Any]):
     """Recurrent state of a guest: never a parameter, and not worth a checkpoint."""
 
 
-class Buffer(nnx.Variable):
+class Buffer(nnx.Variable[Any]):
     """A value of a guest that is neither trained nor a running statistic."""
 
 
@@ -38,12 +38,12 @@ def _view_type(base: type[nnx.Variable]) -> type[nnx.Variable]:
         __slots__ = ("_shim_cell", "_shim_own", "__weakref__")
 
         @property
-        def _raw_value(self):
+        def _raw_value(self) -> Any:
             cell = cell_of(self)
             return object.__getattribute__(self, "_shim_own") if cell is None else cell.get()
 
         @_raw_value.setter
-        def _raw_value(self, value):
+        def _raw_value(self, value: Any) -> None:
             cell = cell_of(self)
             if cell is None:
                 object.__setattr__(self, "_shim_own", value)
@@ -55,7 +55,7 @@ def _view_type(base: type[nnx.Variable]) -> type[nnx.Variable]:
     return View
 
 
-def cell_of(view: nnx.Variable) -> Cell | None:
+def cell_of(view: nnx.Variable[Any]) -> Cell | None:
     """The cell that a view shows; None for any other Variable."""
     try:
         return object.__getattribute__(view, "_shim_cell")
@@ -71,7 +71,9 @@ _TYPES = {
 }
 
 
-def owned(kind: Kind, value: Any, partitioning: Partitioning | None = None) -> nnx.Variable:
+def owned(
+    kind: Kind, value: Any, partitioning: Partitioning | None = None
+) -> nnx.Variable[Any]:
     """A Variable for a value of that kind, linked to nothing."""
     metadata = metadata_of(partitioning)
     return _TYPES[kind](value, hijax=False, ref=False, eager_sharding=False, **metadata)
@@ -93,7 +95,7 @@ def _is_own(container: Any) -> bool:
 _views: Views[nnx.Variable] = Views(_linked, _is_own)
 
 
-def view_of(cell: Cell) -> nnx.Variable:
+def view_of(cell: Cell) -> nnx.Variable[Any]:
     """The view of a cell."""
     return _views.of(cell)
 
