@@ -245,19 +245,21 @@ def check_partitionings(structure: Structure, values: Mapping[Path, Any]) -> Non
         )
 
 
-def check_kept(structure: Structure, after: Structure, method: str) -> None:
-    """Compare a private copy after its call with what its host keeps: the values.
+def check_kept(
+    structure: Structure, after: Structure, values: Mapping[Path, Any], call: Call
+) -> None:
+    """Compare a private copy after its call with what its host keeps: the values it had.
 
     Raises:
         UnsupportedStructureError: it has changed otherwise, and the next call would not know.
     """
-    if after == structure:
+    if after == structure or structure.starts_anew(after, values, call):
         return
     new = ", ".join(path_text(path) for path in after.kinds if path not in structure.kinds)
     changes = f"makes {new}" if new else "changes attributes of the module"
     raise UnsupportedStructureError(
-        f"{structure.guest_type.__qualname__}.{method} {changes}, which a private copy of it "
-        f"would lose",
+        f"{structure.guest_type.__qualname__}.{call.method} {changes}, which a private copy "
+        f"of it would lose",
         remedy="Keep what changes between calls in states, and make them before the module is "
         "wrapped",
     )
@@ -447,6 +449,15 @@ class Structure(ABC):
         Returns:
             The output, the copy's values by path, and its structure, after the call.
         """
+
+    def starts_anew(self, after: Structure, values: Mapping[Path, Any], call: Call) -> bool:
+        """Whether calls make their hidden state themselves, so that none has to be kept.
+
+        Args:
+            after: the structure that ``run`` returned for ``call``, and not this one.
+            values: the values that it returned.
+        """
+        return False
 
     def partitioned(self, partitionings: Mapping[Path, Partitioning]) -> Structure:
         """The same with other ``partitionings``."""

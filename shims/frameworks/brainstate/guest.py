@@ -1,7 +1,7 @@
 """BrainState as a guest.
 
 A ``State`` holds a tree of arrays, each of which is a cell. ``brainstate.random.DEFAULT`` is
-one state for the whole process: this file gives it a class by which the thread of a running
+one state for the whole process: this file gives it a class by which the context of a running
 guest, and no other, sees the host's key there. Private API: ``State._value``, for that;
 ``_err_jit_true_branch``, the host callback of ``jit_error_if``, which an exported program
 cannot have.
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import math
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import brainstate
@@ -288,6 +289,27 @@ class BrainStateStructure(Structure):
             guest = BrainStateGuest(module)
             return out, guest.values(), guest.structure()
 
+    def starts_anew(self, after: Any, values: Mapping[Path, Any], call: Call) -> bool:
+        new = [path for path in after._paths if path not in self._paths]
+        if any(k is not Kind.HIDDEN for p, k in after.kinds.items() if p not in self.kinds):
+            return False
+        module, before = after.build(values), self.build(values)
+        for path in new:
+            _take_back(module, before, path)
+        if BrainStateGuest(module).structure() != self:
+            return False
+        again, states, _ = after._copy(values)
+
+        def used() -> None:
+            with _random_from(_any_key, private={id(s) for s in states.values()}) as stack:
+                _invoke(again, call)
+            seen.extend(stack.states)
+
+        seen: list[brainstate.State] = []
+        jax.eval_shape(used)
+        is_used = any(states[path] is state for path in new for state in seen)
+        return not is_used and BrainStateGuest(again).structure() == after
+
     def _values_of(self, states: Mapping[Path, brainstate.State]) -> dict[Path, Any]:
         """The values that states of this structure hold now, by path."""
         found: dict[Path, Any] = {}
@@ -361,6 +383,26 @@ class BrainStateStructure(Structure):
             if cell.kind is Kind.HIDDEN and value.shape[:1] == (size,):
                 cell._put(jnp.reshape(value, (*batch, *value.shape[1:])))
         return module
+
+
+def _take_back(module: Any, before: Any, path: Path) -> None:
+    """Undo that an attribute was set, at ``path`` or above it, where that can be undone."""
+    for part in path:
+        held, known = _held(module), _held(before)
+        if part not in known:
+            held.pop(part, None)
+            return
+        module, before = held.get(part), known[part]
+        if type(module) is not type(before):
+            held[part] = before
+            return
+
+
+def _held(part: Any) -> dict[Any, Any]:
+    """What a module or container holds, by the parts of paths; of a list a copy."""
+    if isinstance(part, list | tuple):
+        return dict(enumerate(part))
+    return part if isinstance(part, dict) else vars(part)
 
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -467,16 +509,30 @@ def _comparable(value: Any) -> Any:
 # -- the host's key in place of brainstate.random's --
 
 _TRACING = threading.RLock()
-_key_here: ContextVar[list[jax.Array] | None] = ContextVar("key_here", default=None)
 
 
-class _KeyByThread(type(DEFAULT)):
-    """The class of ``DEFAULT``: where a guest runs in this thread, its value is another key."""
+class _HostKey:
+    """What a guest sees of the global random state: the host's key, drawn when first read."""
+
+    def __init__(self, draw: Callable[[], jax.Array]):
+        self._draw = draw
+
+    @functools.cached_property
+    def value(self) -> jax.Array:
+        return self._draw()
+
+
+_key_here: ContextVar[_HostKey | None] = ContextVar("key_here", default=None)
+
+
+class _KeyByContext(type(DEFAULT)):
+    """The class of ``DEFAULT``: where a guest runs, in its thread, its tasks and whatever else
+    has a copy of its context, the value is another key."""
 
     @property
     def _value(self) -> Any:
         here = _key_here.get() if self is DEFAULT else None
-        return vars(self)["_value"] if here is None else here[0]
+        return vars(self)["_value"] if here is None else here.value
 
     @_value.setter
     def _value(self, value: Any) -> None:
@@ -484,40 +540,33 @@ class _KeyByThread(type(DEFAULT)):
         if here is None:
             vars(self)["_value"] = value
         else:
-            here[0] = value
+            here.value = value
 
 
-_KeyByThread.__name__ = _KeyByThread.__qualname__ = type(DEFAULT).__name__
-DEFAULT.__class__ = _KeyByThread
+_KeyByContext.__name__ = _KeyByContext.__qualname__ = type(DEFAULT).__name__
+DEFAULT.__class__ = _KeyByContext
 
 
-class _KeyFromHost(brainstate.StateTraceStack):
-    """Draws the host's key when the guest first reads the global random state.
+class _PrivateStates(brainstate.StateTraceStack):
+    """Lets a private copy use its own States.
 
-    A private copy that reaches a State of somebody else, by an attribute that is a bound
-    method or a function closing over the original module, would compute with the wrong
-    weights: that is refused. States made during the call do not come here.
+    One that reaches a State of somebody else, by an attribute that is a bound method or a
+    function closing over the original module, would compute with the wrong weights: that is
+    refused. States made during the call do not come here.
     """
 
-    def __init__(self, draw: Callable[[], jax.Array], private: set[int] | None):
+    def __init__(self, private: set[int] | None):
         super().__init__()
-        self._draw, self._private = draw, private
-        self._token: Token[Any] | None = None
+        self._private = private
 
-    def new_arg(self, state):
-        if state is DEFAULT:
-            self._token = _key_here.set([self._draw()])
-        elif self._private is not None and id(state) not in self._private:
+    def new_arg(self, state: Any) -> None:
+        is_known = self._private is None or state is DEFAULT or id(state) in self._private
+        if not is_known:
             raise UnsupportedStructureError(
                 f"the wrapped module uses a {type(state).__qualname__} that is not part of it, "
                 f"by an attribute that holds a bound method or a closure",
                 remedy="Keep the module that owns the state as an attribute, and call it",
             )
-
-    def restore(self) -> None:
-        """Let the thread see the global random state again."""
-        if self._token is not None:
-            _key_here.reset(self._token)
 
 
 def _check_left(values: Mapping[brainstate.State, Any]) -> None:
@@ -559,7 +608,7 @@ def _without_checks() -> Iterator[None]:
 @contextlib.contextmanager
 def _random_from(
     draw: Callable[[], jax.Array], *, private: set[int] | None = None
-) -> Iterator[None]:
+) -> Iterator[Any]:
     """Let the guest draw from the host's key.
 
     A stack of our own would hide from BrainState that a plain JAX transformation traces a
@@ -571,11 +620,11 @@ def _random_from(
         private: the ids of a private copy's states, or None where the guest itself runs.
     """
     if private is None and not _is_outside_traces():
-        yield
+        yield None
         return
-    stack = _KeyFromHost(draw, private)
+    token = _key_here.set(_HostKey(draw))
     try:
-        with stack:
-            yield
+        with _PrivateStates(private) as stack:
+            yield stack
     finally:
-        stack.restore()
+        _key_here.reset(token)

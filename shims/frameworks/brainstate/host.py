@@ -195,7 +195,8 @@ _SHARED = """
     flags hold. A guest that draws random numbers gets a key from ``brainstate.random``, but not
     in evaluation. A Linen or Equinox module of one's own, which takes a key beforehand, gets
     one at each training call, whether it draws or not; layers of Flax and Equinox that cannot
-    draw get none. A guest that holds streams of its own keeps them, and they advance. Under
+    draw get none. A guest that holds streams of its own keeps them, and they advance; a call
+    that takes ``rngs`` gets the host's where it has no default or a layer has no stream. Under
     ``brainstate.transform.vmap`` such a stream is one value, and all lanes have one mask, as
     with an unsplit stream under ``nnx.vmap``; keys of ``brainstate.random`` differ by lane.
     To a Linen guest ``has_rng`` names only ``dropout`` and ``params``, to which other streams

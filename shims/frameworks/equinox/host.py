@@ -295,7 +295,7 @@ class ToEquinox(eqx.nn.StatefulLayer):
         training, draw = not self.inference, _key_source(key)
         call = Call(method, args, kwargs, training=training, key=draw)
         out, new, structure_after = (structure.step if is_step else structure.run)(values, call)
-        check_kept(structure, structure_after, method)
+        check_kept(structure, structure_after, new, call)
         if self.buffers is None or state is None:
             return out
         others = self._shim_others
@@ -305,12 +305,15 @@ class ToEquinox(eqx.nn.StatefulLayer):
         self._shim_check_statistics(values, new)
         return out, state.set(self.buffers, after)
 
-    def initialize_carry(self, input_shape: tuple[int, ...], *, key: Any = None) -> Any:
+    def initialize_carry(
+        self, input_shape: tuple[int, ...], *, state: Any = None, key: Any = None
+    ) -> Any:
         """The carry that a recurrent guest starts from.
 
         Args:
             input_shape: the shape of one step's input, without a batch axis unless calls have
                 one.
+            state: the current state; by default the guest's buffers as they are.
             key: for guests that ask for one.
 
         Returns:
@@ -318,6 +321,7 @@ class ToEquinox(eqx.nn.StatefulLayer):
             states by path, ``{"h": ..., "c": ...}``.
 
         Raises:
+            ArgumentError: the shim is stateful, and neither ``state`` nor the guest is there.
             UnsupportedStructureError: the guest is no recurrent cell and has no hidden state.
             MissingKeyError: the guest needs a key, and there is none.
         """
@@ -328,10 +332,7 @@ class ToEquinox(eqx.nn.StatefulLayer):
                 remedy="Derive it from its framework's class of cells, or make its hidden "
                 "state, as init_state does, before it is wrapped",
             )
-        trainable = {p: at(self.params, _place(p)) for p in _paths(structure, trainable=True)}
-        guest = self._shim_link.guest
-        own = {} if guest is None else guest.values()
-        return structure.initial_carry({**own, **trainable}, input_shape, _key_source(key))
+        return structure.initial_carry(self._shim_current(state), input_shape, _key_source(key))
 
     def unwrap(self, state: Any = None) -> Any:
         """A guest that holds the shim's values; the very guest that was wrapped where the

@@ -232,7 +232,7 @@ class ToLinen(nn.Module):
         values = self._shim_values(structure, structure.carried if is_step else ())
         call = Call(method, args, kwargs, training, self._shim_key())
         out, new, after = (structure.step if is_step else structure.run)(values, call)
-        check_kept(structure, after, method)
+        check_kept(structure, after, new, call)
         if not self.is_initializing():
             self._shim_store(structure, values, new)
         return out

@@ -8,6 +8,7 @@ buffers like any other: they are copied in and out, and so advance. ``nnx.Interm
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -184,9 +185,9 @@ class NnxStructure(Structure):
             path: (type(v), v.get_metadata(), jax.tree.structure(v.get_raw_value()))
             for path, v in flat
         }
-        self._has_streams = any(
-            issubclass(cls, nnx.RngState) for cls, _, _ in self._makers.values()
-        )
+        has_streams = any(issubclass(cls, nnx.RngState) for cls, _, _ in self._makers.values())
+        modules: Any = nnx.iter_modules(module)
+        self._waits = not has_streams or any(_waits_for_stream(part) for _, part in modules)
         self._paths = {p: [q for q, _ in leaves(p, v.get_raw_value())] for p, v in flat}
         self.kinds: Mapping[Path, Kind] = {
             leaf_path: _kind(variable, leaf)
@@ -254,11 +255,28 @@ class NnxStructure(Structure):
         return cell.initialize_carry(input_shape, nnx.Rngs(key()))
 
     def _rngs(self, method: Any, call: Call) -> dict[str, Any]:
-        """The host's key, for a guest that takes ``rngs`` and holds no stream of its own."""
-        takes = "rngs" in parameter_names(method)
-        if not takes or "rngs" in call.kwargs or call.training is False or self._has_streams:
+        """The host's key, for a call that takes ``rngs`` and natively fails without: where it
+        has no default, or where a part has no stream of its own."""
+        if "rngs" not in parameter_names(method):
+            return {}
+        left = list(inspect.signature(method).parameters.values())[len(call.args) :]
+        own = next((p for p in left if p.name == "rngs" not in call.kwargs), None)
+        if own is None:
+            return {}
+        if own.default is own.empty:
+            return {"rngs": nnx.Rngs(call.key())}
+        if call.training is False or not self._waits:
             return {}
         try:
             return {"rngs": nnx.Rngs(call.key())}
         except MissingKeyError:  # the guest says so, if it needs one
             return {}
+
+
+def _waits_for_stream(module: Any) -> bool:
+    """Whether a module has a place for a stream, and none there. Of Flax's own layers those
+    without dropout never ask for one."""
+    held = vars(module)
+    is_own = type(module).__module__.startswith("flax.")
+    rate = held.get("rate", held.get("dropout_rate", 0 if is_own else 1))
+    return held.get("rngs", module) is None and rate != 0

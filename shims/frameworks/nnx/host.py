@@ -49,7 +49,7 @@ from ...forwarding import (
 )
 from ...materialization import materialize
 from ...report import LinkReport
-from .streams import first_carry, key_source, named_streams, stream_of
+from .streams import drawing, first_carry, named_streams, stream_of
 from .views import check_link, owned, view_of
 
 __all__ = ["ToNNX", "ToNNXCell"]
@@ -377,26 +377,12 @@ class ToNNX(nnx.Module):
         deterministic: bool | None,
     ) -> Any:
         training = not (self.deterministic if deterministic is None else deterministic)
-        own = self._shim_own_streams()
-        every = [stream for stream in (self.rngs, *own.values()) if stream is not None]
-        counts = [(stream, stream.count.get_value()) for stream in every]
+        own, given = self._shim_own_streams(), self.rngs if rngs is None else rngs
         takes = self._shim_first.takes_streams
         named = own if rngs is None or not takes else named_streams(rngs)
-        try:
-            call = Call(
-                method,
-                args,
-                kwargs,
-                training=training,
-                key=key_source(self.rngs if rngs is None else rngs, training=training),
-                streams={n: stream() for n, stream in named.items()} if training else {},
-            )
+        with drawing(given, named, training=training) as (key, streams):
+            call = Call(method, args, kwargs, training=training, key=key, streams=streams)
             return self._shim_answer(call)
-        except BaseException:
-            for stream, count in counts:
-                if stream.count.get_value() is not count:
-                    stream.count.set_value(count)
-            raise
 
     def _shim_own_streams(self) -> dict[str, Any]:
         return vars(self).get("_shim_streams", {})
@@ -434,7 +420,7 @@ class ToNNX(nnx.Module):
         out, new, after = structure.run(values, call)
         self._shim_store(values, new)
         if is_traced((out, new)):  # state that appears is gone with the trace
-            check_kept(structure, after, call.method)
+            check_kept(structure, after, new, call)
         elif after != structure:
             self._shim_place(
                 {

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
-from flax.errors import TraceContextError
 
 from interop.errors import ArgumentError, MissingKeyError
 
-__all__ = ["first_carry", "key_source", "named_streams", "no_key", "stream_of"]
+from ...core import is_traced
+
+__all__ = ["drawing", "first_carry", "named_streams", "no_key", "stream_of"]
 
 
 def stream_of(rngs: Any) -> Any:
@@ -44,25 +46,50 @@ def named_streams(rngs: Any) -> dict[str, Any]:
     return {name: rngs[name] for name in rngs if name not in ("default", "params", "dropout")}
 
 
-def key_source(rngs: Any, *, training: bool) -> Callable[[], jax.Array]:
-    """Draws the key of one call.
+@contextlib.contextmanager
+def drawing(
+    rngs: Any, named: Mapping[str, Any] | None = None, *, training: bool
+) -> Generator[tuple[Callable[[], jax.Array], dict[str, jax.Array]]]:
+    """Draws the keys of one call: what draws that of the guest, and those of streams by name.
 
-    In training it is drawn at once: the guest may first ask for it inside a trace of its own,
-    where a stream cannot advance. In evaluation few guests ask, and the stream stays put. A
-    stream that the caller's trace has closed over cannot advance at all; who asks is told so.
+    The streams advance by the calls that draw from them and do not raise. One that the caller's
+    trace has closed over cannot, which is then an error.
     """
-    if rngs is None:
-        return no_key
-    if isinstance(rngs, jax.Array):
-        return lambda: rngs
-    stream = stream_of(rngs)
-    if not training:
-        return stream
+    counts = [(stream, stream.count.get_value()) for stream in (named or {}).values()]
     try:
-        key = stream()
-    except TraceContextError:
-        return stream
-    return lambda: key
+        keys = {n: s() for n, s in (named or {}).items()} if training else {}
+        if rngs is None or isinstance(rngs, jax.Array):
+            yield no_key if rngs is None else lambda: rngs, keys
+        else:
+            with _peeking(stream_of(rngs)) as draw:
+                yield draw, keys
+    except BaseException:
+        for stream, count in counts:
+            if stream.count.get_value() is not count:
+                stream.count.set_value(count)
+        raise
+
+
+@contextlib.contextmanager
+def _peeking(stream: Any) -> Generator[Callable[[], jax.Array]]:
+    """Draws the next key of a stream, which advances afterwards, if it was asked for.
+
+    A guest may ask inside a trace of its own, and the key must be no value of that.
+    """
+    key, count = stream.key.get_value(), stream.count.get_value()
+    known = jax.random.fold_in(key, count) if is_traced((key, count)) else None
+    asked: list[bool] = []
+
+    def draw() -> jax.Array:
+        asked.append(True)
+        if known is not None:
+            return known
+        with jax.ensure_compile_time_eval():
+            return jax.random.fold_in(key, count)
+
+    yield draw
+    if asked:
+        stream.count.set_value(count + 1)
 
 
 def no_key() -> jax.Array:

@@ -12,7 +12,7 @@ from interop.errors import ArgumentError
 
 from ...core import Kind, Path, at, attribute_path, nest
 from ...program import Program
-from .streams import first_carry, key_source, stream_of
+from .streams import drawing, first_carry, stream_of
 from .views import Buffer, HiddenState
 
 __all__ = ["TYPES", "Traced", "TracedCell"]
@@ -65,13 +65,8 @@ class Traced(nnx.Module):
         self, *args: Any, rngs: Any = None, deterministic: bool | None = None, **kwargs: Any
     ) -> Any:
         training = not (self.deterministic if deterministic is None else deterministic)
-        out, new = self.program.run(
-            self.values(),
-            args,
-            kwargs,
-            training=training,
-            key=key_source(rngs if rngs is not None else self.rngs, training=training),
-        )
+        with drawing(self.rngs if rngs is None else rngs, training=training) as (key, _):
+            out, new = self.program.run(self.values(), args, kwargs, training=training, key=key)
         for path, value in new.items():
             self._variable(path).set_value(value)
         return out

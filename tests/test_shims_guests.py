@@ -1,0 +1,250 @@
+"""What a guest may do in its calls: draw anywhere, make its own state, change what it holds."""
+
+import asyncio
+import contextvars
+
+import brainstate
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from numpy.testing import assert_allclose, assert_array_equal
+
+import interop
+import shims
+
+from .cases import array
+
+bnn = brainstate.nn
+X = array(4, 3, seed=71)
+XS = array(5, 4, 3, seed=72)
+KEY = jax.random.key(0)
+
+compiled = nnx.jit(lambda m, x: m(x))
+
+
+# -- draws --
+
+
+class NoisyLoop(bnn.Module):
+    """Draws within a loop of its own, in either mode."""
+
+    def update(self, x):
+        loop = brainstate.transform.for_loop
+        return loop(lambda row: row + brainstate.random.normal(size=row.shape), x)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("call", [lambda m, x: m(x), compiled], ids=["eager", "compiled"])
+def test_a_guest_draws_in_its_own_loop_and_the_stream_advances(mode, call):
+    for copied in (lambda m: m, nnx.clone):
+        shim = copied(shims.ToNNX(NoisyLoop(), rngs=nnx.Rngs(0)))
+        getattr(shim, mode)()
+        first, second = call(shim, X), call(shim, X)
+        assert (first != second).any()
+        assert len(set((first - X).ravel().tolist())) == X.size
+        assert shim.rngs.count[...] == 2
+
+
+def test_a_stream_advances_by_the_calls_that_draw_and_return():
+    class Dropping(bnn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = bnn.Dropout(0.5)
+
+        def update(self, x, *, fail=False):
+            out = self.drop(x)
+            return 1 / 0 if fail else out
+
+    rngs = nnx.Rngs(dropout=3)
+    shim, twin = shims.ToNNX(Dropping()), nnx.Rngs(dropout=3)
+    shim(X, rngs=rngs, deterministic=True)
+    with pytest.raises(ZeroDivisionError):
+        shim(X, rngs=rngs, fail=True)
+    assert rngs.dropout.count[...] == 0
+    shim(X, rngs=rngs)
+    assert rngs.dropout.count[...] == 1
+    twin.dropout()
+    assert_array_equal(shim(X, rngs=rngs), shim(X, rngs=twin))
+
+
+class InACopiedContext(bnn.Module):
+    def update(self, x):
+        draw = brainstate.random.normal
+        return contextvars.copy_context().run(lambda: x + draw(size=x.shape))
+
+
+class InTasks(bnn.Module):
+    def update(self, x):
+        async def noise():
+            return brainstate.random.normal(size=x.shape)
+
+        async def both():
+            return await asyncio.gather(noise(), noise())
+
+        first, second = asyncio.run(both())  # two draws, so that their difference is not zero
+        return x + first - second
+
+
+@pytest.mark.parametrize("guest", [InACopiedContext, InTasks])
+def test_a_guest_draws_the_hosts_key_in_any_context_of_its_own(guest):
+    shim = shims.ToNNX(guest(), rngs=nnx.Rngs(0))
+    key = brainstate.random.DEFAULT.value
+    outs = [X, shim(X), shim(X), compiled(shim, X)]
+    assert len({out.tobytes() for out in map(jax.device_get, outs)}) == 4
+    assert brainstate.random.DEFAULT.value is key
+    again = shims.ToNNX(guest(), rngs=nnx.Rngs(0))
+    assert_array_equal(again(X), outs[1])
+
+
+class Waiting(nnx.Module):
+    """One layer has a stream, and the other waits for that of the call."""
+
+    def __init__(self):
+        self.own = nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+        self.waiting = nnx.Dropout(0.5)
+
+    def __call__(self, x, rngs=None):
+        return self.waiting(self.own(x), rngs=rngs)
+
+
+class Asking(nnx.Module):
+    def __init__(self):
+        self.own = nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+
+    def __call__(self, x, rngs):
+        return self.own(x) + rngs.normal(x.shape)
+
+
+class FallingBack(nnx.Module):
+    """Natively draws from its own stream where the call brings none."""
+
+    def __init__(self):
+        self.rngs = nnx.Rngs(1)
+        self.cell = nnx.LSTMCell(3, 3, rngs=self.rngs)
+
+    def __call__(self, x, rngs=None):
+        return x + (self.rngs if rngs is None else rngs).normal(x.shape)
+
+
+def test_a_call_gets_the_hosts_rngs_where_it_natively_fails_without():
+    for guest, drawn in ((Waiting(), True), (Asking(), True), (FallingBack(), False)):
+        shim, key = shims.FromNNX(guest), brainstate.random.DEFAULT.value
+        with brainstate.environ.context(fit=True):
+            first, second = shim(X), shim(X)
+        assert (first != second).any()
+        assert (brainstate.random.DEFAULT.value is not key) is drawn
+        counts = [c[...] for _, c in nnx.to_flat_state(nnx.state(guest, nnx.RngCount))]
+        assert max(counts) > 1
+    linen = shims.ToLinen(Asking(), deterministic=False)
+    variables = linen.init(KEY, X, deterministic=True)
+    outs = [
+        linen.apply(variables, X, rngs={"dropout": jax.random.key(seed)}, mutable=["buffers"])
+        for seed in (0, 1)
+    ]
+    assert (outs[0][0] != outs[1][0]).any()
+
+
+# -- hidden state --
+
+
+class Sequence(bnn.Module):
+    """Makes the hidden state of its cells in each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.cells, self.trace = bnn.LSTMCell(3, 4), [bnn.GRUCell(4, 4)], None
+
+    def update(self, xs):
+        bnn.init_all_states(self.cell, xs.shape[1])
+        self.cells[0].init_state(xs.shape[1])
+        self.trace = {"sum": brainstate.ShortTermState(jnp.zeros(xs.shape[1:]))}
+
+        def step(x):
+            self.trace["sum"].value += x
+            return self.cells[0](self.cell(self.trace["sum"].value))
+
+        return brainstate.transform.for_loop(step, xs)
+
+
+class Continuing(Sequence):
+    """Makes it in the first call, and goes on from it in the next."""
+
+    def update(self, xs):
+        if not hasattr(self.cell, "h"):
+            self.cell.init_state(xs.shape[1])
+        return brainstate.transform.for_loop(self.cell, xs)
+
+
+class Counting(Sequence):
+    """Makes it in each call, and counts the calls too."""
+
+    calls = 0
+
+    def update(self, xs):
+        self.calls = self.calls + 1
+        return super().update(xs) * self.calls
+
+
+def in_each_host(guest):
+    linen, equinox = shims.ToLinen(guest), shims.ToEquinox(guest, batched=True)
+    variables = linen.init(KEY, XS)
+    assert set(variables) == {"params"}
+    yield lambda: linen.apply(variables, XS)
+    yield lambda: jax.jit(linen.apply)(variables, XS)
+    yield lambda: eqx.filter_jit(equinox)(XS)
+    yield lambda: compiled(shims.ToNNX(guest), XS)
+
+
+def test_hidden_state_that_each_call_makes_needs_no_place_in_the_host():
+    guest = Sequence()
+    expected = brainstate.graph.clone(guest)(XS)
+    for call in in_each_host(guest):
+        for _ in range(2):
+            assert_allclose(call(), expected, rtol=1e-5, atol=1e-6)
+    assert guest.trace is None
+    gradients = nnx.grad(lambda shim: (shim(XS) ** 2).sum())(shims.ToNNX(guest))
+    assert all((g != 0).any() for g in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("make", [Continuing, Counting])
+def test_hidden_state_that_a_later_call_would_use_is_refused(make):
+    guest = make()
+    for call in (
+        lambda: shims.ToLinen(guest).init(KEY, XS),
+        lambda: shims.ToEquinox(guest, batched=True)(XS),
+        lambda: compiled(shims.ToNNX(guest), XS),
+    ):
+        with pytest.raises(interop.UnsupportedStructureError, match=r"makes cell\.c, cell\.h"):
+            call()
+
+
+class Normalised(bnn.RNNCell):
+    """A cell with running statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = bnn.BatchNorm0d((3,), axis_name="batch")
+
+    def init_state(self, batch_size=None, **kwargs):
+        self.h = brainstate.HiddenState(
+            jnp.zeros(3) if batch_size is None else jnp.zeros((batch_size, 3))
+        )
+
+    def update(self, x):
+        self.h.value = 0.5 * self.h.value + self.norm(x)
+        return self.h.value
+
+
+def test_a_cell_with_statistics_starts_from_its_state_when_the_guest_is_gone():
+    guest = Normalised()
+    shim, state = eqx.nn.make_with_state(shims.ToEquinox)(guest)
+    shim = eqx.nn.inference_mode(shim)
+    assert shim.initialize_carry((3,))["h"].shape == (3,)
+    del guest
+    with pytest.raises(interop.ArgumentError, match="Pass state="):
+        shim.initialize_carry((3,))
+    carry = shim.initialize_carry((3,), state=state)
+    (carry, out), _ = shim(X[0], carry, state)
+    assert_allclose(out, X[0] / jnp.sqrt(1 + 1e-5), rtol=1e-5)
