@@ -1,10 +1,12 @@
 """``source`` and ``target``: every framework that has a file in ``models/``, and all pairs."""
 
+import ctypes
 import importlib
 import itertools
 import pkgutil
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -72,6 +74,15 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(
             wanted, pairs, indirect=True, ids=["-".join(pair) for pair in pairs]
         )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs_go_with_their_file():
+    """All that the tests compile would be gigabytes, of which glibc would keep the most."""
+    yield
+    jax.clear_caches()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 @pytest.fixture
