@@ -28,7 +28,14 @@ from .walk import Reading
 
 __all__ = ["Comparison", "Difference", "LayerDifference", "assert_equivalent", "compare"]
 
-_TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "float16": 1e-2, "bfloat16": 5e-2}
+_TOLERANCES = {
+    "float64": 1e-10,
+    "complex128": 1e-10,
+    "float32": 2e-5,
+    "complex64": 2e-5,
+    "float16": 1e-2,
+    "bfloat16": 5e-2,
+}
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,8 @@ class Comparison:
         inputs: for each input that of its gradients, None for one that has none.
         parameters: for each parameter of the second model, by its path, that of its gradients.
         layers: layer by layer, where both are stacks of as many layers.
+        dtypes: where the outputs differ in dtype, in words. That is no difference of values:
+            :attr:`ok` does not look at it.
         unmapped: why ``parameters`` is empty, or None.
         rtol, atol: the tolerances for the models' dtype.
 
@@ -104,6 +113,7 @@ class Comparison:
     inputs: tuple[Difference | None, ...]
     parameters: dict[str, Difference]
     layers: tuple[LayerDifference, ...]
+    dtypes: tuple[str, ...]
     unmapped: InteropError | None
     rtol: float
     atol: float
@@ -172,6 +182,7 @@ class Comparison:
         head = f"{'equal' if self.ok else 'different'} (rtol={self.rtol:g}, atol={self.atol:g})"
         if self.departs is not None:
             head += f"; the first layer that departs is {self.departs.path}"
+        lines += [f"  dtype of {text}" for text in self.dtypes]
         if self.unmapped is not None:
             lines.append(f"  no parameter gradients: {self.unmapped}")
         return "\n".join([head, *lines])
@@ -241,6 +252,7 @@ def compare(a: Any, b: Any, *inputs: Any, train: bool = False) -> Comparison:
         ),
         parameters,
         () if len(batch) > 1 else tuple(_by_layer(first, second, places, *batch)),
+        tuple(_dtypes(out, other)),
         unmapped,
         rtol,
         rtol,
@@ -448,6 +460,14 @@ def _of_parameters(links: WeightMapping, grads: Any, other_grads: Any) -> dict[s
     return {name(path): _difference(moved[path], found[path]) for path in found}
 
 
+def _dtypes(a: Any, b: Any) -> Iterator[str]:
+    """Where two trees of arrays differ in dtype."""
+    others = jax.tree.leaves(b)
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), others, strict=True):
+        if x.dtype != y.dtype:
+            yield f"outputs{jax.tree_util.keystr(path)}: {x.dtype} and {y.dtype}"
+
+
 def _worst(a: Any, b: Any) -> Difference:
     found = [jax.tree.leaves(tree, is_leaf=is_quantity) for tree in (a, b)]
     pairs = zip(*found, strict=True)
@@ -457,7 +477,7 @@ def _worst(a: Any, b: Any) -> Difference:
 def _difference(a: Any, b: Any) -> Difference:
     if getattr(a, "unit", None) != getattr(b, "unit", None):
         return Difference(np.inf, np.inf)
-    x, y = (np.asarray(magnitude(array), np.float64) for array in (a, b))
+    x, y = (_wide(magnitude(array)) for array in (a, b))
     if not x.size:
         return Difference(0.0, 0.0)
     same = (x == y) | (np.isnan(x) & np.isnan(y))
@@ -469,6 +489,11 @@ def _difference(a: Any, b: Any) -> Difference:
     if not absolute:
         return Difference(0.0, 0.0)
     return Difference(absolute, absolute / largest if largest else np.inf)
+
+
+def _wide(array: Any) -> Any:
+    is_complex = jnp.issubdtype(array.dtype, jnp.complexfloating)
+    return np.asarray(array, np.complex128 if is_complex else np.float64)
 
 
 def _tolerance(leaf: Any) -> float:

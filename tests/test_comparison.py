@@ -196,6 +196,42 @@ def test_not_a_number_differs_from_a_number_alone():
     assert not comparison.ok
 
 
+class Turned(nnx.Module):
+    """Complex outputs of real weights."""
+
+    def __init__(self, weight, sign=1):
+        self.weight, self.sign = nnx.Param(weight), sign
+
+    def __call__(self, x):
+        return jax.lax.complex(x @ self.weight, self.sign * x @ self.weight)
+
+
+def test_complex_outputs_are_compared_as_such():
+    turned = Turned(WEIGHT)
+    assert interop.compare(turned, Turned(WEIGHT), X).outputs.absolute == 0
+    found = interop.compare(turned, Turned(WEIGHT, -1), X)
+    imaginary = np.asarray(X, np.float64) @ np.asarray(WEIGHT, np.float64)
+    assert found.outputs.absolute == pytest.approx(2 * np.abs(imaginary).max(), rel=1e-6)
+    assert found.rtol == 2e-5
+
+
+class Cast(nnx.Module):
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+    def __call__(self, x):
+        return {"y": x.astype(self.dtype), "z": x}
+
+
+def test_dtypes_that_differ_are_told_and_are_no_difference_of_values():
+    x = jnp.ones((2, 3))
+    found = interop.compare(Cast("float32"), Cast("bfloat16"), x)
+    assert found.dtypes == ("outputs['y']: float32 and bfloat16",)
+    assert found.outputs.absolute == 0
+    assert "dtype of outputs['y']: float32 and bfloat16" in str(found)
+    assert interop.compare(Cast("float32"), Cast("float32"), x).dtypes == ()
+
+
 def dropout():
     return nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Dropout(0.5))
 
