@@ -727,12 +727,9 @@ def described(arguments: Any) -> Any:
     """Arguments with shape and dtype in place of arrays; what is no array stays."""
 
     def describe(x: Any) -> Any:
-        try:
-            shape, dtype = jax.numpy.shape(x), jax.numpy.result_type(x)
-        except TypeError:
+        if not (hasattr(x, "shape") and hasattr(x, "dtype")):
             return x
-        weak = getattr(x, "weak_type", isinstance(x, int | float | complex))
-        return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
 
     return jax.tree.map(describe, arguments)
 

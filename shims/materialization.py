@@ -211,7 +211,19 @@ class Remake:
                 remedy="Wrap the module once for each",
             )
         modes = (False, True) if self.train else (False,)
-        return trace(structure, values, *first, modes=modes, path=where)
+        found, fixed_by = trace(structure, values, *first, modes=modes, path=where)
+        for args, kwargs in others:
+            for mode in found.modes.values():
+                try:
+                    found.moving(mode, args, kwargs)
+                except ArgumentError as e:
+                    raise UnsupportedStructureError(
+                        f"the model calls {name} with several values of an argument that its "
+                        f"trace fixes ({e.problem})",
+                        path=where,
+                        remedy="Wrap the module once for each",
+                    ) from e
+        return found, fixed_by
 
 
 _OTHERS = 'method="trace" or "auto", with sample_input=, takes any forward logic'
@@ -237,7 +249,7 @@ def _examples(call: Any) -> Any:
     """What calls agree in that differ in the batch size at most."""
     leaves, tree = jax.tree.flatten(call)
     shapes = [getattr(x, "shape", ()) for x in leaves]
-    dtypes = [getattr(x, "dtype", x) for x in leaves]
+    dtypes = [getattr(x, "dtype", type(x)) for x in leaves]
     return tree, [shape[1:] for shape in shapes], list(map(len, shapes)), dtypes
 
 
@@ -540,6 +552,7 @@ def _verify(source: Any, made: Any, inputs: tuple[Any, ...]) -> None:
     """
     found = compare(source, made, *inputs)
     beyond = found.beyond(found.rtol, found.atol)
+    beyond += [f"dtype of {text}" for text in found.dtypes]
     if beyond:
         first = found.departs.path if found.departs is not None else "model"
         raise ConversionError(

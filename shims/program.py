@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import types
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,9 +24,21 @@ from interop.errors import ArgumentError, ConversionError, MissingDependencyErro
 from .core import Kind, Path, path_text
 from .operation import Level, Operation
 
-__all__ = ["Mode", "Program", "Step", "Value", "deserialize", "key_data", "serialize"]
+__all__ = [
+    "Fixed",
+    "Mode",
+    "Program",
+    "Step",
+    "Value",
+    "deserialize",
+    "key_data",
+    "labelled",
+    "serialize",
+]
 
 KEYS = "threefry2x32"
+Fixed = bool | int | float | str
+_NOTHING: Mapping[str, Fixed] = types.MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -76,11 +89,13 @@ class Mode:
             :class:`shims.operation.Level`.
         writes: paths of the values that a call changes.
         draws: whether it draws random numbers.
+        fixed: the arguments, numbers and texts, for which alone it was traced, by label.
     """
 
     levels: tuple[tuple[bytes, ...], ...]
     writes: tuple[Path, ...]
     draws: bool
+    fixed: Mapping[str, Fixed]
 
     @functools.cached_property
     def exported(self) -> tuple[Level, ...]:
@@ -152,13 +167,30 @@ class Program:
         exported = mode.exported[0].plain
         data = [key_data(values[value.path]) for value in self.values]
         drawn = _key(key()) if mode.draws else jnp.zeros(2, jnp.uint32)
-        inputs, tree = jax.tree.flatten((args, dict(kwargs)))
+        inputs, tree = jax.tree.flatten(self.moving(mode, args, kwargs))
         inputs = [jnp.asarray(x) for x in inputs]
         self._check(exported, data, inputs, tree)
         outs = operation(*data, drawn, *inputs)
         out, new = jax.tree.unflatten(exported.out_tree, outs)
         known = {value.path: value for value in self.values}
         return out, {p: known[p].wrapped(x) for p, x in zip(mode.writes, new, strict=True)}
+
+    def moving(self, mode: Mode, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The arguments of a call, with None for those that are fixed.
+
+        Raises:
+            ArgumentError: those are not what it was traced for.
+        """
+        given, tree = labelled(args, kwargs)
+        fixed = {k: x for k, x in given if k in mode.fixed or isinstance(x, str)}
+        if {k: (type(x), x) for k, x in fixed.items()} != {
+            k: (type(x), x) for k, x in mode.fixed.items()
+        }:
+            raise ArgumentError(
+                f"{self.guest} was traced for {_named(mode.fixed)}, and got {_named(fixed)}",
+                remedy="Call it so, or trace it with a sample_input that is like this call",
+            )
+        return jax.tree.unflatten(tree, [None if k in fixed else x for k, x in given])
 
     @property
     def is_cell(self) -> bool:
@@ -316,7 +348,8 @@ class Program:
         outs = exported.out_avals[: len(exported.out_avals) - len(mode.writes)]
         _, arguments = _arguments(exported)
         inputs = exported.in_avals[len(self.values) + 1 :]
-        return f"{_listed(arguments, inputs)} -> {', '.join(map(_text, outs)) or 'nothing'}"
+        given = _listed(arguments, inputs, mode.fixed)
+        return f"{given} -> {', '.join(map(_text, outs)) or 'nothing'}"
 
     # -- as bytes --
 
@@ -330,6 +363,7 @@ class Program:
                     "levels": [len(exports) for exports in mode.levels],
                     "writes": mode.writes,
                     "draws": mode.draws,
+                    "fixed": mode.fixed,
                 }
                 for training, mode in self.modes.items()
             },
@@ -368,6 +402,7 @@ class Program:
                 ),
                 tuple(map(tuple, facts["writes"])),
                 facts["draws"],
+                facts["fixed"],
             )
             for name, facts in header["modes"].items()
         }
@@ -389,6 +424,24 @@ def _key(key: Any) -> Any:
             remedy="Pass jax.random.key(seed)",
         )
     return data
+
+
+def labelled(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[list[tuple[str, Any]], Any]:
+    """The leaves of a call's arguments, each with what it is called, and their tree."""
+
+    def label(path: Any) -> str:
+        (kind, first, *rest) = path
+        name = first.key if kind.idx else f"argument {first.idx}"
+        return name + jax.tree_util.keystr(tuple(rest))
+
+    leaves, tree = jax.tree.flatten_with_path((args, dict(kwargs)))
+    return [(label(path), x) for path, x in leaves], tree
+
+
+def _named(fixed: Mapping[str, Fixed]) -> str:
+    return ", ".join(f"{label}={x!r}" for label, x in fixed.items()) or "arrays alone"
 
 
 def _arguments(exported: export.Exported) -> tuple[Any, Any]:
@@ -413,11 +466,18 @@ def _text(x: Any) -> str:
     return f"{x.dtype}[{', '.join(map(str, x.shape))}]"
 
 
-def _listed(tree: Any, avals: Any) -> str:
+def _listed(
+    tree: Any, avals: Any, fixed: Mapping[str, Fixed] = types.MappingProxyType({})
+) -> str:
     """Arguments of a call, those that have a name with it."""
     args, kwargs = jax.tree.unflatten(tree, list(map(_text, avals)))
-    named = [f"{key}={', '.join(jax.tree.leaves(value))}" for key, value in kwargs.items()]
-    return ", ".join([*jax.tree.leaves(args), *named]) or "no arrays"
+    named = [
+        f"{name}={', '.join(jax.tree.leaves(value)) or None}"
+        for name, value in kwargs.items()
+        if name not in fixed
+    ]
+    fixed_ones = [_named(fixed)] if fixed else []
+    return ", ".join([*jax.tree.leaves(args), *named, *fixed_ones]) or "no arrays"
 
 
 def serialize(exported: export.Exported) -> bytes:

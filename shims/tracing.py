@@ -20,7 +20,7 @@ from interop.programs import inputs_read
 
 from .core import Call, Kind, Path, Structure, path_text
 from .operation import Function, cotangents, derivative
-from .program import KEYS, Mode, Program, Step, Value, key_data, serialize
+from .program import KEYS, Fixed, Mode, Program, Step, Value, key_data, labelled, serialize
 
 __all__ = ["trace"]
 
@@ -59,29 +59,65 @@ def trace(
     ordered = sorted(values, key=lambda p: kinds[p] is not Kind.PARAMETER)
     described = tuple(Value.of(p, kinds[p], values[p]) for p in ordered)
     call = (args, dict(kwargs))
-    traces = {m: _Tracing(structure, described, m, path) for m in modes}
+    traces = {m: _Tracing(structure, described, call, m, path) for m in modes}
     with structure.tracing():
-        found = {training: tracing.mode(call) for training, tracing in traces.items()}
-        step = next(iter(traces.values())).start(call)
+        found = {training: tracing.mode() for training, tracing in traces.items()}
+        step = next(iter(traces.values())).start()
     program = Program(structure.guest_type.__qualname__, described, found, step)
     return program, next((t.fixed_by for t in traces.values() if t.fixed_by), None)
 
 
 class _Tracing:
-    """The trace of a guest in one mode."""
+    """The trace of a guest, for such a call, in one mode."""
 
     def __init__(
-        self, structure: Structure, values: Sequence[Value], training: bool, path: str
+        self,
+        structure: Structure,
+        values: Sequence[Value],
+        call: tuple[tuple[Any, ...], dict[str, Any]],
+        training: bool,
+        path: str,
     ):
         self._structure, self._values, self._training = structure, values, training
         self._path, self._name = path, structure.guest_type.__qualname__
+        self._leaves, self._tree = labelled(*call)
         self._weights = sum(value.kind is Kind.PARAMETER for value in values)
         self._writes: tuple[Path, ...] = ()
+        self._fixed: dict[str, Any] = {}
         self._draws = False
         self.fixed_by: str | None = None
 
-    def mode(self, given: Any) -> Mode:
-        """The programs for such arguments: for any batch size if that can be traced."""
+    def mode(self) -> Mode:
+        """The programs: for any numbers among the arguments if that can be traced."""
+        for label, x in self._leaves:
+            if not (hasattr(x, "dtype") or isinstance(x, Fixed)):
+                raise self._refused(
+                    f"it is called with a {type(x).__qualname__} ({label})",
+                    "Pass arrays, numbers and texts, and the rest to its constructor",
+                )
+        self._fixed = {k: x for k, x in self._leaves if isinstance(x, str)}
+        numbers = {k: x for k, x in self._leaves if isinstance(x, bool | int | float)}
+        try:
+            return self._of_any_batch(self._moving())
+        except UnsupportedStructureError:
+            if not numbers:
+                raise
+        self._fixed |= numbers
+        return self._of_any_batch(self._moving())
+
+    def _moving(self) -> Any:
+        """The arguments of the call without those that are fixed, described as arrays."""
+        moving = [None if k in self._fixed else _described(x) for k, x in self._leaves]
+        return jax.tree.unflatten(self._tree, moving)
+
+    def _whole(self, moving: Any) -> Any:
+        """The arguments of a call: ``moving`` and those that are fixed."""
+        left = iter(jax.tree.leaves(moving))
+        leaves = [self._fixed[k] if k in self._fixed else next(left) for k, _ in self._leaves]
+        return jax.tree.unflatten(self._tree, leaves)
+
+    def _of_any_batch(self, given: Any) -> Mode:
+        """The programs for such arrays: for any batch size if that can be traced."""
         first: Exception | None = None
         for open_batch, hidden in self._with_open_batch(given):
             try:
@@ -99,9 +135,9 @@ class _Tracing:
         self.fixed_by = first and _in_a_line(first)
         return found
 
-    def start(self, given: Any) -> Step | None:
+    def start(self) -> Step | None:
         """How a recurrent cell starts; None for what is called without a carry."""
-        args, _ = given
+        args, _ = self._moving()
         if not self._structure.takes_carry(args):
             return None
         axes, inputs = self._structure.feature_axes, args[1]
@@ -129,7 +165,8 @@ class _Tracing:
 
     def _function(self, *given: Any) -> tuple[Any, list[Any]]:
         """The guest's call as a pure function: data of the values, of the key, arguments."""
-        *data, key, (args, kwargs) = given
+        *data, key, moving = given
+        args, kwargs = self._whole(moving)
         values = self._wrapped(data)
         self._draws = False
 
@@ -213,7 +250,10 @@ class _Tracing:
             again = export.export(function, platforms=PLATFORMS)(*inputs)
             levels.append((again, self._mapped(function, inputs, 0)))
         return Mode(
-            tuple(tuple(map(serialize, level)) for level in levels), self._writes, self._draws
+            tuple(tuple(map(serialize, level)) for level in levels),
+            self._writes,
+            self._draws,
+            self._fixed,
         )
 
     def _mapped(self, function: Function, inputs: Sequence[Any], kept: int) -> export.Exported:
@@ -293,6 +333,13 @@ class _Tracing:
                 "Take them out of its forward logic, or keep the shim",
             )
         return self._refused(_in_a_line(error), "Keep the shim")
+
+
+def _described(x: Any) -> Any:
+    """What describes an argument; a number is an array that takes on the dtype of others."""
+    if hasattr(x, "dtype"):
+        return x
+    return jax.ShapeDtypeStruct((), jnp.result_type(x), weak_type=True)
 
 
 def _in_a_line(error: Exception) -> str:

@@ -761,6 +761,22 @@ def test_verify_tells_what_differs(monkeypatch):
         shim.materialize(method="trace", sample_input=X, verify=X)
     assert found.value.path == "model"
 
+    class Widened(Residual):
+        def update(self, x):
+            return super().update(x).astype(jnp.float32)
+
+    half = shims.ToNNX(Residual(W.astype(jnp.bfloat16), B.astype(jnp.bfloat16)))
+    monkeypatch.setattr(
+        materialization,
+        "trace",
+        lambda structure, values, *args, **options: honest(
+            shims.core.guest_of(Widened()).structure(), values, *args, **options
+        ),
+    )
+    x = X.astype(jnp.bfloat16)
+    with pytest.raises(interop.ConversionError, match="dtype of outputs: bfloat16 and float32"):
+        half.materialize(method="trace", sample_input=x, verify=x)
+
 
 class Doubled(Residual):
     def update(self, x):
@@ -999,12 +1015,65 @@ class Doubling(nnx.Module):
         return self.scaling(x, scale=2.0)
 
 
-def test_a_number_among_the_arguments_keeps_its_dtype_or_is_refused():
-    """A program takes arrays, which a number would widen where inputs are narrower."""
-    pure = shims.materialize(Doubling(), method="trace", sample_input=X)
-    assert_array_equal(pure(X), 2 * X)
-    with pytest.raises(interop.UnsupportedStructureError, match=r"model\.scaling"):
-        shims.materialize(Doubling(), method="trace", sample_input=X.astype(jnp.bfloat16))
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_number_among_the_arguments_widens_no_dtype(dtype):
+    """A program takes arrays; one for the number would widen narrower inputs."""
+    pure = shims.materialize(Doubling(), method="trace", sample_input=X.astype(dtype))
+    y = pure(X.astype(dtype))
+    assert y.dtype == dtype
+    assert_array_equal(y, 2 * X.astype(dtype))
+
+
+class Steered(Residual):
+    """What it computes depends on numbers and texts that arrays cannot stand for."""
+
+    def update(self, x, sign=True, *, times=1, scale=1.0, mode="sin"):
+        y = super().update(x) * scale
+        for _ in range(times):
+            y = getattr(jnp, mode)(y)
+        return y if sign else -y
+
+
+class Steering(nnx.Module):
+    def __init__(self, **given):
+        self.core, self.given = shims.ToNNX(Steered()), given
+
+    def __call__(self, x):
+        return self.core(x, False, **self.given)
+
+
+def test_a_trace_keeps_the_flags_that_a_model_passes(tmp_path):
+    model = Steering(times=2, mode="cos", scale=0.5)
+    pure = shims.materialize(model, method="trace", sample_input=X, verify=X)
+    expected = -jnp.cos(jnp.cos(residual(X, W, B) * 0.5))
+    assert_allclose(pure(X), expected, rtol=1e-6)
+    assert_allclose(nnx.jit(lambda m, x: m(x))(pure, X[:2]), expected[:2], rtol=1e-6)
+    assert "argument 1=False, scale=0.5, times=2" in repr(pure.core.program)
+
+    shims.save_traced(tmp_path / "core", pure.core)
+    loaded = shims.load_traced(tmp_path / "core", into="nnx")
+    given = {"times": 2, "mode": "cos", "scale": 0.5}
+    assert_allclose(loaded(X, False, **given), expected, rtol=1e-6)
+    others = [(True, given), (0, given), (False, given | {"times": 3}), (False, {})]
+    others += [(False, given | {"mode": "sin"}), (False, given | {"times": jnp.asarray(2)})]
+    for sign, given in others:
+        with pytest.raises(interop.ArgumentError, match="was traced for .*mode='cos'"):
+            loaded(X, sign, **given)
+
+
+def test_flags_that_differ_between_calls_or_are_objects_are_refused():
+    class Twice(Steering):
+        def __call__(self, x):
+            return self.core(x, times=1) + self.core(x, times=2)
+
+    class Handing(Steering):
+        def __call__(self, x):
+            return self.core(x, sign=object())
+
+    for model, problem in ((Twice(), "several values"), (Handing(), r"a object \(sign\)")):
+        with pytest.raises(interop.UnsupportedStructureError, match=problem) as e:
+            shims.materialize(model, method="trace", sample_input=X)
+        assert e.value.path == "model.core"
 
 
 SHARED = brainstate.nn.Linear(3, 3)
