@@ -12,20 +12,28 @@ loaded by a process of its own and scored on the test images.
 from __future__ import annotations
 
 import argparse
-import json
+import inspect
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import brainstate
+import equinox as eqx
+import jax
 import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+
+import interop
+import shims
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--out", type=Path, default=Path("out/train_mixed_export_pure"))
 parser.add_argument("--epochs", type=int, default=8)
-parser.add_argument("--score", help=argparse.SUPPRESS)  # one artefact, in a fresh process
 args, _ = parser.parse_known_args()  # a notebook has arguments of its own
 folder = args.out.absolute()
 folder.mkdir(parents=True, exist_ok=True)
@@ -36,94 +44,15 @@ images = (digits.images / 16.0).astype(np.float32)
 train_x, test_x, train_y, test_y = train_test_split(
     images, digits.target, test_size=0.25, random_state=0, stratify=digits.target
 )
+np.savez(folder / "test.npz", images=test_x, labels=test_y)
 
 
-# %% How each artefact is loaded: as a function from images to logits
-def plain_model():
-    """The Flax model that is left, with any weights."""
-    from flax import nnx
+def accuracy(model, images, labels) -> float:
+    """Share of the images that are recognised."""
+    return float((np.argmax(model(images), axis=-1) == labels).mean())
 
-    import shims
-
-    return nnx.Sequential(
-        shims.load_traced(folder / "block.traced", into="nnx"),
-        nnx.Linear(64, 64, rngs=nnx.Rngs(0)),
-        nnx.relu,
-        nnx.Linear(64, 10, rngs=nnx.Rngs(0)),
-    )
-
-
-def from_safetensors():
-    """The Flax model, with the weights of the file."""
-    import interop
-
-    return interop.load(folder / "weights.safetensors", plain_model())
-
-
-def from_orbax():
-    """The Flax model, with the weights of the checkpoint."""
-    import orbax.checkpoint as ocp
-    from flax import nnx
-
-    model = plain_model()
-    state = nnx.state(model, nnx.Param)
-    with ocp.StandardCheckpointer() as checkpointer:
-        found = checkpointer.restore(folder / "checkpoint", nnx.to_pure_dict(state))
-    nnx.replace_by_pure_dict(state, found)
-    nnx.update(model, state)
-    return model
-
-
-def from_stablehlo():
-    """A program for JAX; nothing else is needed."""
-    from jax import export
-
-    data = (folder / "model.stablehlo").read_bytes()
-    return export.deserialize(bytearray(data)).call
-
-
-def from_onnx():
-    """A graph for onnxruntime; no JAX."""
-    import onnxruntime
-
-    onnxruntime.set_default_logger_severity(3)
-    session = onnxruntime.InferenceSession(folder / "model.onnx")
-    (given,) = session.get_inputs()
-    return lambda images: session.run(None, {given.name: images})[0]
-
-
-LOADERS = {
-    "safetensors": from_safetensors,
-    "orbax": from_orbax,
-    "StableHLO": from_stablehlo,
-    "ONNX": from_onnx,
-}
-PACKAGES = ("brainstate", "equinox", "flax", "jax", "onnxruntime")
-
-
-def accuracy(model) -> float:
-    """Share of the test images that are recognised."""
-    return float((np.argmax(model(test_x), axis=-1) == test_y).mean())
-
-
-if args.score:
-    right = accuracy(LOADERS[args.score]())
-    imported = [package for package in PACKAGES if package in sys.modules]
-    print(json.dumps({"accuracy": right, "imported": imported}))
-    sys.exit()
 
 # %% The guests: forward logic of its own in BrainState, and a layer of Equinox
-import brainstate  # noqa: E402
-import equinox as eqx  # noqa: E402
-import jax  # noqa: E402
-import optax  # noqa: E402
-import orbax.checkpoint as ocp  # noqa: E402
-from flax import nnx  # noqa: E402
-
-import interop  # noqa: E402
-import shims  # noqa: E402
-
-
 class RowReader(brainstate.nn.Module):
     """Reads an image row by row, and adds to its last state what it saw on average."""
 
@@ -174,11 +103,11 @@ for epoch in range(args.epochs):
         value = train_step(model, optimizer, train_x[rows], train_y[rows])
     print(f"epoch {epoch + 1}: loss {float(value):.4f}")
 model.eval()
-scores = {"(live model)": accuracy(model)}
+scores = {"(live model)": accuracy(model, test_x, test_y)}
 
 # %% Leave BrainState and Equinox behind: the layer is converted, the block is traced
 pure = shims.materialize(model, method="auto", sample_input=test_x, verify=test_x, report=print)
-scores["(materialized)"] = accuracy(pure)
+scores["(materialized)"] = accuracy(pure, test_x, test_y)
 
 # %% Save it in every format
 shims.save_traced(folder / "block.traced", pure.layers[0])
@@ -194,25 +123,99 @@ try:
 except interop.MissingDependencyError as e:
     missing["ONNX"] = f"not written: {e}"
 
-# %% Load each in a fresh process, and compare
-processes = {
-    name: subprocess.Popen(
-        [sys.executable, __file__, "--out", folder, "--score", name],
-        stdout=subprocess.PIPE,
-        text=True,
+
+# %% How each artefact is loaded, by a process that knows ``folder`` alone
+def plain_model(folder):
+    """The Flax model that is left, with any weights."""
+    from flax import nnx
+
+    import shims
+
+    return nnx.Sequential(
+        shims.load_traced(folder / "block.traced", into="nnx"),
+        nnx.Linear(64, 64, rngs=nnx.Rngs(0)),
+        nnx.relu,
+        nnx.Linear(64, 10, rngs=nnx.Rngs(0)),
     )
-    for name in LOADERS
-    if name not in missing
+
+
+def from_safetensors(folder):
+    """The Flax model, with the weights of the file."""
+    import interop
+
+    return interop.load(folder / "weights.safetensors", plain_model(folder))
+
+
+def from_orbax(folder):
+    """The Flax model, with the weights of the checkpoint."""
+    import orbax.checkpoint as ocp
+    from flax import nnx
+
+    model = plain_model(folder)
+    state = nnx.state(model, nnx.Param)
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.restore(folder / "checkpoint", nnx.to_pure_dict(state))
+    nnx.replace_by_pure_dict(state, found)
+    nnx.update(model, state)
+    return model
+
+
+def from_stablehlo(folder):
+    """A program for JAX; nothing else is needed."""
+    from jax import export
+
+    data = (folder / "model.stablehlo").read_bytes()
+    return export.deserialize(bytearray(data)).call
+
+
+def from_onnx(folder):
+    """A graph for onnxruntime; no JAX."""
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(3)
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    (given,) = session.get_inputs()
+    return lambda images: session.run(None, {given.name: images})[0]
+
+
+def score(load, folder):
+    """Print the accuracy, and what was imported for it."""
+    test = np.load(folder / "test.npz")
+    right = accuracy(load(folder), test["images"], test["labels"])
+    packages = ("brainstate", "equinox", "flax", "jax", "onnxruntime")
+    imported = ", ".join(package for package in packages if package in sys.modules)
+    print(f"{right:<12.2%}{imported}")
+
+
+LOADERS = {
+    "safetensors": from_safetensors,
+    "orbax": from_orbax,
+    "StableHLO": from_stablehlo,
+    "ONNX": from_onnx,
 }
+
+# %% Load each in a fresh process, and compare
+
+
+def started_for(load):
+    """A process that scores one artefact; it gets the functions above as text."""
+    functions = map(inspect.getsource, (accuracy, plain_model, load, score))
+    first = "import sys, pathlib, numpy as np"
+    last = f"score({load.__name__}, pathlib.Path(sys.argv[1]))"
+    program = "\n".join([first, *functions, last])
+    command = [sys.executable, "-c", program, folder]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+processes = {n: started_for(load) for n, load in LOADERS.items() if n not in missing}
 print(f"{'artefact':<16}{'accuracy':<12}imported by its process")
-for name, score in scores.items():
-    print(f"{name:<16}{score:.2%}")
+for name, share in scores.items():
+    print(f"{name:<16}{share:.2%}")
 for name, process in processes.items():
     printed, _ = process.communicate()
     if process.returncode:
-        sys.exit(f"{name} could not be loaded")
-    found = json.loads(printed)
-    print(f"{name:<16}{found['accuracy']:<12.2%}{', '.join(found['imported'])}")
+        raise SystemExit(f"{name} could not be loaded")
+    print(f"{name:<16}{printed.rstrip()}")
 for name, reason in missing.items():
     print(f"{name:<16}{reason}")
 print(f"took {time.perf_counter() - started:.0f} s")

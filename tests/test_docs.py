@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from flax import nnx
 
+from tests.notebook import CELL
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -95,11 +97,11 @@ EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 def test_an_example_is_in_the_gallery_and_in_the_manual_and_made_of_cells(name):
     assert f"]({name})" in (ROOT / "examples" / "README.md").read_text()
     assert f'"examples/{name}"' in (ROOT / "docs" / "examples.md").read_text()
-    text, *cells = re.split(r"^# %% .+$", (ROOT / "examples" / name).read_text(), flags=re.M)
+    script = (ROOT / "examples" / name).read_text()
+    text, *cells = CELL.split(script)
     assert ast.get_docstring(ast.parse(text))
     assert len(cells) >= 3
-    for cell in cells:
-        compile(cell, name, "exec", dont_inherit=True)
+    assert not re.search("__file__|__main__", script)  # then it runs as a script too
 
 
 def test_what_the_readme_links_to_is_there():
@@ -110,10 +112,10 @@ def test_what_the_readme_links_to_is_there():
 
 
 def run_example(name: str, *arguments: object) -> str:
-    """What the example prints; warnings are errors."""
-    script = ROOT / "examples" / f"{name}.py"
+    """What the example prints, run as a notebook; warnings are errors."""
+    notebook, script = ROOT / "tests" / "notebook.py", ROOT / "examples" / f"{name}.py"
     done = subprocess.run(
-        [sys.executable, "-W", "error", script, *map(str, arguments)],
+        [sys.executable, "-W", "error", notebook, script, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=False,
         capture_output=True,
@@ -171,18 +173,7 @@ def check_artefacts(text: str) -> None:
 @pytest.fixture(scope="module")
 def embed_in_flax(tmp_path_factory):
     out = tmp_path_factory.mktemp("embed_in_flax")
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    script = ROOT / "examples" / "embed_in_flax.py"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", script, "--out", out],
-        env=env,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, out
+    return run_example("embed_in_flax", "--out", out), out
 
 
 def number(text: str, label: str) -> float:
@@ -208,17 +199,7 @@ def test_the_example_moves_the_brainstate_weights_and_restores_its_checkpoint(em
 
 
 def test_the_example_of_conversion_looks_proves_and_goes_on_training():
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    script = ROOT / "examples" / "convert_models.py"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", script],
-        env=env,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    text = run_example("convert_models")
     for line in (
         "problems found at once: 2",
         "the Flax model holds the same arrays: True",
@@ -226,4 +207,4 @@ def test_the_example_of_conversion_looks_proves_and_goes_on_training():
         "the loss falls at every step: True",
         "a registered layer converts: True",
     ):
-        assert line in done.stdout
+        assert line in text
