@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import platform
 import sys
 from collections.abc import Sequence
@@ -15,8 +16,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-
-from shims.support import pairs
 
 from . import DISTRIBUTION
 from .errors import (
@@ -140,7 +139,9 @@ def _overview() -> None:
         if state == "works":
             importable.append(name)
     _print(console, "Frameworks", Grid(("name", "package", "state"), tuple(rows)))
-    _print(console, "Live: shims.wrap(module, into=...)", pairs(importable))
+    if importlib.util.find_spec("shims") is not None:  # which stands on this package
+        pairs = importlib.import_module("shims.support").pairs(importable)
+        _print(console, "Live: shims.wrap(module, into=...)", pairs)
     _print(console, "Converts: interop.convert(model, to=...)", layers(importable))
     _print(console, "Refused, and taken live by shims.wrap", refused(importable))
     console.print(

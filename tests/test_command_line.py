@@ -81,6 +81,16 @@ def test_the_program_prints_versions_pairs_and_layers():
     assert {"flax", "ToEquinox", "FromLinen", "LayerNorm", "composite"} <= set(words)
 
 
+def test_conversions_are_shown_where_there_are_no_shims(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "shims"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "shims", None)  # its import fails
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert "LayerNorm" in out
+    assert "ToEquinox" not in out
+
+
 def test_what_is_missing_or_broken_is_said_and_the_rest_is_shown(monkeypatch, capsys):
     found = registry.adapter
 

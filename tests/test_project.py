@@ -104,6 +104,14 @@ def test_importing_the_library_imports_no_framework_and_nothing_slow():
     assert run_python("-c", code, cwd=ROOT) == "set()\n"
 
 
+def test_conversions_do_not_depend_on_live_shims():
+    paths = (ROOT / "interop").rglob("*.py")
+    nodes = [(p.name, n) for p in paths for n in ast.walk(ast.parse(p.read_text()))]
+    named = [(p, a.name) for p, n in nodes if isinstance(n, ast.Import) for a in n.names]
+    named += [(p, n.module or "") for p, n in nodes if isinstance(n, ast.ImportFrom)]
+    assert [found for found in named if found[1].partition(".")[0] == "shims"] == []
+
+
 def run_python(*arguments, cwd):
     done = subprocess.run(
         [sys.executable, *arguments],
