@@ -14,14 +14,42 @@ import dis
 import functools
 import inspect
 import itertools
+import re
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
-__all__ = ["MODES", "Steps", "steps_of"]
+__all__ = ["MODES", "SWITCHED", "Chain", "Step", "mode_of", "steps_of"]
 
-Steps = list[tuple[Any, str]]
-"""Layers and functions in the order of their calls, each with its path: ``.layers[0]``."""
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A layer or a function of a chain.
+
+    Attributes:
+        part: it, with its options.
+        path: where it is held: ``.layers[0]``.
+        modes: the arguments of the mode that the call passes on to it.
+    """
+
+    part: Any
+    path: str
+    modes: frozenset[str] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """What a method comes to.
+
+    Attributes:
+        steps: in the order of their calls.
+        modes: the arguments of the mode that the method takes, and their defaults; ``...``
+            for one without.
+    """
+
+    steps: tuple[Step, ...]
+    modes: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+
 
 MODES = {
     "use_running_average": False,
@@ -33,7 +61,17 @@ MODES = {
 }
 """Names of fields of layers and of arguments that switch the mode; the value for training."""
 
+SWITCHED = "the mode of the call"
+"""What a layer is in that is not fixed to one mode."""
+
+# Parts of names by which code tells modes apart in its own way.
+_OF_MODES = {
+    *("train", "training", "trains", "trainable", "eval", "evaluation", "evaluate"),
+    *("evaluating", "test", "testing", "predict", "predicting", "prediction", "inference"),
+    *("infer", "deterministic", "stochastic", "fit", "fitting"),
+}
 _CONSTANTS = (bool, int, float, str, types.NoneType)
+_WORDS = re.compile("[a-z]+")
 _BUILTINS = {
     fn.__name__: fn for fn in (range, len, zip, enumerate, reversed, tuple, list, min, max, int)
 }
@@ -48,7 +86,7 @@ def steps_of(
     module: Any,
     is_layer: Callable[[Any], bool],
     contents: Callable[[Any], Any] = lambda value: value,
-) -> Steps | None:
+) -> Chain | None:
     """The layers and functions that a module's method applies, in order.
 
     Args:
@@ -70,26 +108,37 @@ def steps_of(
         return None
     if not all(a.is_same(b) for a, b in itertools.zip_longest(*found, fillvalue=_NOTHING)):
         return None
-    return [(step.callable, step.path) for step in found[0]]
+    steps = tuple(Step(call.callable, call.path, call.modes) for call in found[0])
+    _, _, *rest = inspect.signature(method).parameters.values()
+    unset = inspect.Parameter.empty
+    return Chain(steps, {p.name: ... if p.default is unset else p.default for p in rest})
+
+
+def mode_of(given: Mapping[str, Any]) -> str | None:
+    """The mode that such values of :data:`MODES` say; None where there are none."""
+    kinds = {"training" if value is MODES[n] else "evaluation" for n, value in given.items()}
+    return " and ".join(sorted(kinds)) or None
 
 
 @dataclasses.dataclass(frozen=True)
-class _Step:
+class _Call:
     """A call of a layer or function with the data, and options that are constants."""
 
     part: Any
     path: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    modes: frozenset[str] = frozenset()
 
-    def is_same(self, other: _Step) -> bool:
-        return self.part is other.part and self.options == other.options
+    def is_same(self, other: _Call) -> bool:
+        alike = self.options == other.options and self.modes == other.modes
+        return self.part is other.part and alike
 
     @property
     def callable(self) -> Any:
         return functools.partial(self.part, **self.options) if self.options else self.part
 
 
-_NOTHING = _Step(None, "")
+_NOTHING = _Call(None, "")
 
 
 def _is_plain(code: types.CodeType) -> bool:
@@ -174,10 +223,10 @@ class _Trace:
     ):
         self._module, self._train = module, train
         self._is_layer, self._contents = is_layer, contents
-        self._steps: list[_Step] = []
+        self._steps: list[_Call] = []
         self._latest = _Value()
 
-    def run(self, method: types.FunctionType) -> list[_Step]:
+    def run(self, method: types.FunctionType) -> list[_Call]:
         """The steps.
 
         Raises:
@@ -218,6 +267,8 @@ class _Trace:
 
     def _stand_in(self, value: Any, path: str) -> Any:
         if type(value) in _CONSTANTS:
+            if _is_mode(path, value):  # which may be changed after the conversion
+                raise _OtherError
             return value
         if self._is_layer(value):
             return _Closed(lambda *args, **options: self._layer(value, path, *args, **options))
@@ -238,7 +289,7 @@ class _Trace:
         for name, value in options.items():
             if name not in MODES or value is not self._mode(name):
                 raise _OtherError
-        return self._step(_Step(part, path), data)
+        return self._step(_Call(part, path, modes=frozenset(options)), data)
 
     def _function(self, fn: Any, data: Any, /, *args: Any, **options: Any) -> _Value:
         if args:
@@ -252,9 +303,9 @@ class _Trace:
         if not all(map(_is_constant, options.values())):
             raise _OtherError
         name = getattr(fn, "__name__", type(fn).__qualname__)
-        return self._step(_Step(fn, f".{name}", options), data)
+        return self._step(_Call(fn, f".{name}", options), data)
 
-    def _step(self, step: _Step, data: Any) -> _Value:
+    def _step(self, step: _Call, data: Any) -> _Value:
         if data is not self._latest:
             raise _OtherError
         self._steps.append(step)
@@ -268,6 +319,13 @@ def _names(code: types.CodeType) -> Iterator[str]:
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
             yield from _names(const)
+
+
+def _is_mode(path: str, value: Any) -> bool:
+    """Whether a constant looks like a mode of the model, by its name or its text."""
+    words = {*_WORDS.findall(f"{path} {value}".lower())}
+    kinds = {"mode", "phase"} if not isinstance(value, str) else set[str]()
+    return not words.isdisjoint(_OF_MODES | kinds)
 
 
 def _is_constant(value: Any) -> bool:

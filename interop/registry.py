@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 import jax
 
 from . import frameworks as _framework_files
+from .chains import SWITCHED, Chain
 from .errors import (
     ArgumentError,
     BrokenDependencyError,
@@ -260,7 +261,7 @@ class Adapter(abc.ABC):
         """What a user holds: the module, or the module with what belongs to it."""
         return node
 
-    def steps(self, node: Any) -> list[tuple[Any, str]] | None:
+    def steps(self, node: Any) -> Chain | None:
         """The layers and functions that a user's own module applies one after the other.
 
         Returns:
@@ -271,9 +272,17 @@ class Adapter(abc.ABC):
         is_known = any(base in self.readers for base in bases)
         return None if is_known else self.chain(node)
 
-    def chain(self, node: Any) -> list[tuple[Any, str]] | None:
+    def chain(self, node: Any) -> Chain | None:
         """:meth:`steps` of a module without a rule."""
         return None
+
+    def mode(self, node: Any) -> str | None:
+        """The mode that a layer is in by options of its own, where the call gives it none.
+
+        Returns:
+            As :func:`interop.chains.mode_of`; None too where it has none and cannot be called.
+        """
+        return SWITCHED
 
     # -- rules --------------------------------------------------------------------------
 

@@ -328,9 +328,9 @@ class _Survey(Reading):
         self.problems, self._fits = problems, fits
         self.nodes: dict[int, Any] = {}
 
-    def read(self, node: Any, path: str) -> specs.Spec:
+    def read(self, node: Any, path: str, given: frozenset[str] = frozenset()) -> specs.Spec:
         try:
-            spec = super().read(node, path)
+            spec = super().read(node, path, given)
         except InteropError as e:
             is_told = not self._fits and isinstance(e, ConversionError)
             if not is_told:  # with all the weights that do not fit

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import formulas, specs
+from .chains import SWITCHED, Chain, mode_of
 from .errors import (
     ConversionError,
     InteropError,
@@ -57,34 +58,62 @@ class Reading:
         self._specs: dict[int, specs.Spec] = {}
         self.alive: list[Any] = []
         self._owners: dict[int, tuple[str, object]] = {}
-        self._found: type = object
+        self._found: type = object  # as long as nothing is being read
+        self._mode: str | None = SWITCHED  # of the arguments of the chain that is being read
+        self._given: dict[int, frozenset[str]] = {}
+        self._modes: dict[str, str] = {}
 
-    def read(self, node: Any, path: str) -> specs.Spec:
-        """The spec of ``node``: a module of the framework, or any other callable."""
+    def read(self, node: Any, path: str, given: frozenset[str] = frozenset()) -> specs.Spec:
+        """The spec of ``node``: a module of the framework, or any other callable.
+
+        ``given`` are the arguments of the mode that a chain's call passes on to it.
+        """
         module: object = self.adapter.module(node)
         if not isinstance(module, self.adapter.module_type):
             return self._remember(self.read_callable(module, path), path, type(module))
         if id(module) in self._specs:
-            return self._specs[id(module)]
-        steps = self.adapter.steps(node)
-        rule = None if steps else self.adapter.reader(module, path)
-        outer = self.path, self._found
+            spec = self._specs[id(module)]
+            if self._given[id(module)] != given and any(s.has_modes for s in leaves_of(spec)):
+                raise _one_switch(type(module), "is called with and without a mode", path)
+            return spec
+        chain = self.adapter.steps(node)
+        rule = None if chain else self.adapter.reader(module, path)
+        outer = self.path, self._found, self._mode
+        if chain and self._found is not object and not chain.modes.keys() <= given:
+            self._mode = mode_of({n: v for n, v in chain.modes.items() if n not in given})
         self.path, self._found = path, type(module)
         try:
             self._check_owners(node, path)
-            spec = self._read_steps(steps or []) if rule is None else self.read_by(rule, node)
+            spec = self._read_chain(chain) if chain else self.read_by(cast(Any, rule), node)
         finally:
-            self.path, self._found = outer
+            self.path, self._found, self._mode = outer
+        if not chain and spec.has_modes:
+            self._check_mode(self._mode if given else self.adapter.mode(node), node, path)
+        self._given[id(module)] = given
         if self.adapter.has_identity or id(module) in self.shared:
             self._specs[id(module)] = spec
         advance()
         return spec
 
-    def _read_steps(self, steps: list[tuple[Any, str]]) -> specs.Spec:
+    def _check_mode(self, mode: str | None, node: Any, path: str) -> None:
+        """Refuse layers in more modes than one: the target has one switch for all."""
+        if mode is None:  # the source cannot call it so
+            return
+        self._modes.setdefault(mode, path)
+        if other := next((key for key in self._modes if key != mode), None):
+            first = self._modes[other]
+            raise _one_switch(
+                type(self.adapter.module(node)),
+                f"is in {mode}, whereas {first} is in {other}",
+                path,
+            )
+
+    def _read_chain(self, chain: Chain) -> specs.Spec:
         """The stack that a user's own module comes to."""
-        nodes = [node for node, _ in steps]
-        read = self.read_all(nodes, [f"{self.path}{path}" for _, path in steps])
-        self.alive += [steps, read]  # as they are known by their ids
+        nodes = [step.part for step in chain.steps]
+        paths = [f"{self.path}{step.path}" for step in chain.steps]
+        read = self.read_all(nodes, paths, [step.modes for step in chain.steps])
+        self.alive += [chain, read]  # as they are known by their ids
         try:
             layers = chained(read, self.origins)
         except ValueError as e:
@@ -125,11 +154,14 @@ class Reading:
                 "live with shims.wrap",
             ) from e
 
-    def read_all(self, nodes: Any, paths: Any = None) -> tuple[specs.Spec, ...]:
+    def read_all(
+        self, nodes: Any, paths: Any = None, given: Any = None
+    ) -> tuple[specs.Spec, ...]:
         """The specs of a stack's layers, in order; their paths are numbers if not given."""
         nodes = list(nodes)
         paths = paths or [f"{self.path}[{i}]" for i in range(len(nodes))]
-        layers = tuple(itertools.starmap(self.read, zip(nodes, paths, strict=True)))
+        given = given or [frozenset[str]()] * len(nodes)
+        layers = tuple(itertools.starmap(self.read, zip(nodes, paths, given, strict=True)))
         for path, layer in zip(paths, layers, strict=True):
             if isinstance(layer, specs.Cell):
                 raise UnsupportedStructureError(
@@ -475,6 +507,14 @@ class Building:
                     f"{self.adapter.name} has no counterpart",
                     "Leave the option at its default, or wrap the layer live with shims.wrap",
                 )
+
+
+def _one_switch(found: type, problem: str, path: str) -> UnsupportedStructureError:
+    return UnsupportedStructureError(
+        f"{found.__qualname__} {problem}; what it is converted to has one switch for all",
+        path=path,
+        remedy="Pass the mode of the call on to both, or wrap the model live with shims.wrap",
+    )
 
 
 def _not_inexact(spec: specs.Spec) -> list[str]:

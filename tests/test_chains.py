@@ -380,3 +380,120 @@ def test_a_decorated_call_and_a_compact_one_are_refused():
     ):
         with pytest.raises(interop.UnsupportedStructureError, match="forward logic"):
             interop.convert(model, to="brainstate", **keywords)
+
+
+class Normed(nn.Module):
+    """A part that takes a mode, and evaluates where it gets none."""
+
+    def setup(self):
+        self.norm = nn.BatchNorm()
+
+    def __call__(self, x, train=False):
+        return self.norm(x, use_running_average=not train)
+
+
+class NnxNormed(nnx.Module):
+    def __init__(self):
+        self.norm = Framework("nnx").batch_norm(SCALE, SHIFT, MEAN, VAR, EPSILON, MOMENTUM)
+
+    def __call__(self, x, train=False):
+        return self.norm(x, use_running_average=not train)
+
+
+FROZEN = nn.BatchNorm(use_running_average=True)
+
+
+def _fixed(norm, drop, call):
+    class Linen(nn.Module):
+        def setup(self):
+            self.norm, self.drop = norm.clone(), drop.clone()
+
+        __call__ = call
+
+    return Linen(), {"params": Linen().init(jax.random.key(0), X)}
+
+
+def _both(self, x, train=False):
+    return self.drop(self.norm(x), deterministic=not train)
+
+
+FIXED = {
+    "a frozen normalisation": lambda: _fixed(FROZEN, nn.Dropout(0.3), _both),
+    "a normalisation that always trains": lambda: _fixed(
+        nn.BatchNorm(use_running_average=False), nn.Dropout(0.3), _both
+    ),
+    "a dropout that is off": lambda: _fixed(
+        nn.BatchNorm(),
+        nn.Dropout(0.3, deterministic=True),
+        lambda self, x, train=False: self.drop(self.norm(x, use_running_average=not train)),
+    ),
+    "a stack that gets no mode": lambda: _fixed(
+        nn.Sequential([FROZEN]), nn.Dropout(0.3), _both
+    ),
+    "a part that gets no mode": lambda: _fixed(Normed(), nn.Dropout(0.3), _both),
+    "two layers of a stack": lambda: (
+        nn.Sequential([FROZEN, nn.Dropout(0.3, deterministic=False)]),
+        {"params": nn.Sequential([FROZEN]).init(jax.random.key(0), X)},
+    ),
+    "a part of NNX that gets no mode": lambda: (
+        nnx.Sequential(NnxNormed(), nnx.Dropout(0.3)),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_layer_that_keeps_one_mode_beside_others_that_change_it_is_refused(name):
+    model, keywords = FIXED[name]()
+    with pytest.raises(interop.UnsupportedStructureError, match="one switch for all") as e:
+        interop.convert(model, to="equinox", sample_input=(3,), **keywords)
+    assert e.value.path in ("model.drop", "model[1]")
+    assert "norm" in str(e.value) or "model[0]" in str(e.value)
+
+
+def test_a_part_that_is_called_with_and_without_a_mode_is_refused():
+    call = lambda self, x, train=False: self.norm(self.norm(x, train=train))  # noqa: E731
+    model, keywords = _fixed(Normed(), nn.Dropout(0.3), call)
+    with pytest.raises(interop.UnsupportedStructureError, match="with and without a mode"):
+        interop.convert(model, to="nnx", **keywords)
+
+
+def test_layers_that_all_keep_one_mode_follow_the_switch_of_the_target():
+    call = lambda self, x: self.drop(self.norm(x))  # noqa: E731
+    model, keywords = _fixed(FROZEN, nn.Dropout(0.3, deterministic=True), call)
+    converted = interop.convert(model, to="nnx", **keywords)
+    np.testing.assert_allclose(converted(X), X / np.sqrt(1 + 1e-5), rtol=1e-5, atol=1e-5)
+
+
+IS_TRAINING = True
+
+
+FLAGS = {
+    "is_train": lambda self, x: jnp.tanh(self.a(x)) if self.is_train else self.a(x),
+    "in_eval_mode": lambda self, x: self.a(x) if self.in_eval_mode else jnp.tanh(self.a(x)),
+    "mode": lambda self, x: jnp.tanh(self.a(x)) if self.mode else self.a(x),
+    "stage": lambda self, x: jnp.tanh(self.a(x)) if self.stage == "train" else self.a(x),
+    "global": lambda self, x: jnp.tanh(self.a(x)) if IS_TRAINING else self.a(x),
+    "use_tanh": lambda self, x: jnp.tanh(self.a(x)) if self.use_tanh else self.a(x),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags_that_may_be_modes_are_no_constants(name):
+    """They are changed after a conversion, which the converted model would not see."""
+
+    class Flagged(nnx.Module):
+        def __init__(self):
+            self.a = Framework("nnx").linear(SQUARE[:3, :3], BIAS[:3])
+            self.is_train = self.in_eval_mode = self.mode = self.use_tanh = True
+            self.stage = "train"
+
+        __call__ = FLAGS[name]
+
+    if name == "use_tanh":  # a choice, as are the layers themselves
+        expected = np.tanh(truth.linear(X, SQUARE[:3, :3], BIAS[:3]))
+        converted = interop.convert(Flagged(), to="equinox")
+        np.testing.assert_allclose(jax.vmap(converted)(X), expected, rtol=1e-5, atol=1e-5)
+        return
+    with pytest.raises(interop.UnsupportedStructureError, match="forward logic"):
+        interop.convert(Flagged(), to="equinox")

@@ -13,7 +13,7 @@ import jax
 from flax.linen import dtypes
 
 from ... import specs
-from ...chains import MODES
+from ...chains import MODES, Chain, mode_of
 from ...composites.core import combine, split
 from ...composites.linen import COMPOSITES
 from ...errors import (
@@ -173,19 +173,26 @@ class Linen(Adapter):
     def added_state(self, module: Any, rule: ReadRule) -> set[str]:
         return _fields(type(module)) - _fields(rule.layer_type)
 
-    def chain(self, node: Any) -> list[tuple[Any, str]] | None:
+    def chain(self, node: Any) -> Chain | None:
         found = chain_of(self.module(node))
-        if found is None:
-            return None
-        if not isinstance(node, Node):
-            return [(part, path) for part, path, _ in found]
+        if found is None or not isinstance(node, Node):
+            return found and found[0]
+        chain, places = found
         nodes = {
-            id(part): Node(part, within(node.variables, names)) for part, _, names in found
+            id(step.part): Node(step.part, within(node.variables, names))
+            for step, names in zip(chain.steps, places, strict=True)
+            if isinstance(step.part, nn.Module)
         }
-        return [
-            (nodes[id(part)] if isinstance(part, nn.Module) else part, path)
-            for part, path, _ in found
+        steps = [
+            dataclasses.replace(step, part=nodes.get(id(step.part), step.part))
+            for step in chain.steps
         ]
+        return dataclasses.replace(chain, steps=tuple(steps))
+
+    def mode(self, node: Any) -> str | None:
+        module = self.module(node)
+        given = {name: getattr(module, name) for name in MODES.keys() & _fields(type(module))}
+        return mode_of({name: value for name, value in given.items() if value is not None})
 
     def has_children(self, module: Any) -> bool:
         return True  # they may appear in setup, or in a compact call

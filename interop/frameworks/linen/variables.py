@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 
 from ... import formulas
-from ...chains import steps_of
+from ...chains import Chain, Step, steps_of
 from ...composites.linen import COMPOSITES
 from ...errors import (
     ConversionError,
@@ -309,7 +310,8 @@ def leaves_of(
     if isinstance(module, nn.Sequential):
         parts = [(layer, (f"layers_{i}",)) for i, layer in enumerate(module.layers)]
     elif isinstance(module, nn.Module) and adapter.steps(module):
-        parts = [(part, names) for part, _, names in chain_of(module) or ()]
+        chain, places = chain_of(module) or (Chain(()), [])
+        parts = [(step.part, names) for step, names in zip(chain.steps, places, strict=True)]
     else:
         if isinstance(module, nn.Module):
             yield module, scope, parent
@@ -321,11 +323,11 @@ def leaves_of(
             yield from leaves_of(adapter, layer, (*scope, *names), module)
 
 
-def chain_of(module: nn.Module) -> list[tuple[Any, str, Key]] | None:
-    """The layers and functions that a module with ``setup`` applies one after the other.
+def chain_of(module: nn.Module) -> tuple[Chain, list[Key]] | None:
+    """What a module with ``setup`` comes to, if it applies layers and functions in order.
 
     Returns:
-        Each layer by itself, and the names of its variables' place; None if that is not all.
+        Its steps, each layer by itself, and the names of the place of each one's variables.
     """
     method = getattr(type(module).__call__, "__wrapped__", None)  # by Flax's own wrapper
     if hasattr(method, "__wrapped__") or getattr(method, "compact", False):
@@ -334,16 +336,20 @@ def chain_of(module: nn.Module) -> list[tuple[Any, str, Key]] | None:
         bound = module.bind({})
     except Exception:
         return None
-    steps = steps_of(method, bound, lambda value: isinstance(value, nn.Module))
+    chain = steps_of(method, bound, lambda value: isinstance(value, nn.Module))
+    if chain is None:
+        return None
     alone: dict[int, Any] = {}
-    found: list[tuple[Any, str, Key]] = []
-    for part, path in steps or ():
+    steps: list[Step] = []
+    places: list[Key] = []
+    for step in chain.steps:
+        part = step.part
         is_module = isinstance(part, nn.Module)
         if is_module and id(part) not in alone:
             alone[id(part)] = part.unbind()[0]
-        names = tuple(part.scope.path) if is_module else ()  # pyright: ignore
-        found.append((alone.get(id(part), part), path, names))
-    return found or None
+        places.append(tuple(part.scope.path) if is_module else ())  # pyright: ignore
+        steps.append(dataclasses.replace(step, part=alone.get(id(part), part)))
+    return dataclasses.replace(chain, steps=tuple(steps)), places
 
 
 def within(variables: Mapping[str, Any], names: Key) -> dict[str, Any]:

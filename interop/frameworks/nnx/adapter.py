@@ -13,7 +13,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from ... import specs
-from ...chains import steps_of
+from ...chains import Chain, steps_of
 from ...composites.nnx import COMPOSITES, Composite
 from ...errors import ArgumentError
 from ...partitioning import Partitioning
@@ -41,14 +41,14 @@ class Nnx(Adapter):
         held = nnx.Variable | nnx.Pytree
         return {k for k, v in vars(module).items() if isinstance(v, held)} - rule.state
 
-    def chain(self, node: Any) -> list[tuple[Any, str]] | None:
+    def chain(self, node: Any) -> Chain | None:
         cls = type(node)
         if cls.__getattribute__ is not nnx.Module.__getattribute__:
             return None
         call = inspect.getattr_static(cls, "__call__", None)
-        steps = steps_of(call, node, _is_layer, _contents)
-        used = {id(v) for part, _ in steps or () for v in _held(part)}
-        return steps if used == {id(v) for v in _held(node)} else None
+        chain = steps_of(call, node, _is_layer, _contents)
+        used = {id(v) for step in (chain.steps if chain else ()) for v in _held(step.part)}
+        return chain if used == {id(v) for v in _held(node)} else None
 
     def has_children(self, module: Any) -> bool:
         return any(path for path, _ in nnx.iter_modules(module))
