@@ -383,8 +383,8 @@ class _Listing(Reading):
         super().__init__(adapter, registry)
         self.nodes: dict[int, Any] = {}
 
-    def read(self, node: Any, path: str) -> specs.Spec:
-        spec = super().read(node, path)
+    def read(self, node: Any, path: str, given: frozenset[str] = frozenset()) -> specs.Spec:
+        spec = super().read(node, path, given)
         self.nodes.setdefault(id(spec), node)
         return spec
 

@@ -25,6 +25,7 @@ from .errors import (
     UnsupportedLayerError,
     UnsupportedStructureError,
 )
+from .independence import Mixing, mixing
 from .layout import Crossed, Flow, leaves_of, several_axes
 from .parameters import is_quantity, leaves_by_name
 from .progress import advance
@@ -102,8 +103,9 @@ class Reading:
         self._modes.setdefault(mode, path)
         if other := next((key for key in self._modes if key != mode), None):
             first = self._modes[other]
+            found: object = self.adapter.module(node)
             raise _one_switch(
-                type(self.adapter.module(node)),
+                type(found),
                 f"is in {mode}, whereas {first} is in {other}",
                 path,
             )
@@ -279,6 +281,7 @@ class Building:
         self._is_vague = there is not None and self.sample is None and several_axes(there.spec)
         self._levels = 0
         self._held: set[int] = set()
+        self._mixing: dict[int, Mixing] | None = None  # until a function asks
         self._unit = unit  # of the data here; None where they have none, ... where unknown
 
     def build(self, spec: specs.Spec) -> Any:
@@ -316,6 +319,8 @@ class Building:
         if isinstance(spec, specs.Deferred):
             return spec.build(self)
         self._check_sample(spec)
+        if isinstance(spec, specs.Function):
+            self._check_independence(spec)
         try:
             rule = self.adapter.builder(spec, self.found, self.path)
             self._check_options(spec, rule)
@@ -494,6 +499,34 @@ class Building:
                 f"{space}{spec.in_features} features",
                 f"Pass one example as the model takes it, {order}without its batch axis",
             )
+
+    def _check_independence(self, spec: specs.Function) -> None:
+        if not self.adapter.per_example or spec.per_example or self._there is None:
+            return
+        if self._mixing is None:
+            self._mixing = mixing(self._there.spec, self.sample, self.adapter.channels_first)
+        if (found := self._mixing.get(id(spec))) is None:
+            return
+        name = getattr(spec.fn, "__qualname__", None) or repr(spec.fn)
+        shapes = " or ".join(map(str, found.shapes))
+        if found.depends:
+            raise MissingShapeError(
+                name,
+                path=self.path,
+                target=self.adapter.name,
+                reason=f"{self.adapter.name} sees one example, and {name} would mix those of a "
+                f"batch if they had shape {shapes}",
+            )
+        raise UnsupportedLayerError(
+            self.found,
+            f"{name} mixes the examples of a batch (tried with shape {shapes}), and "
+            f"{self.adapter.name} sees one at a time",
+            path=self.path,
+            target=self.adapter.name,
+            option="fn",
+            value=spec.fn,
+            remedy="Apply it outside of the model, or wrap the model live with shims.wrap",
+        )
 
     def _check_options(self, spec: specs.Spec, rule: BuildRule) -> None:
         for field in dataclasses.fields(spec):

@@ -55,11 +55,73 @@ def test_flattening_images_works_between_batched_and_single_examples(source, tar
     )
 
 
-def test_a_function_that_mixes_the_batch_fails_when_it_is_called():
-    """It has no meaning for one example; the result would be its first element."""
-    model = interop.convert(nnx.Sequential(jnp.ravel), to="equinox")
-    with pytest.raises(ValueError, match="mixes batch and features"):
-        jax.vmap(model)(X)
+MIXING = {
+    "centred": lambda x: x - x.mean(0),
+    "reversed": lambda x: jnp.flip(x, 0),
+    "summed": functools.partial(jnp.sum, axis=0),
+    "a softmax over the batch": lambda x: jax.nn.softmax(x, axis=0),
+    "a running sum": functools.partial(jnp.cumsum, axis=0),
+    "by its size": lambda x: x / x.shape[0],
+    "all in one row": jnp.ravel,
+    "transposed": lambda x: x.T,
+    "doubled": lambda x: jnp.concatenate([x, x]),
+}
+
+
+@pytest.mark.parametrize("sample", [None, (3,)])
+@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("origin", ["brainstate", "linen", "nnx"])
+def test_a_function_that_mixes_the_batch_is_refused_for_one_example(origin, name, sample):
+    """It would compute something else, without a word: each example is a batch of one then."""
+    fw = Framework(origin)
+    model = fw.sequential(fw.linear(WEIGHT, BIAS), fw.activation(MIXING[name]))
+    model, keywords = fw.arguments(model)
+    with pytest.raises(interop.UnsupportedLayerError, match="mixes the examples") as e:
+        interop.convert(model, to="equinox", sample_input=sample, **keywords)
+    assert e.value.path == "model[1]"
+    assert e.value.remedy.startswith("Apply it outside")
+    report = interop.explain(model, to="equinox", sample_input=sample, **keywords)
+    assert [row.how for row in report.rows] == ["native", "refused"]
+
+
+def test_where_the_shape_decides_whether_a_function_mixes_the_batch_it_is_asked_for():
+    fw = Framework("nnx")
+    centred = lambda x: x - x.mean(-2, keepdims=True)  # noqa: E731
+    model = fw.sequential(fw.linear(WEIGHT, BIAS), centred)
+    with pytest.raises(interop.MissingShapeError, match="mix those of a batch") as e:
+        interop.to_equinox(model)
+    assert e.value.path == "model[1]"
+    with pytest.raises(interop.UnsupportedLayerError, match="mixes the examples"):
+        interop.convert(model, to="equinox", sample_input=(3,))
+    converted = interop.convert(model, to="equinox", sample_input=(5, 3))
+    assert converted.layers[1].fn.fn is centred
+
+
+def _halves(x):
+    return x[..., :2], x[..., 2:]
+
+
+def test_functions_of_several_arrays_are_tried_on_what_they_get():
+    fw = Framework("nnx")
+    first = fw.linear(WEIGHT, BIAS)
+    gate = lambda a, b: a * jnp.tanh(b)  # noqa: E731
+    converted = interop.to_equinox(fw.sequential(first, _halves, gate))
+    y = np.asarray(first(X))
+    wanted = y[:, :2] * np.tanh(y[:, 2:])
+    np.testing.assert_allclose(jax.vmap(converted)(X), wanted, rtol=1e-5, atol=1e-6)
+    mixed = lambda a, b: a * jnp.tanh(b) - b.mean(0)  # noqa: E731
+    with pytest.raises(interop.UnsupportedLayerError, match="mixes the examples") as e:
+        interop.to_equinox(fw.sequential(first, _halves, mixed))
+    assert e.value.path == "model[2]"
+
+
+def test_trying_functions_draws_no_random_number():
+    """Such a function fails when it is called, as it would in any other compiled function."""
+    noisy = lambda x: x + brainstate.random.normal(size=x.shape)  # noqa: E731
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), noisy)
+    before = brainstate.random.DEFAULT.value
+    interop.to_equinox(model)
+    assert brainstate.random.DEFAULT.value is before
 
 
 @pytest.mark.parametrize("to", ["nnx", "linen", "equinox"])
