@@ -114,8 +114,6 @@ class Adapter(abc.ABC):
     """Whether :meth:`tie` can make one layer of two where modules have no identity."""
     companion: ClassVar[str | None] = None
     """The argument of ``convert`` that is the second half of a native pair of values."""
-    edges: ClassVar[Mapping[type[Spec], str]] = {}
-    """What its layers do at the edge of their inputs, where frameworks differ; for reports."""
     is_hub: ClassVar[bool] = False
     """Whether pairs of rules written for two frameworks go through this one."""
 
@@ -162,6 +160,10 @@ class Adapter(abc.ABC):
     def read_function(self, fn: Any) -> Spec | None:
         """The spec of one of the framework's own functions, or None."""
         return None
+
+    def edge(self, spec: Spec) -> str | None:
+        """What its own layer for ``spec`` does where the formula has :attr:`Spec.edge`."""
+        return spec.edge
 
     def for_callback(self, node: Any) -> Any:
         """What a user's ``to_bst`` callback gets for a node."""

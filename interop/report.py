@@ -418,10 +418,12 @@ class _Trial(Building):
             self.rows.append(Row(path, source, target, how, changes, *sizes, shapes))
 
     def _edges(self, spec: specs.Spec, found: type, how: str) -> tuple[str, ...]:
-        """What the native layers of both frameworks do unlike each other, if both are such."""
+        """What the layers of both frameworks do unlike each other."""
         source, target = self._survey.adapter, self.adapter
-        here, there = source.edges.get(type(spec)), target.edges.get(type(spec))
-        if how != "native" or found in source.composites.values() or here == there:
+        is_native = found not in source.composites.values()
+        here = source.edge(spec) if is_native else spec.edge
+        there = target.edge(spec) if how == "native" else spec.edge
+        if here == there:
             return ()
         return (f"{source.name}: {here}; {target.name}: {there}",)
 

@@ -10,11 +10,12 @@ import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 import interop
-from interop import api, report
+from interop import api, formulas, report
 from interop.registry import registry
 
 from . import test_images as images
@@ -30,6 +31,9 @@ from .cases import (
     VAR,
     WEIGHT,
     WEIGHT_2,
+)
+from .cases import (
+    array as values_of,
 )
 from .conftest import Framework
 
@@ -250,6 +254,65 @@ def test_a_report_is_markdown_and_html():
     assert html.count("<li>") == 3
     stack = brainstate.nn.Sequential(brainstate.nn.ReLU(), lambda x: x)
     assert "&lt;lambda&gt;" in interop.explain(stack, "nnx")._repr_html_()
+
+
+LAYER_NORMS = {
+    "brainstate": brainstate.nn.LayerNorm,
+    "equinox": eqx.nn.LayerNorm,
+    "linen": nn.LayerNorm,
+    "nnx": nnx.LayerNorm,
+}
+
+
+def _layer_norm(fw):
+    table = fw.CONSTRUCTORS[LAYER_NORMS[fw.name]]
+    return fw.construct(LAYER_NORMS[fw.name], table.x, **table.base)
+
+
+AT_THE_EDGE = {  # a layer, and by framework what its own layer does; else as the formula does
+    "layer norm": (
+        _layer_norm,
+        "E[x**2] - E[x]**2",
+        {"equinox": "centred values"},
+    ),
+    "dropout of all": (
+        lambda fw: fw.dropout(1.0),
+        "gradient is 0",
+        {"brainstate": "gradient is nan", "equinox": "gradient is nan"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AT_THE_EDGE)
+def test_what_differs_at_the_edge_of_inputs_is_told(source, target, name):
+    build, formula, own = AT_THE_EDGE[name]
+    module, keywords = source.arguments(build(source))
+    (row,) = interop.explain(module, target.name, sample_input=(3,), **keywords).rows
+    here, told = own.get(source.name, formula), "; ".join(row.changes)
+    there = own.get(target.name, formula) if row.how == "native" else formula
+    if source.name == "equinox" and name == "layer norm":  # the target has the option
+        there = here
+    if here == there:
+        assert not any(text in told for text in (formula, *own.values()))
+    else:
+        assert here in told
+        assert there in told
+
+
+def test_a_row_of_attention_that_is_wholly_masked_is_the_mean_in_all_frameworks():
+    """So that there is nothing to tell."""
+    q, k, v = (values_of(2, 3, seed=seed) for seed in (50, 51, 52))
+    mask = np.zeros((2, 2), bool)
+    found = [
+        nnx.dot_product_attention(*(x[None, :, None] for x in (q, k, v)), mask=mask)[0, :, 0],
+        eqx.nn._attention.dot_product_attention(q, k, v, mask),
+        *(
+            formulas.attention(*(x[None, :, None] for x in (q, k, v)), mask, core=core)[0, :, 0]
+            for core in ("plain", "fused")
+        ),
+    ]
+    for rows in found:
+        np.testing.assert_allclose(rows, np.broadcast_to(v.mean(0), (2, 3)), rtol=1e-6)
 
 
 def test_explaining_draws_nothing_and_changes_nothing(source, target):

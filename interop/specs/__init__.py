@@ -48,7 +48,7 @@ from .functions import (
 )
 from .linear import Linear, LoRA, ScaledWSLinear, SignedLinear
 from .normalized_weights import NormalizedWeight, SpectralNorm, WeightNorm
-from .norms import BatchNorm, GroupNorm, LayerNorm, Norm, RMSNorm
+from .norms import CENTRED, BatchNorm, GroupNorm, LayerNorm, Norm, RMSNorm
 from .recurrent import (
     RNN,
     Bidirectional,
@@ -64,6 +64,7 @@ from .recurrent import (
 from .spatial import AdaptivePool, MaxUnpool, Pad, Pool, pool
 
 __all__ = [
+    "CENTRED",
     "Activation",
     "AdaptivePool",
     "AllToAll",

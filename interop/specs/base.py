@@ -190,6 +190,11 @@ class Spec:
         return None
 
     @property
+    def edge(self) -> str | None:
+        """What the formula does at the edge of its inputs, where frameworks differ."""
+        return None
+
+    @property
     def takes_rows(self) -> bool:
         """Whether :meth:`with_rows` gives the layer for another order of its inputs."""
         return False

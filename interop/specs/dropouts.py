@@ -49,6 +49,10 @@ class Dropout(Spec):
         return None
 
     @property
+    def edge(self) -> str | None:
+        return "the gradient is 0, as all is dropped" if self.rate == 1 else None
+
+    @property
     def counts_axes(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return bool(self.broadcast_dims)
 
@@ -170,6 +174,10 @@ class DropoutFixed(Spec):
         if mask is not None:
             mask = jnp.moveaxis(mask, *((-1, -size) if to_first else (-size, -1)))
         return replace(self, in_size=move_channels(self.in_size, to_first), mask=mask)
+
+    @property
+    def edge(self) -> str | None:
+        return "the gradient is 0, as all is dropped" if self.rate == 1 else None
 
     def mixes_examples(self, axes: int | None = None) -> bool:
         return self.mask is not None and self.mask.ndim > len(self.in_size)

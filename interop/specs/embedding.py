@@ -80,6 +80,10 @@ class Embedding(Spec):
         return ()
 
     @property
+    def edge(self) -> str:
+        return "a too large index gives the last row, without a gradient"
+
+    @property
     def holds_state(self) -> bool:
         return True
 

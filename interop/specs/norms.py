@@ -16,12 +16,16 @@ from ..errors import ArgumentError
 from .base import Array, DType, Run, Shape, Spec, is_wide, mismatches_of, moved_axis
 
 __all__ = [
+    "CENTRED",
     "BatchNorm",
     "GroupNorm",
     "LayerNorm",
     "Norm",
     "RMSNorm",
 ]
+
+
+CENTRED = "a variance is that of the centred values"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -31,6 +35,10 @@ class Norm(Spec):
     Dtypes: ``x``, scale and bias are first cast to ``compute_dtype``, the result to
     ``output_dtype``; None means the common dtype of the three. Statistics are float32 or wider,
     unless ``force_float32`` is false: then they have the output's or the input's dtype.
+
+    ``use_fast_variance`` takes a variance as ``E[x**2] - E[x]**2``, which is inexact where a
+    mean is large beside the deviation; else it is that of the centred values, as in frameworks
+    that have no such option.
 
     ``axis_name`` is a mapped axis to take the statistics over as well, in groups of it if
     ``axis_index_groups`` says so.
@@ -52,6 +60,14 @@ class Norm(Spec):
     @property
     def space(self) -> int | None:
         return None
+
+    @property
+    def edge(self) -> str | None:
+        return (
+            "a variance is E[x**2] - E[x]**2, inexact where the mean is large"
+            if self.use_fast_variance
+            else CENTRED
+        )
 
     @property
     def holds_state(self) -> bool:
@@ -202,6 +218,10 @@ class RMSNorm(LayerNorm):
 
     bias: Array | None = None
     is_centred = False
+
+    @property
+    def edge(self) -> None:
+        return None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -28,10 +28,13 @@ _OF_A_RUN = (brainstate.ShortTermState, brainstate.random.RandomState)
 class BrainState(Adapter):
     name = "brainstate"
     module_type: ClassVar[type] = brainstate.nn.Module
-    edges: ClassVar[Mapping[type[Spec], str]] = {
-        specs.Embedding: "a too large index gives the last row, without a gradient"
-    }
     is_hub = True
+
+    def edge(self, spec: Spec) -> str | None:
+        is_dropout = isinstance(spec, specs.Dropout | specs.DropoutFixed)
+        return (
+            spec.edge and "the gradient is nan, as all is dropped" if is_dropout else spec.edge
+        )
 
     def containers(self, node: Any) -> Iterable[tuple[str, object]]:
         if isinstance(node, Composite):  # whose parts no rule reads

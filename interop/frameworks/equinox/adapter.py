@@ -36,9 +36,6 @@ class Node:
 class Equinox(Adapter):
     name = "equinox"
     module_type: ClassVar[type] = eqx.Module
-    edges: ClassVar[Mapping[type[Spec], str]] = {
-        specs.Embedding: "a too large index gives the last row"
-    }
     companion: ClassVar[str | None] = "state"
     per_example = True
     channels_first = True
@@ -55,6 +52,13 @@ class Equinox(Adapter):
         if state is not None:
             return Node(model, state)
         return Node(model, _initial_state(model), has_own_state=True)
+
+    def edge(self, spec: Spec) -> str | None:
+        if isinstance(spec, specs.Embedding):
+            return "a too large index gives the last row"
+        if isinstance(spec, specs.Dropout):
+            return spec.edge and "the gradient is nan, as all is dropped"
+        return spec.edge and specs.CENTRED if isinstance(spec, specs.Norm) else spec.edge
 
     def module(self, node: Any) -> Any:
         return node.module if isinstance(node, Node) else node

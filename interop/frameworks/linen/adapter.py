@@ -55,7 +55,6 @@ class Node:
 class Linen(Adapter):
     name = "linen"
     module_type: ClassVar[type] = nn.Module
-    edges: ClassVar[Mapping[type[Spec], str]] = {specs.Embedding: "a too large index gives NaN"}
     fixed: ClassVar[Mapping[str, Any]] = {"promote_dtype": dtypes.promote_dtype}
     companion: ClassVar[str | None] = "params"
     spreads = True
@@ -75,6 +74,10 @@ class Linen(Adapter):
 
     def check(self, root: Any) -> None:
         check_variables(self, root.module, root.variables)
+
+    def edge(self, spec: Spec) -> str | None:
+        is_table = isinstance(spec, specs.Embedding)
+        return "a too large index gives NaN" if is_table else spec.edge
 
     def read_function(self, fn: Any) -> Spec | None:
         return read_pool(fn)

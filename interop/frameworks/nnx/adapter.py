@@ -27,7 +27,6 @@ _OF_A_RUN = (nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation)
 class Nnx(Adapter):
     name = "nnx"
     module_type: ClassVar[type] = nnx.Module
-    edges: ClassVar[Mapping[type[Spec], str]] = {specs.Embedding: "a too large index gives NaN"}
     fixed: ClassVar[Mapping[str, Any]] = {"promote_dtype": dtypes.promote_dtype}
     spreads = True
     has_partitionings = True
@@ -106,6 +105,10 @@ class Nnx(Adapter):
         else:
             model.eval()
         return model(*inputs)
+
+    def edge(self, spec: Spec) -> str | None:
+        is_table = isinstance(spec, specs.Embedding)
+        return "a too large index gives NaN" if is_table else spec.edge
 
     def read_function(self, fn: Any) -> Spec | None:
         return read_pool(fn)
