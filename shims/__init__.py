@@ -212,7 +212,8 @@ def load_traced(path: str | os.PathLike[str], into: str) -> Any:
         ``(module, state)`` for an Equinox module with state.
 
     Raises:
-        ConversionError: the file is damaged, or no such file.
+        ConversionError: the file is damaged, or is no traced module.
+        FileNotFoundError: there is no such file.
         ArgumentError: the framework is unknown.
         MissingDependencyError, BrokenDependencyError: it cannot be imported, or
             ``flatbuffers`` is missing.

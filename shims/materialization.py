@@ -458,6 +458,12 @@ def _calls_of(
         whole.check_held(module)
         return {}
     inputs = _tuple(sample_input)
+    if not any(hasattr(x, "dtype") for x in jax.tree.leaves(inputs)):
+        raise ArgumentError(
+            f"sample_input={sample_input!r} holds no array",
+            remedy="Pass an input as the model takes it, with its batch axis, or "
+            "jax.ShapeDtypeStruct(shape, dtype)",
+        )
     if whole.shims(module)[0][1] is not module:
         return whole.run(module, companion, inputs)
     arguments = described(whole.call_of(module, inputs))

@@ -433,6 +433,8 @@ def test_arguments_are_checked():
         shim.materialize(method="magic")
     with pytest.raises(interop.ArgumentError, match="needs sample_input"):
         shim.materialize(method="trace")
+    with pytest.raises(interop.ArgumentError, match=r"sample_input=\(5, 3\) holds no array"):
+        shim.materialize(method="trace", sample_input=(5, 3))
     with pytest.raises(interop.ArgumentError, match="holds no shims"):
         shims.materialize(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
     with pytest.raises(interop.UnsupportedStructureError, match='method="trace"'):

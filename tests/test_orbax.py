@@ -95,17 +95,46 @@ class Residual(brainstate.nn.Module):
         self.count = brainstate.LongTermState(jnp.full((), factor))
 
     def update(self, x):
-        return x.sum(1, keepdims=True) + self.count.value * jnp.tanh(self.inner(x))
+        return x.sum(-1, keepdims=True) + self.count.value * jnp.tanh(self.inner(x))
 
 
-def test_a_traced_module_is_restored_by_orbax(tmp_path):
-    model, other = (
-        shims.ToNNX(Residual(factor)).materialize(method="trace", sample_input=X)
-        for factor in (1.0, 2.0)
-    )
-    assert float(jnp.abs(other(X) - model(X)).max()) > 0.1
-    restored = through_orbax("nnx", model, other, tmp_path / "checkpoint")
-    np.testing.assert_array_equal(restored(X), model(X))
+class ResidualFlax(nnx.Module):
+    def __init__(self, factor):
+        self.inner = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+        self.inner.kernel.set_value(WEIGHT * factor)
+        self.count = nnx.BatchStat(jnp.full((), factor))
+
+    def __call__(self, x):
+        return x.sum(-1, keepdims=True) + self.count[...] * jnp.tanh(self.inner(x))
+
+
+TRACED = {
+    "nnx": lambda f, **how: shims.ToNNX(Residual(f)).materialize(sample_input=X, **how),
+    "linen": lambda f, **how: shims.ToLinen(Residual(f)).materialize(sample_input=X, **how),
+    "equinox": lambda f, **how: shims.materialize(
+        eqx.nn.make_with_state(shims.ToEquinox)(Residual(f)), sample_input=X[0], **how
+    ),
+    "brainstate": lambda f, **how: shims.FromNNX(ResidualFlax(f)).materialize(
+        sample_input=X, **how
+    ),
+}
+CALLS = {
+    "nnx": lambda model: model(X),
+    "linen": lambda model: model[0].apply(model[1], X),
+    "equinox": lambda pair: jax.vmap(pair[0], in_axes=(0, None))(X, pair[1])[0],
+    "brainstate": lambda model: model(X),
+}
+
+
+@pytest.mark.parametrize("host", BUILTIN)
+def test_a_traced_module_is_restored_by_orbax(host, tmp_path):
+    call = CALLS[host]
+    model, other = (TRACED[host](factor, method="trace") for factor in (1.0, 2.0))
+    expected = X.sum(1, keepdims=True) + jnp.tanh(X @ WEIGHT)
+    np.testing.assert_allclose(call(model), expected, rtol=1e-5)
+    assert float(jnp.abs(call(other) - expected).max()) > 0.1
+    restored = through_orbax(host, model, other, tmp_path / "checkpoint")
+    np.testing.assert_array_equal(call(restored), call(model))
 
 
 def test_named_weights_are_a_tree_for_orbax_in_every_framework(source, tmp_path):
