@@ -55,6 +55,7 @@ __all__ = [
     "Views",
     "at",
     "attribute_path",
+    "changed_parameters",
     "check_alive",
     "check_copy",
     "check_guest",
@@ -62,6 +63,7 @@ __all__ = [
     "check_partitionings",
     "check_places",
     "described",
+    "finished",
     "first_values",
     "guest_of",
     "is_cell",
@@ -265,6 +267,41 @@ def check_kept(
     )
 
 
+def finished(call: Call, out: Any) -> Any:
+    """What a guest returned, which must not run on when its call is over.
+
+    Raises:
+        UnsupportedStructureError: it is a generator or a coroutine.
+    """
+    if inspect.isgenerator(out) or inspect.isasyncgen(out) or inspect.iscoroutine(out):
+        if inspect.iscoroutine(out):
+            out.close()  # it warns of one that nobody awaits
+        raise UnsupportedStructureError(
+            f"{call.method} returns a {type(out).__name__}, which would run when the host's "
+            f"mode, key and values are gone",
+            remedy="Return a list of what it yields; or call the method on shim.unwrap()",
+        )
+    return out
+
+
+def changed_parameters(
+    structure: Structure, values: Mapping[Path, Any], new: Mapping[Path, Any]
+) -> list[Path]:
+    """The parameters that a call has changed; where calls return all of them anew, those that
+    can be seen to differ."""
+    return [
+        path
+        for path, value in values.items()
+        if structure.kinds[path] is Kind.PARAMETER
+        and new.get(path, value) is not value
+        and not (structure.renews and _looks_equal(value, new[path]))
+    ]
+
+
+def _looks_equal(value: Any, other: Any) -> bool:
+    return is_traced((value, other)) or np.array_equal(value, other)
+
+
 def check_alive(values: Mapping[Path, Any]) -> None:
     """Refuse values whose buffers are gone.
 
@@ -421,6 +458,8 @@ class Structure(ABC):
             for what is no cell.
         carried: paths of hidden state that ``step`` takes from the carry, not from values.
         batch_axes: leading axes of a call's input that are no part of an example.
+        renews: whether calls may return arrays anew that they do not change, as
+            transformations of the framework inside of it do.
     """
 
     guest_type: type
@@ -435,6 +474,7 @@ class Structure(ABC):
     feature_axes: int | None = None
     carried: Collection[Path] = ()
     batch_axes: int = 1
+    renews: bool = False
 
     @abstractmethod
     def build(self, values: Mapping[Path, Any]) -> Any:

@@ -6,10 +6,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
+import sys
 from abc import abstractmethod
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +22,7 @@ import numpy as np
 
 from .core import Cell, LiveGuest, Looks, Structure
 
-__all__ = ["Same", "Watch", "WatchedGuest", "layout"]
+__all__ = ["Same", "Watch", "WatchedGuest", "held", "layout"]
 
 _CONSTANT = {type(None), bool, int, float, complex, str, bytes}
 
@@ -26,7 +31,8 @@ class Watch:
     """Modules and their containers of arrays, but not the arrays' values, at one time.
 
     Attributes are compared by identity, and by their contents too where these can change:
-    items of containers, elements of NumPy arrays, and the hash of what has one of its own.
+    items of containers, elements of NumPy arrays, what other objects hold, and the hash of what
+    has one of its own.
 
     Args:
         modules: every module; their attributes stand in ``vars``.
@@ -79,6 +85,12 @@ class Watch:
             flat, tree = _parts(value)
             self._contents.append((_parts, value, (flat, tree)))
             return [part.value for part in flat]
+        elif isinstance(value, set):
+            self._contents.append((frozenset, value, frozenset(value)))
+        elif (inner := held(value)) is not None:
+            self._known_by_id.add(id(value))  # it may hold itself
+            self._dicts.append(vars(value))
+            return inner.values()
         elif type(value).__hash__ not in (None, object.__hash__):
             self._contents.append((_hash, value, _hash(value)))
         return ()
@@ -129,6 +141,29 @@ def _hash(value: Any) -> int | None:
         return hash(value)
     except TypeError:  # something inside has no hash: it counts by identity
         return None
+
+
+_OTHERS = sys.stdlib_module_names | {"jax", "jaxlib", "numpy", "interop", "shims"}
+
+
+def held(value: Any) -> dict[str, Any] | None:
+    """The public attributes of an object that may hold a module's settings; else None.
+
+    Its class is the user's or of another package: no function or class, and nothing of Python's
+    own library, as loggers are, or of this one. What a class computes once and keeps does not
+    count.
+    """
+    cls = type(value)
+    is_other = cls.__module__.partition(".")[0] in _OTHERS
+    is_settings = not is_other or cls in (SimpleNamespace, Namespace)
+    if isinstance(value, type) or not hasattr(value, "__dict__") or not is_settings:
+        return None
+    return {
+        name: part
+        for name, part in vars(value).items()
+        if not name.startswith("_")
+        and not isinstance(inspect.getattr_static(cls, name, None), functools.cached_property)
+    }
 
 
 def layout(value: Any) -> tuple[Any, ...]:

@@ -936,7 +936,12 @@ class NoisyWithKey(eqx.Module):
         return x if key is None else self.drop(x, key=key)
 
 
+class CompiledWithKey(NoisyWithKey):
+    __call__ = eqx.filter_jit(NoisyWithKey.__call__)
+
+
 HIDDEN_DRAWS = {
+    "a compiled call": CompiledWithKey(),
     "nn.remat": nn.remat(NoisyInTraining)(),
     "a function of Linen's Sequential": nn.Sequential([lambda x: NoisyInTraining()(x)]),
     "eqx.filter_jit": eqx.nn.Sequential([eqx.filter_jit(NoisyWithKey())]),

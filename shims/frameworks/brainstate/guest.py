@@ -36,12 +36,13 @@ from ...core import (
     Looks,
     Path,
     Structure,
+    finished,
     is_traced,
     leaves,
     named_paths,
     path_text,
 )
-from ...watching import Same, Watch, WatchedGuest, layout
+from ...watching import Same, Watch, WatchedGuest, held, layout
 
 StatePath = tuple[str | int, ...]
 
@@ -178,9 +179,9 @@ def _invoke(module: brainstate.nn.Module, call: Call) -> Any:
     method = getattr(module, call.method)
     if call.training is not None:
         with brainstate.environ.context(fit=call.training):
-            return method(*call.args, **call.kwargs)
+            return finished(call, method(*call.args, **call.kwargs))
     try:
-        return method(*call.args, **call.kwargs)
+        return finished(call, method(*call.args, **call.kwargs))
     except Exception as e:
         if brainstate.environ.get("fit", None) is not None or not _misses_fit(e):
             raise
@@ -274,6 +275,9 @@ class BrainStateStructure(Structure):
         module = graph.unflatten(self._definition, flat, index_ref=made)
         states = {path: made[number] for path, number in self._numbers.items()}
         nodes = [part for part in made.values() if not isinstance(part, brainstate.State)]
+        own: dict[int, Any] = {}
+        for node in nodes:
+            _unshare(vars(node), own)
         return module, states, nodes
 
     def run(
@@ -398,6 +402,16 @@ def _take_back(module: Any, before: Any, path: Path) -> None:
             return
 
 
+def _unshare(holder: Any, own: dict[int, Any]) -> None:
+    """Give a private copy its own arrays of NumPy and sets, which the module shares with it."""
+    pairs = holder.items() if isinstance(holder, dict) else enumerate(holder)
+    for name, value in list(pairs):
+        if isinstance(value, np.ndarray | set):
+            holder[name] = own.setdefault(id(value), value.copy())
+        elif type(value) in (dict, list):  # which the copy has made anew
+            _unshare(value, own)
+
+
 def _held(part: Any) -> dict[Any, Any]:
     """What a module or container holds, by the parts of paths; of a list a copy."""
     if isinstance(part, list | tuple):
@@ -488,17 +502,32 @@ class _SameObject:
         return id(self.value)
 
 
-def _comparable(value: Any) -> Any:
-    """``value`` as a key: a graph definition is dataclasses and tuples down to attributes."""
+def _comparable(value: Any, above: tuple[Any, ...] = ()) -> Any:
+    """``value`` as a key: a graph definition is dataclasses and tuples down to attributes.
+
+    ``above`` are the objects that it was found in.
+    """
     if isinstance(value, jax.Array | np.ndarray):
         return _ArrayKey(value)
-    if isinstance(value, tuple):
-        return tuple(map(_comparable, value))
+    if isinstance(value, tuple | list):
+        return (type(value), *(_comparable(part, above) for part in value))
+    if isinstance(value, set):
+        return (set, frozenset(_comparable(part, above) for part in value))
+    if isinstance(value, dict):
+        return (dict, *((name, _comparable(part, above)) for name, part in value.items()))
     if dataclasses.is_dataclass(value) and type(value).__module__.startswith(graph.__name__):
         fields = dataclasses.fields(value)
         return (type(value), *(_comparable(getattr(value, field.name)) for field in fields))
     if isinstance(value, type):  # private copies have plain states in the place of views
         return vars(value).get("_shim_base", value)
+    is_known = isinstance(value, graph.Node | brainstate.State)
+    inner = None if is_known or any(part is value for part in above) else held(value)
+    if inner is not None:
+        return (_hashable(value), _comparable(inner, (*above, value)))
+    return _hashable(value)
+
+
+def _hashable(value: Any) -> Any:
     try:
         hash(value)
     except TypeError:

@@ -248,7 +248,8 @@ class EquinoxStructure(Structure):
         if call.training is not None:
             module = eqx.nn.inference_mode(module, value=not call.training)
         method = getattr(module, call.method)
-        parameters = inspect.signature(method).parameters
+        # A method that Equinox has compiled shows its signature on the class alone.
+        parameters = inspect.signature(getattr(type(module), call.method)).parameters
         if state is not None and "state" not in parameters:
             raise ArgumentError(
                 f"{self.guest_type.__qualname__}.{call.method} has state and takes no argument "

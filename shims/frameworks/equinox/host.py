@@ -30,6 +30,7 @@ from ...core import (
     Path,
     Structure,
     at,
+    changed_parameters,
     check_alive,
     check_kept,
     check_places,
@@ -296,6 +297,12 @@ class ToEquinox(eqx.nn.StatefulLayer):
         call = Call(method, args, kwargs, training=training, key=draw)
         out, new, structure_after = (structure.step if is_step else structure.run)(values, call)
         check_kept(structure, structure_after, new, call)
+        if written := changed_parameters(structure, values, new):
+            raise UnsupportedStructureError(
+                f"{structure.guest_type.__qualname__}.{method} writes parameters, which are "
+                f"leaves of the shim and stay: {', '.join(map(path_text, written))}",
+                remedy="Make what a call changes a state that is no parameter",
+            )
         if self.buffers is None or state is None:
             return out
         others = self._shim_others

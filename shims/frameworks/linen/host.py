@@ -28,6 +28,7 @@ from ...core import (
     LiveGuest,
     Path,
     Structure,
+    changed_parameters,
     check_alive,
     check_kept,
     check_places,
@@ -404,10 +405,14 @@ class ToLinen(nn.Module):
         self, structure: Structure, values: Mapping[Path, Any], new: Mapping[Path, Any]
     ) -> None:
         changed = {path for path in values if new.get(path, values[path]) is not values[path]}
+        parameters = {path for path in changed if structure.kinds[path] is Kind.PARAMETER}
+        changed -= parameters - set(changed_parameters(structure, values, new))
         after = _tree(structure, {path: new.get(path, values[path]) for path in values})
         for collection, name in sorted({_place(structure, path)[:2] for path in changed}):
-            value = after[collection][name]
-            self._shim_variable(collection, name, value).value = value
+            old = self.get_variable(collection, name)
+            self.put_variable(
+                collection, name, nn.meta.replace_boxed(old, after[collection][name])
+            )
 
     def _shim_key(self) -> Callable[[], jax.Array]:
         names = [name for name in ("dropout", "params") if self.has_rng(name)]

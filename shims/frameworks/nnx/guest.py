@@ -31,6 +31,7 @@ from ...core import (
     Path,
     Structure,
     check_partitionings,
+    finished,
     leaves,
     named_paths,
     path_text,
@@ -174,6 +175,8 @@ def _without_results(module: nnx.Module) -> nnx.Module:
 class NnxStructure(Structure):
     """The graph definition of a module, and the tree of each Variable's value."""
 
+    renews = True
+
     def __init__(self, module: nnx.Module):
         self.guest_type: type = type(module)
         self.base_type: type = nnx.Module
@@ -226,7 +229,7 @@ class NnxStructure(Structure):
         module = self._private(values, call.training)
         watch, variables = _watched(module)
         method = getattr(module, call.method)
-        out = method(*call.args, **self._rngs(method, call), **call.kwargs)
+        out = finished(call, method(*call.args, **self._rngs(method, call), **call.kwargs))
         if watch is not None and watch.holds():
             return out, _leaves(variables), self
         nnx.pop(module, nnx.Any(*_RESULTS))
