@@ -27,6 +27,8 @@ others: **native**, a class of the target; **function**, a plain callable; **com
 module of `interop.composites` with the source's formula; **refused**, with the reason. Options
 that no column names do not change the result.
 """
+# Rows that are no classes: plain functions in a stack, and Flax's functions for pooling.
+_FUNCTIONS = {"nnx": 1, "linen": 3}
 
 
 def public_layers(name: str) -> dict[str, type]:
@@ -40,6 +42,8 @@ def public_layers(name: str) -> dict[str, type]:
         and not label.startswith("_")
         and not issubclass(cls, models.NO_LAYERS)
         and cls not in models.BASES
+        and vars(models.NAMESPACE).get(cls.__name__, cls) is cls
+        and (label == cls.__name__ or not hasattr(models.NAMESPACE, cls.__name__))
     }
 
 
@@ -88,6 +92,7 @@ def options(name: str, cls: type) -> tuple[str, str]:
 def support() -> str:
     """The text of docs/support.md."""
     counts: dict[tuple[str, str], Counter[str]] = {}
+    refused: dict[tuple[str, str, str], list[str]] = {}
     sections: list[str] = []
     for name in NAMES:
         goals = [goal for goal in NAMES if goal != name]
@@ -96,11 +101,39 @@ def support() -> str:
             verdicts = [verdict(name, cls, goal) for goal in goals]
             for goal, (how, _) in zip(goals, verdicts, strict=True):
                 counts.setdefault((name, goal), Counter())[how] += 1
+            for goal, (how, why) in zip(goals, verdicts, strict=True):
+                if how == "refused":
+                    why = str(getattr(why, "problem", why))
+                    refused.setdefault((label, name, why), []).append(goal)
             cells = [f"**{how}** {what}".replace("|", "\\|") for how, what in verdicts]
             rows.append((f"`{label}`", *cells, *options(name, cls)))
         grid = Grid(("layer", *goals, "options carried", "options refused"), tuple(rows))
         sections.append(f"## From {name}\n\n{grid.to_markdown()}")
-    return "\n".join([_INTRO, _summary(counts).to_markdown(), *sections])
+    left = Grid(
+        ("layer", "from", "to", "why"),
+        tuple((f"`{k[0]}`", k[1], ", ".join(goals), k[2]) for k, goals in refused.items()),
+    )
+    parts = [_INTRO, _summary(counts).to_markdown(), _total(counts)]
+    return "\n".join([*parts, "## What is refused\n", left.to_markdown(), *sections])
+
+
+def _total(counts: dict[tuple[str, str], Counter[str]]) -> str:
+    """How many pairs with BrainState on one side there are, and convert."""
+    of_hub = {pair: count for pair, count in counts.items() if "brainstate" in pair}
+    rows = sum(count.total() for count in of_hub.values())
+    convolutions = sum(
+        2 * sum(f"{kind}1d" not in public_layers(a) for kind in ("Conv", "ConvTranspose"))
+        for a, b in of_hub
+        if b == "brainstate"
+    )
+    rows += convolutions + sum(_FUNCTIONS.get(a, 0) for a, b in of_hub if b == "brainstate")
+    no = sum(count["refused"] for count in of_hub.values())
+    return f"""\
+With a row for each number of axes of Flax's convolutions, and for functions in its stacks,
+{rows - no} of {rows} pairs to and from BrainState convert. Of the {no} others, those of
+`RReLU`, `List` and `Dict` have no exact counterpart; those of events and float8 depend on
+backends: wrap such layers live. `EventLinear` converts where it is a plain product.
+"""
 
 
 def _summary(counts: dict[tuple[str, str], Counter[str]]) -> Grid:

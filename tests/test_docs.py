@@ -90,6 +90,22 @@ def test_the_tables_of_what_converts_are_current(script):
     assert done.returncode == 0, "stale: run `make table` on Python 3.13"
 
 
+REFUSED = {
+    *(("EventFixedNumConn", "brainstate"), ("RReLU", "brainstate")),
+    *(("List", "nnx"), ("Dict", "nnx"), ("SpectralNorm", "nnx"), ("WeightNorm", "nnx")),
+    *(("Fp8DirectDotGeneralOp", "linen"), ("Fp8DotGeneralOp", "linen")),
+    *(("Fp8Einsum", "linen"), ("NANOOFp8DotGeneralOp", "linen")),
+}
+
+
+def test_no_other_layers_are_refused_than_those_that_are_known():
+    text = (ROOT / "docs" / "support.md").read_text()
+    table = text.partition("## What is refused")[2].partition("\n## ")[0]
+    rows = [line.split(" | ") for line in table.strip().splitlines()[2:]]
+    assert {(row[0].strip("| `"), row[1]) for row in rows} == REFUSED
+    assert "416 of 428 pairs to and from BrainState convert" in " ".join(text.split())
+
+
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
