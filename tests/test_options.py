@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import interop
+from interop import specs
 from interop.registry import registry
 
 from .cases import array
@@ -37,6 +38,45 @@ def test_every_option_is_in_the_table(framework):
         parameters = set(inspect.signature(cls.__init__).parameters) - {"self"}
         missing = parameters - constructor.options.keys() - set(constructor.base)
         assert not missing, f"{cls.__name__} has options without a row: {missing}"
+
+
+CALLS = {  # arguments of calls of layers
+    "the data, and the state of cells": """
+        x args inputs input spk pre_val indices query key_ value inputs_q inputs_k inputs_v
+        inputs_kv carry hidden initial_carry state kwargs options""",
+    "the mode, for which each target has a switch of its own": """
+        use_running_average deterministic inference update_stats""",
+    "random keys, which each target takes in its own way": "key rng rngs dropout_rng init_key",
+    "of the target's layer under the same name, or none of it, so that Python refuses it": """
+        mask is_causal process_heads decode sow_weights input_positions output_size einsum_str
+        seq_lengths return_carry time_major reverse keep_order out_sharding qkv_sharding""",
+}
+
+
+def _call(framework, cls):
+    method = cls.update if hasattr(cls, "update") and framework != "toy" else cls.__call__
+    return set(inspect.signature(method).parameters) - {"self"}
+
+
+@pytest.mark.parametrize("framework", NAMES)
+def test_every_argument_of_a_call_is_in_the_table(framework):
+    """A new release may bring a new one: carry it, or see that it fails where it is unknown."""
+    known = set(" ".join(CALLS.values()).split())
+    for cls in Framework(framework).CONSTRUCTORS:
+        unknown = _call(framework, cls) - known
+        assert not unknown, f"a call of {cls.__name__} has {unknown}, which have no row"
+
+
+# They pass arguments on to what they hold, or refuse by name those that they do not know.
+_OPEN = specs.Cell | specs.RNN | specs.Bidirectional | specs.NormalizedWeight
+
+
+@pytest.mark.parametrize("framework", NAMES)
+def test_a_composite_takes_no_argument_that_it_does_not_use(framework):
+    for spec_type in registry.adapter(framework).composites:
+        parameters = inspect.signature(spec_type.apply).parameters.values()
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        assert not open_ended or issubclass(spec_type, _OPEN), spec_type.__name__
 
 
 @pytest.mark.parametrize("framework", [name for name in NAMES if name != "toy"])
