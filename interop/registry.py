@@ -51,7 +51,8 @@ class ReadRule:
         state: names of the attributes that hold the layer's arrays or submodules.
         fixed: options that must keep this value: ``read`` does not carry any other.
         exact: whether the rule is for no subclass, and knows all that an instance may hold.
-        methods: the functions of the class and its bases, as they were when the rule was made.
+        methods: the functions of the class and of each base by name, as they were when the rule
+            was made.
     """
 
     layer_type: type
@@ -60,15 +61,20 @@ class ReadRule:
     state: frozenset[str]
     fixed: Mapping[str, Any]
     exact: bool = False
-    methods: Mapping[tuple[type, str], object] = field(init=False, repr=False, compare=False)
+    methods: Mapping[type, dict[str, object]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "methods", _methods(self.layer_type))
 
     def replaced(self) -> list[str]:
         """The methods that have been replaced in their classes since."""
-        found = self.methods.items()
-        return [name for (cls, name), fn in found if vars(cls).get(name) is not fn]
+        return [
+            name
+            for cls, known in self.methods.items()
+            if list(map(vars(cls).get, known)) != list(known.values())  # cheap: most are equal
+            for name, function in known.items()
+            if vars(cls).get(name) is not function
+        ]
 
 
 @dataclass(frozen=True)
@@ -429,14 +435,17 @@ def _live(path: str) -> str:
 _HARMLESS_DUNDERS = {"__call__", "__getattr__", "__getattribute__", "__setattr__"}
 
 
-def _methods(cls: type) -> dict[tuple[type, str], object]:
-    return {
-        (base, name): value
+def _methods(cls: type) -> dict[type, dict[str, object]]:
+    found = {
+        base: {
+            name: value
+            for name, value in vars(base).items()
+            if inspect.isfunction(value)
+            and (not name.startswith("__") or name in _HARMLESS_DUNDERS)
+        }
         for base in cls.__mro__
-        for name, value in vars(base).items()
-        if inspect.isfunction(value)
-        and (not name.startswith("__") or name in _HARMLESS_DUNDERS)
     }
+    return {base: functions for base, functions in found.items() if functions}
 
 
 @functools.lru_cache(1024)

@@ -4,7 +4,6 @@ that hold for every rule."""
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import dis
 import inspect
 import itertools
@@ -529,13 +528,13 @@ class Building:
         )
 
     def _check_options(self, spec: specs.Spec, rule: BuildRule) -> None:
-        for field in dataclasses.fields(spec):
-            if field.default is dataclasses.MISSING or field.name in rule.carries:
+        for name, default in specs.options(type(spec)).items():
+            value = getattr(spec, name)
+            if value is default or name in rule.carries:
                 continue
-            value = getattr(spec, field.name)
-            if value is not field.default and not _plain(value, field.default):
+            if not _plain(value, default):
                 self.refuse(
-                    field.name,
+                    name,
                     value,
                     f"{self.adapter.name} has no counterpart",
                     "Leave the option at its default, or wrap the layer live with shims.wrap",

@@ -1,16 +1,22 @@
 """What conversions and shims cost, in figures that no machine's noise can change."""
 
 import functools
+import gc
 import re
 import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import brainstate
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from brainstate import graph
 from brainstate import nn as bnn
 from flax import nnx
+from flax.nnx import graphlib
 
 import interop
 import shims
@@ -156,18 +162,136 @@ def test_the_work_grows_with_the_layers_and_no_faster(name):
     assert calls_in(many) <= 10.5 * calls_in(few)
 
 
-def test_a_call_of_an_unchanged_guest_takes_it_apart_no_more(monkeypatch):
-    from brainstate import graph
+def counted(monkeypatch, owner, name):
+    """The calls of a function from now on."""
+    calls, function = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *a, **k: calls.append(a) or function(*a, **k))
+    return calls
 
-    shim, taken = shims.ToNNX(stack(3)), []
-    flatten = graph.flatten
-    monkeypatch.setattr(graph, "flatten", lambda *a, **k: taken.append(a) or flatten(*a, **k))
+
+def test_a_call_of_an_unchanged_guest_takes_it_apart_no_more(monkeypatch):
+    shim, taken = shims.ToNNX(stack(3)), counted(monkeypatch, graph, "flatten")
     shim(X)
     nnx.state(shim)
     assert not taken
     shim.unwrap().layers[0].note = "first"
     shim(X)
     assert taken
+
+
+def test_models_of_nnx_are_read_without_taking_their_graph_apart(monkeypatch):
+    source, taken = interop.to_nnx(model()), counted(monkeypatch, graphlib, "flatten")
+    interop.from_nnx(source)
+    assert not taken
+
+
+def test_a_step_of_a_cell_takes_its_copy_apart_twice(monkeypatch):
+    shim = shims.ToNNX(bnn.LSTMCell(3, 4))
+    carry = shim.initialize_carry(X.shape)
+    shim(carry, X)
+    taken = counted(monkeypatch, graph, "flatten")
+    shim(carry, X)
+    assert len(taken) == 2  # once its hidden state is made, and to see what the call made
+
+
+class Counting(nnx.Module):
+    """Counts its calls, and scales by a plain attribute."""
+
+    def __init__(self):
+        self.layer, self.scale = nnx.Linear(3, 4, rngs=nnx.Rngs(0)), 2.0
+        self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+        self.calls = nnx.BatchStat(jnp.zeros(()))
+
+    def __call__(self, x):
+        self.calls[...] += 1
+        return self.scale * self.norm(self.layer(x))
+
+
+def merges(monkeypatch, function):
+    made = counted(monkeypatch, nnx, "merge")
+    function()
+    return len(made)
+
+
+def test_private_copies_of_nnx_guests_are_made_once(monkeypatch):
+    guest = Counting()
+    shim = shims.FromNNX(guest)
+    evaluating = functools.partial(brainstate.environ.context, fit=False)
+    with evaluating():
+        first = shim(X)
+        assert merges(monkeypatch, lambda: shim(X)) == 0
+        np.testing.assert_array_equal(first, shim(X))
+        assert guest.calls[...] == 4 - 1
+        for change in (
+            lambda: setattr(guest, "scale", 3.0),
+            lambda: setattr(guest, "layer", nnx.Linear(3, 4, rngs=nnx.Rngs(1))),
+            lambda: guest.layer.kernel.set_metadata(note="new"),
+            lambda: setattr(guest, "norm", nnx.BatchNorm(4, epsilon=0.3, rngs=nnx.Rngs(0))),
+        ):
+            change()
+            assert merges(monkeypatch, lambda: shim(X)) == 1
+            twin = nnx.clone(guest)
+            twin.eval()
+            np.testing.assert_array_equal(shim(X), twin(X))
+    with brainstate.environ.context(fit=True):
+        assert merges(monkeypatch, lambda: shim(X)) == 1
+        mean = guest.norm.mean[...]
+        assert merges(monkeypatch, lambda: shim(X)) == 0
+        assert not jnp.array_equal(mean, guest.norm.mean[...])
+
+
+class Telling(nnx.Module):
+    """Gives its own parameter, or fails, or leaves a result."""
+
+    def __init__(self):
+        self.scale = nnx.Param(jnp.ones(3))
+
+    def __call__(self, x):
+        return self.scale
+
+    def fail(self, x):
+        raise ValueError(f"{x + self.scale}")
+
+    def scaled(self, x):
+        self.seen = nnx.Intermediate(x)
+        return x * self.scale
+
+
+def test_a_private_copy_that_has_left_something_behind_is_not_used_again():
+    guest = Telling()
+    shim = shims.FromNNX(guest)
+    given = shim(X)
+    guest.scale.set_value(jnp.full(3, 2.0))
+    np.testing.assert_array_equal(given, jnp.ones(3))
+    np.testing.assert_array_equal(shim(X), jnp.full(3, 2.0))
+    np.testing.assert_array_equal(given, jnp.ones(3))
+    with pytest.raises(ValueError, match="3"):
+        shim.fail(X)
+    for _ in range(2):
+        np.testing.assert_array_equal(shim.scaled(X), 2 * X)
+
+
+def test_private_copies_keep_no_arrays_and_no_tracers():
+    guest = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    shim = shims.FromNNX(guest)
+    shim(X)
+    old = weakref.ref(guest.kernel[...])
+    guest.kernel.set_value(jnp.zeros((3, 4)))
+    gc.collect()
+    assert old() is None
+    with jax.checking_leaks():
+        brainstate.transform.jit(shim)(X)
+    np.testing.assert_array_equal(shim(X), guest(X))
+
+
+def test_threads_have_private_copies_of_their_own():
+    guest = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    shim, inputs = shims.FromNNX(guest), [X * i for i in range(200)]
+    shim(X)
+    with ThreadPoolExecutor(8) as pool:
+        outputs = list(pool.map(shim, inputs))
+    for x, out in zip(inputs, outputs, strict=True):
+        np.testing.assert_array_equal(out, guest(x))
 
 
 @pytest.mark.parametrize("name", ["FromNNX", "FromLinen", "FromEquinox"])

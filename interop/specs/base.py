@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -30,12 +31,12 @@ __all__ = [
     "Shape",
     "Spec",
     "common_dtype",
+    "options",
     "dtype",
     "is_wide",
     "mismatches_of",
     "move_channels",
     "moved_axis",
-    "options",
     "plain_dtype",
     "promoted_dtype",
     "rows",
@@ -237,10 +238,12 @@ class Spec:
     def units(self) -> dict[str, Any]:
         """The physical units of its arrays that have one, by the names of its fields."""
         found: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            for part in jax.tree.leaves(getattr(self, field.name), is_leaf=is_quantity):
+        for name, value in vars(self).items():
+            is_plain = value is None or isinstance(value, jax.Array)
+            parts = () if is_plain else jax.tree.leaves(value, is_leaf=is_quantity)
+            for part in parts:
                 if is_quantity(part) and not part.is_unitless:
-                    found[field.name] = part.unit
+                    found[name] = part.unit
         for name, part in self.inner().items():
             found |= {f"{name}.{key}": unit for key, unit in part.units().items()}
         return found
@@ -329,10 +332,11 @@ def _initial(name: str, value: Any, key: jax.Array) -> Any:
     return jax.nn.initializers.lecun_normal()(key, value.shape, value.dtype)
 
 
-def options(spec_type: type[Spec]) -> tuple[str, ...]:
-    """The names of its options."""
+@functools.cache
+def options(spec_type: type[Spec]) -> Mapping[str, Any]:
+    """Its options by name, with their defaults."""
     every = dataclasses.fields(spec_type)
-    return tuple(field.name for field in every if field.default is not dataclasses.MISSING)
+    return {f.name: f.default for f in every if f.default is not dataclasses.MISSING}
 
 
 def _described(value: Any) -> str:

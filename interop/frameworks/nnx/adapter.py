@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from types import FunctionType
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -34,11 +35,11 @@ class Nnx(Adapter):
     def containers(self, node: Any) -> Iterable[tuple[str, object]]:
         if isinstance(node, nnx.RNNCellBase | Composite):  # whose parts no rule reads
             return [(".".join(map(str, path)), v) for path, v in _variables(node)]
-        return [(k, v) for k, v in vars(node).items() if isinstance(v, nnx.Variable)]
+        return [(k, v) for k, v in vars(node).items() if _is_part(v, nnx.Variable)]
 
     def added_state(self, module: Any, rule: ReadRule) -> set[str]:
-        held = nnx.Variable | nnx.Pytree
-        return {k for k, v in vars(module).items() if isinstance(v, held)} - rule.state
+        held = vars(module).items()
+        return {k for k, v in held if k not in rule.state and _is_part(v)}
 
     def chain(self, node: Any) -> Chain | None:
         cls = type(node)
@@ -60,6 +61,8 @@ class Nnx(Adapter):
         ]
 
     def partitionings(self, node: Any) -> Iterable[tuple[str, Any, Partitioning]]:
+        if all(partitioning_of(variable) is None for variable in _below(node)):
+            return []
         return [
             (".".join(map(str, path)), variable.get_raw_value(), found)
             for path, variable in _variables(node)
@@ -130,6 +133,34 @@ adapter: Adapter = Nnx()
 
 
 adapter.ships(COMPOSITES)
+
+
+_PLAIN = {type(None), bool, int, float, str, type, FunctionType}
+
+
+def _is_part(value: Any, kinds: Any = nnx.Variable | nnx.Pytree) -> bool:
+    """Whether ``value`` is of these classes, which is slow to ask of a Variable's."""
+    return type(value) not in _PLAIN and isinstance(value, kinds)
+
+
+def _below(node: nnx.Module) -> list[nnx.Variable]:
+    """Every Variable of a module and its parts, each once and in no order.
+
+    What ``nnx.state`` tells beside it takes several times as long.
+    """
+    found: list[nnx.Variable] = []
+    pending, seen = [node], set[int]()
+    while pending:
+        part: Any = pending.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, nnx.Variable):
+            found.append(part)
+        else:
+            values = list(vars(part).values())
+            pending += filter(_is_part, jax.tree.leaves(values, is_leaf=_is_part))
+    return found
 
 
 def _variables(node: nnx.Module) -> list[tuple[Any, nnx.Variable]]:

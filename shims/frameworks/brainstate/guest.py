@@ -158,10 +158,10 @@ def _cells(states: Mapping[Path, brainstate.State]) -> list[_StateCell]:
     ]
 
 
-def _cells_of(module: brainstate.nn.Module) -> list[_StateCell]:
-    """The cells of a private copy, which is looked at once."""
+def _states_of(module: brainstate.nn.Module) -> Mapping[Path, brainstate.State]:
+    """The states of a private copy, which is looked at once."""
     _refresh(module)
-    return _cells(graph.flatten(module, treefy_state=False)[1].to_flat())
+    return graph.flatten(module, treefy_state=False)[1].to_flat()
 
 
 def _is_shim(node: Any) -> bool:
@@ -341,14 +341,13 @@ class BrainStateStructure(Structure):
         hidden = {
             path: known[name] for path in self.carried if (name := path_text(path)) in known
         }
-        module = self._initialised({**values, **hidden}, self._batch(shape), _any_key)
-        _fill(module, values, carry)
-        own = graph.flatten(module, treefy_state=False)[1].to_flat().values()
-        with _random_from(call.key, private={id(state) for state in own}):
+        module, own = self._initialised({**values, **hidden}, self._batch(shape), _any_key)
+        _fill(self.guest_type, _cells(own), values, carry)
+        with _random_from(call.key, private={id(state) for state in own.values()}):
             out = _invoke(module, dataclasses.replace(call, args=tuple(inputs)))
-            new = _cells_of(module)
+            new = _cells(_states_of(module))
             others = {c.path: c.get() for c in new if c.kind is not Kind.HIDDEN}
-            return (_hidden(module), out), others, self
+            return (_hidden(new), out), others, self
 
     def initial_carry(
         self,
@@ -356,7 +355,8 @@ class BrainStateStructure(Structure):
         input_shape: tuple[Any, ...],
         key: Callable[[], jax.Array],
     ) -> Any:
-        return _hidden(self._initialised(values, self._batch(input_shape), key))
+        _, states = self._initialised(values, self._batch(input_shape), key)
+        return _hidden(_cells(states))
 
     def _batch(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The batch axes of a cell's input; other modules see one example."""
@@ -371,22 +371,23 @@ class BrainStateStructure(Structure):
 
     def _initialised(
         self, values: Mapping[Path, Any], batch: tuple[int, ...], key: Callable[[], jax.Array]
-    ) -> Any:
-        """A private copy whose hidden state is newly made.
+    ) -> tuple[Any, Mapping[Path, brainstate.State]]:
+        """A private copy whose hidden state is newly made, and its states.
 
         ``init_state`` knows one batch axis; it makes the states of several in one.
         """
-        module = self.build(dict.fromkeys(self.carried, jnp.zeros(())) | dict(values))
-        own = graph.flatten(module, treefy_state=False)[1].to_flat().values()
-        with _random_from(key, private={id(state) for state in own}):
+        start = {path: jnp.zeros(()) for path in self.carried} | dict(values)
+        module, own, _ = self._copy(start)
+        with _random_from(key, private={id(state) for state in own.values()}):
             size = math.prod(batch)
             arguments: Any = {"batch_size": size} if batch else {}
             brainstate.nn.init_all_states(module, **arguments)
-        for cell in _cells_of(module) if len(batch) > 1 else ():
+        states = _states_of(module)
+        for cell in _cells(states) if len(batch) > 1 else ():
             value = cell.get()
             if cell.kind is Kind.HIDDEN and value.shape[:1] == (size,):
                 cell._put(jnp.reshape(value, (*batch, *value.shape[1:])))
-        return module
+        return module, states
 
 
 def _take_back(module: Any, before: Any, path: Path) -> None:
@@ -427,21 +428,21 @@ def _any_key() -> jax.Array:
     return jax.random.key(0)
 
 
-def _hidden(module: brainstate.nn.Module) -> dict[str, Any]:
+def _hidden(cells: Iterable[Cell]) -> dict[str, Any]:
     """The hidden state of a module, by the paths of its arrays."""
-    cells = _cells_of(module)
     return {path_text(cell.path): cell.get() for cell in cells if cell.kind is Kind.HIDDEN}
 
 
-def _fill(module: brainstate.nn.Module, values: Mapping[Path, Any], carry: Any) -> None:
+def _fill(
+    guest_type: type, cells: Collection[Cell], values: Mapping[Path, Any], carry: Any
+) -> None:
     """Give a newly initialised copy its values, and the hidden state of a carry.
 
     Raises:
         ConversionError: the carry does not fit the cell.
         UnsupportedStructureError: initialising made state that is not hidden state.
     """
-    name = type(module).__qualname__
-    hidden = _hidden(module).keys()
+    name, hidden = guest_type.__qualname__, _hidden(cells).keys()
     given = carry.keys() if isinstance(carry, Mapping) else set[str]()
     if not isinstance(carry, Mapping) or given != hidden:
         raise ConversionError(
@@ -450,7 +451,6 @@ def _fill(module: brainstate.nn.Module, values: Mapping[Path, Any], carry: Any) 
             unexpected=sorted(map(str, given - hidden)),
             remedy="Start from initialize_carry",
         )
-    cells = _cells_of(module)
     others = {path_text(cell.path) for cell in cells if cell.path not in values}
     if lost := sorted(others - hidden):
         raise UnsupportedStructureError(

@@ -7,6 +7,7 @@ buffers like any other: they are copied in and out, and so advance. ``nnx.Interm
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -17,6 +18,7 @@ from flax import nnx
 from flax.nnx import graphlib
 from flax.nnx.pytreelib import PytreeState
 from flax.typing import HashableMapping
+from jax.extend.core import get_opaque_trace_state
 
 from interop.errors import ArgumentError, MissingKeyError, UnsupportedStructureError
 from interop.frameworks.nnx.adapter import partitioning_of
@@ -106,9 +108,13 @@ class _VariableCell(Cell):
     def _put(self, value: Any) -> None:
         flat, tree = jax.tree.flatten(self.variable.get_raw_value())
         flat[self.index] = value
-        # The value is concrete, whatever trace is being built around the call: flax's own
-        # setters would refuse it there, also with _unsafe_bypass_check.
-        object.__setattr__(self.variable, "_raw_value", jax.tree.unflatten(tree, flat))
+        # The value is concrete, whatever trace is being built around the call.
+        _store(self.variable, jax.tree.unflatten(tree, flat))
+
+
+def _store(variable: nnx.Variable, value: Any) -> None:
+    """Set a Variable's value: flax's own setters check the trace, and refuse some."""
+    object.__setattr__(variable, "_raw_value", value)
 
 
 class NnxGuest(WatchedGuest):
@@ -172,6 +178,39 @@ def _without_results(module: nnx.Module) -> nnx.Module:
     return module
 
 
+@dataclasses.dataclass(frozen=True)
+class _Copy:
+    """A private copy of a module.
+
+    Attributes:
+        module: the copy.
+        watch: tells whether it is as it was made, but for values.
+        variables: its Variables, by path.
+        trace: where it was made: Variables can be changed in no other trace.
+    """
+
+    module: nnx.Module
+    watch: Watch | None
+    variables: list[tuple[Path, nnx.Variable]]
+    trace: Any
+
+    def fill(self, trees: Mapping[Path, Any]) -> None:
+        for path, variable in self.variables:
+            _store(variable, trees[path])
+
+    def clear(self) -> None:
+        """Let the arrays go."""
+        for _, variable in self.variables:
+            _store(variable, None)
+
+
+def _is_of_arrays(out: Any) -> bool:
+    """Whether an output holds arrays alone, and so no part of the module that gave it."""
+    kinds = nnx.Variable | nnx.Pytree
+    flat = jax.tree.leaves(out, is_leaf=lambda part: isinstance(part, kinds))
+    return all(isinstance(leaf, jax.Array) for leaf in flat)
+
+
 class NnxStructure(Structure):
     """The graph definition of a module, and the tree of each Variable's value."""
 
@@ -206,6 +245,7 @@ class NnxStructure(Structure):
             self.feature_axes: int | None = module.num_feature_axes
         trees = tuple((path, tree) for path, (_, _, tree) in self._makers.items())
         self._key = (self._definition, trees)
+        self._spare: dict[bool | None, list[_Copy]] = {}
 
     def __eq__(self, other: object) -> bool:
         return type(other) is NnxStructure and (self is other or self._key == other._key)
@@ -214,24 +254,34 @@ class NnxStructure(Structure):
         return hash(self._key)
 
     def build(self, values: Mapping[Path, Any]) -> Any:
-        check_partitionings(self, values)
+        trees = self._trees(values)
         flat = {
-            path: cls.from_metadata(
-                jax.tree.unflatten(tree, [values[leaf] for leaf in self._paths[path]]), metadata
-            )
-            for path, (cls, metadata, tree) in self._makers.items()
+            path: cls.from_metadata(trees[path], metadata)
+            for path, (cls, metadata, _) in self._makers.items()
         }
         return nnx.merge(self._definition, nnx.from_flat_state(flat))
+
+    def _trees(self, values: Mapping[Path, Any]) -> dict[Path, Any]:
+        """What the Variables hold, by their paths."""
+        check_partitionings(self, values)
+        return {
+            path: jax.tree.unflatten(tree, [values[leaf] for leaf in self._paths[path]])
+            for path, (_, _, tree) in self._makers.items()
+        }
 
     def run(
         self, values: Mapping[Path, Any], call: Call
     ) -> tuple[Any, dict[Path, Any], Structure]:
-        module = self._private(values, call.training)
-        watch, variables = _watched(module)
+        copy = self._copy(values, call.training)
+        module = copy.module
         method = getattr(module, call.method)
         out = finished(call, method(*call.args, **self._rngs(method, call), **call.kwargs))
-        if watch is not None and watch.holds():
-            return out, _leaves(variables), self
+        if copy.watch is not None and copy.watch.holds():
+            new = _leaves(copy.variables)
+            if _is_of_arrays(out):
+                copy.clear()
+                self._spare.setdefault(call.training, []).append(copy)
+            return out, new, self
         nnx.pop(module, nnx.Any(*_RESULTS))
         if nnx.graphdef(module) != nnx.graphdef(self._private(values, call.training)):
             raise UnsupportedStructureError(
@@ -240,6 +290,17 @@ class NnxStructure(Structure):
                 remedy="Call it on the module itself: shim.unwrap()",
             )
         return out, _leaves(_variables(module)), self
+
+    def _copy(self, values: Mapping[Path, Any], training: bool | None) -> _Copy:
+        """A private copy for one call: that of an earlier one in the same trace, if it left
+        nothing behind; a thread that has taken it has it alone."""
+        with contextlib.suppress(KeyError, IndexError):
+            copy = self._spare[training].pop()
+            if copy.trace == get_opaque_trace_state():
+                copy.fill(self._trees(values))
+                return copy
+        module = self._private(values, training)
+        return _Copy(module, *_watched(module), get_opaque_trace_state())
 
     def _private(self, values: Any, training: bool | None) -> Any:
         """A private copy in a mode, or in the guest's own where the host has none."""
