@@ -436,7 +436,7 @@ _HARMLESS_DUNDERS = {"__call__", "__getattr__", "__getattribute__", "__setattr__
 
 
 def _methods(cls: type) -> dict[type, dict[str, object]]:
-    found = {
+    found: dict[type, dict[str, object]] = {
         base: {
             name: value
             for name, value in vars(base).items()
