@@ -506,7 +506,10 @@ class Building:
             self._mixing = mixing(self._there.spec, self.sample, self.adapter.channels_first)
         if (found := self._mixing.get(id(spec))) is None:
             return
-        name = getattr(spec.fn, "__qualname__", None) or repr(spec.fn)
+        fn: Any = spec.fn
+        while isinstance(fn, formulas.Moved | formulas.Spread):  # as the source has it
+            fn = fn.fn
+        name = getattr(fn, "__qualname__", None) or repr(fn)
         shapes = " or ".join(map(str, found.shapes))
         if found.depends:
             raise MissingShapeError(

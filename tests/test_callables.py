@@ -115,6 +115,18 @@ def test_functions_of_several_arrays_are_tried_on_what_they_get():
     assert e.value.path == "model[2]"
 
 
+def test_a_function_that_mixes_images_is_named_as_the_source_has_it():
+    def centred(x):
+        return x - x.mean(0)
+
+    fw = Framework("nnx")
+    kernel = array(3, 3, 2, 2)
+    layers = [fw.conv(kernel, None, (5, 4, 2)), centred, fw.conv(kernel, None, (5, 4, 2))]
+    with pytest.raises(interop.UnsupportedLayerError, match="centred mixes the examples") as e:
+        interop.convert(fw.sequential(*layers), to="equinox", sample_input=(5, 4, 2))
+    assert e.value.path == "model[1]"
+
+
 def test_trying_functions_draws_no_random_number():
     """Such a function fails when it is called, as it would in any other compiled function."""
     noisy = lambda x: x + brainstate.random.normal(size=x.shape)  # noqa: E731
