@@ -120,7 +120,7 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
-        """Whether everything is within the tolerances."""
+        """Whether everything was compared and is within the tolerances."""
         return not self.beyond(self.rtol, self.atol) and self.unmapped is None
 
     @property
@@ -179,7 +179,10 @@ class Comparison:
         rows = list(self._differences())
         width = max(len(label) for label, _ in rows)
         lines = [f"  {label:<{width}}  {difference}" for label, difference in rows]
-        head = f"{'equal' if self.ok else 'different'} (rtol={self.rtol:g}, atol={self.atol:g})"
+        verdict = "different" if self.beyond(self.rtol, self.atol) else "equal"
+        if verdict == "equal" and self.unmapped is not None:
+            verdict = "equal, as far as compared"
+        head = f"{verdict} (rtol={self.rtol:g}, atol={self.atol:g})"
         if self.departs is not None:
             head += f"; the first layer that departs is {self.departs.path}"
         lines += [f"  dtype of {text}" for text in self.dtypes]

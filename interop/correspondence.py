@@ -602,6 +602,9 @@ def _match(first: _Numbered, second: _Numbered) -> tuple[dict[Path, Any], dict[P
     return _unflat(ids, second.shapes), _unflat(shifts, second.shapes)
 
 
+_PAIR = "Pass what the first was converted to, or a model of the same layers and sizes"
+
+
 def _check_layers(first: _Numbered, second: _Numbered) -> None:
     def facts(layer: tuple[str, str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
         return layer[1], {key: ids.shape for key, (ids, _) in sorted(layer[2].items())}
@@ -615,6 +618,7 @@ def _check_layers(first: _Numbered, second: _Numbered) -> None:
             f"parameters ({', '.join(kind for kind, _ in a)}), {second.adapter.name} {len(b)} "
             f"({', '.join(kind for kind, _ in b)})",
             path="model",
+            remedy=_PAIR,
         )
     i = next(i for i in range(len(a)) if a[i] != b[i])
     here, there = ", ".join(map(str, a[i])), ", ".join(map(str, b[i]))
@@ -622,6 +626,7 @@ def _check_layers(first: _Numbered, second: _Numbered) -> None:
         f"the models do not correspond: {here} in {first.adapter.name}, {there} at "
         f"{second.layers[i][0]} in {second.adapter.name}",
         path=first.layers[i][0],
+        remedy=_PAIR,
     )
 
 

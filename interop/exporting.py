@@ -66,9 +66,9 @@ def export(
         >>> exported.call(jnp.ones((5, 3))).shape
         (5, 4)
     """
-    if platforms is not None and (unknown := sorted({*platforms} - {*_PLATFORMS})):
+    if isinstance(platforms, str) or {*(platforms or ())} - {*_PLATFORMS}:
         raise ArgumentError(
-            f"there are no platforms {', '.join(unknown)}",
+            f"platforms must be a tuple of platforms' names, got {platforms!r}",
             remedy=f"Pass a tuple of some of {_PLATFORMS}",
         )
     if weights not in ("inside", "arguments"):
@@ -155,6 +155,12 @@ def shapes_of(inputs: tuple[Any, ...], size: Any) -> Any:
         raise ArgumentError(
             "the model's inputs are missing",
             remedy="Pass a batch for each argument; only shapes and dtypes matter",
+        )
+    if not any(hasattr(x, "shape") for x in leaves):
+        kinds = sorted({type(x).__qualname__ for x in leaves})
+        raise ArgumentError(
+            f"inputs must be arrays, got {', '.join(kinds)}",
+            remedy="Pass a batch for each argument; jnp.ones(shape) will do",
         )
     sizes = {jnp.shape(x)[0] for x in leaves if not is_quantity(x) and jnp.ndim(x)}
     if any(map(is_quantity, leaves)) or (size is not None and len(sizes) != 1):

@@ -39,8 +39,8 @@ def save(
         model, params, state: as in :func:`interop.weights`.
 
     Raises:
-        ArgumentError, ConversionError: as :func:`interop.weights`; or the format has no such
-            dtype, or an array is abstract or was donated.
+        ArgumentError, ConversionError: as :func:`interop.weights`; or ``path`` is no path, the
+            format has no such dtype, or an array is abstract or was donated.
         MissingDependencyError: safetensors is not installed.
 
     Example:
@@ -52,6 +52,7 @@ def save(
         >>> bool((a.weight.value["weight"] == b.weight.value["weight"]).all())
         True
     """
+    _check_path(path, "save")
     safetensors = _package()
     found = weights(model, params=params, state=state)
     arrays = {name: _on_host(name, leaf) for name, leaf in found.items()}
@@ -99,7 +100,7 @@ def load(
         ConversionError: the file is corrupt, truncated or of another origin, or its weights
             do not fit; nothing was changed.
         FileNotFoundError: there is no such file.
-        ArgumentError, InteropError: as :func:`interop.load_weights`.
+        ArgumentError, InteropError: as :func:`interop.load_weights`; or ``path`` is no path.
         MissingDependencyError: safetensors is not installed.
 
     Example:
@@ -112,6 +113,7 @@ def load(
         >>> bool((loaded.weight.value["weight"] == trained.weight.value["weight"]).all())
         True
     """
+    _check_path(path, "load")
     arrays, units = _read(path)
     given: Mapping[str, Any] = arrays
     if units:
@@ -158,6 +160,14 @@ def _on_host(name: str, leaf: Any) -> Any:
             remedy="Save a model that holds its weights",
         )
     return np.asarray(array, order="C")  # the package writes the buffer of a view as it lies
+
+
+def _check_path(path: object, name: str) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentError(
+            f"path must be the name of a file, got {type(path).__qualname__}",
+            remedy=f"Write interop.{name}(path, model)",
+        )
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -179,7 +179,7 @@ def register_layer_mapping(mapping: LayerMapping) -> None:
     """
     if not isinstance(cast(Any, mapping), LayerMapping):
         raise ArgumentError(
-            f"mapping must be a LayerMapping, got {mapping!r}",
+            f"mapping must be a LayerMapping, got {_shown(mapping)}",
             remedy="Pass interop.LayerMapping(bst_type, framework, foreign_type, to_bst, "
             "to_foreign)",
         )
@@ -333,15 +333,25 @@ def _adapter_of(cls: Any, name: str) -> Adapter:
     framework = registry.framework_of_class(cls) if isinstance(cls, type) else None
     if framework is None:
         raise ArgumentError(
-            f"{name} must be a module class of {', '.join(registry.names())}, got {cls!r}"
+            f"{name} must be a module class of {', '.join(registry.names())}, got "
+            f"{_shown(cls)}",
+            remedy="Pass the class itself",
         )
     return registry.adapter(framework)
+
+
+def _shown(found: Any) -> str:
+    """``found`` in a message: a class by its name, anything else by that of its class."""
+    is_class = isinstance(found, type)
+    return found.__qualname__ if is_class else f"a value of {type(found).__qualname__}"
 
 
 def _check_spec(spec_type: Any) -> None:
     if not (isinstance(spec_type, type) and issubclass(spec_type, specs.Spec)):
         raise ArgumentError(
-            f"spec_type must be a class derived from interop.specs.Spec, got {spec_type!r}"
+            f"spec_type must be a class derived from interop.specs.Spec, got "
+            f"{_shown(spec_type)}",
+            remedy="Pass one such as interop.specs.Linear",
         )
 
 

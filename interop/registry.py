@@ -391,6 +391,9 @@ class Adapter(abc.ABC):
 
     def _no_reader(self, module: object, path: str) -> Exception:
         cls = type(module)
+        if callable(getattr(cls, "materialize", None)):
+            remedy = "Replace what is live by native layers first: shims.materialize(model)"
+            return UnmappedLayerError(cls, self.name, path=path, verb="read", remedy=remedy)
         is_users = _package(cls) != _package(self.module_type)
         if is_users and self.has_children(module):
             return UnsupportedStructureError(
@@ -400,8 +403,6 @@ class Adapter(abc.ABC):
                 remedy=f"Wrap it live: {_live(path)}; or convert its parts one by one",
             )
         remedy = f"Register a reader for it, or wrap it live: {_live(path)}"
-        if callable(getattr(cls, "materialize", None)):
-            remedy = "Replace what is live by native layers first: shims.materialize(model)"
         return UnmappedLayerError(cls, self.name, path=path, verb="read", remedy=remedy)
 
     def builder(self, spec: Spec, found: type, path: str) -> BuildRule:
@@ -497,8 +498,13 @@ class Registry:
             MissingDependencyError: its package is not installed.
             BrokenDependencyError: its package is installed and cannot be imported.
         """
-        if not isinstance(cast(Any, name), str) or name not in self.names():
-            close = difflib.get_close_matches(str(name).lower(), self.names(), 1, 0.45)
+        if not isinstance(cast(Any, name), str):
+            raise ArgumentError(
+                f"a framework is told by its name, got {type(name).__qualname__}",
+                remedy=f"Pass one of {', '.join(map(repr, self.names()))}",
+            )
+        if name not in self.names():
+            close = difflib.get_close_matches(name.lower(), self.names(), 1, 0.45)
             meant = f"Did you mean {close[0]!r}? " if close else ""
             raise ArgumentError(
                 f"unknown framework {name!r}",

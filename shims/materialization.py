@@ -254,13 +254,13 @@ def _examples(call: Any) -> Any:
 
 
 def _located(error: InteropError, where: str | None, remedy: str | None) -> InteropError:
-    """``error``, which a part of a model raised, as one of the model."""
+    """``error``, which a part of a model raised, as one of the model; ``remedy`` replaces its
+    own, which is for who has not wrapped the part yet."""
     path = error.path
     if where is not None:
         inner = (path or "model").removeprefix("model")
         path = where + inner
-    remedies = [text.rstrip(".") for text in (error.remedy, remedy) if text]
-    InteropError.__init__(error, error.problem, path=path, remedy=". ".join(remedies) or None)
+    InteropError.__init__(error, error.problem, path=path, remedy=remedy or error.remedy)
     return error
 
 

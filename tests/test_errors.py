@@ -632,6 +632,51 @@ MISTAKES = {
         interop.ArgumentError,
         ["fails on inputs of shape (3,)", "(batch, *example)"],
     ),
+    "a framework's module for its name": (
+        lambda: interop.convert(LINEAR, to=nnx),
+        interop.ArgumentError,
+        ["told by its name, got module", "'nnx'"],
+    ),
+    "two models of other sizes, to map": (
+        lambda: interop.mapping(LINEAR, nnx.Linear(3, 5, rngs=RNGS)),
+        interop.ConversionError,
+        ["'weight': (3, 4)", "'weight': (3, 5)", "same layers and sizes"],
+    ),
+    "the model before the path, to save": (
+        lambda: interop.save(LINEAR, "weights.safetensors"),
+        interop.ArgumentError,
+        ["path must be the name of a file, got Linear", "interop.save(path, model)"],
+    ),
+    "the model before the path, to load": (
+        lambda: interop.load(LINEAR, "weights.safetensors"),
+        interop.ArgumentError,
+        ["path must be the name of a file, got Linear", "interop.load(path, model)"],
+    ),
+    "a shape for an input, to export": (
+        lambda: interop.export(LINEAR, (5, 3)),
+        interop.ArgumentError,
+        ["inputs must be arrays, got int", "jnp.ones(shape)"],
+    ),
+    "a name of a platform by itself": (
+        lambda: interop.export(LINEAR, X, platforms="cpu"),
+        interop.ArgumentError,
+        ["must be a tuple of platforms' names, got 'cpu'", "('cpu',"],
+    ),
+    "an instance where a class is registered": (
+        lambda: interop.register_reader(LINEAR, interop.specs.Linear),
+        interop.ArgumentError,
+        ["must be a module class", "got a value of Linear", "class itself"],
+    ),
+    "a live shim, to convert": (
+        lambda: to_brainstate(shims.ToNNX(Own())),
+        interop.UnmappedLayerError,
+        ["no rule to read ToNNX", "shims.materialize(model)"],
+    ),
+    "a guest with a random stream, for one example": (
+        lambda: shims.wrap(nnx.Dropout(0.5, rngs=RNGS), into="equinox"),
+        interop.ArgumentError,
+        ["a random stream", "shims.ToEquinox(..., batched=True)"],
+    ),
 }
 
 

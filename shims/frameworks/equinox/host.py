@@ -198,7 +198,8 @@ class ToEquinox(eqx.nn.StatefulLayer):
                 raise ArgumentError(
                     f"{structure.guest_type.__qualname__} keeps {path_text(path)}, "
                     f"{'a random stream' if streams else 'hidden state'}, for a whole batch",
-                    remedy="Pass batched=True, and call it with batches",
+                    remedy="Wrap it with shims.ToEquinox(..., batched=True), and call it with "
+                    "batches",
                 )
         for path in () if batched else structure.unkept:
             raise _batch_wanted(structure, path)
@@ -473,8 +474,8 @@ class ToEquinox(eqx.nn.StatefulLayer):
                 f"{structure.guest_type.__qualname__} has recurrent state, which is an "
                 f"explicit carry, and the call has none",
                 remedy="Call carry, out = shim(x, carry), starting from "
-                "shim.initialize_carry(x.shape); or pass batched=True, for hidden state that "
-                "stands in the eqx.nn.State",
+                "shim.initialize_carry(x.shape); or wrap it with shims.ToEquinox(..., "
+                "batched=True), for hidden state that stands in the eqx.nn.State",
             )
 
     def _shim_check_method(self, method: str) -> None:
@@ -483,8 +484,8 @@ class ToEquinox(eqx.nn.StatefulLayer):
             raise ArgumentError(
                 f"{structure.guest_type.__qualname__} has recurrent state, an explicit carry "
                 f"of its calls, and {method} may read it and takes none",
-                remedy="Pass batched=True, for hidden state that stands in the eqx.nn.State; "
-                "or call the method on shim.unwrap()",
+                remedy="Wrap it with shims.ToEquinox(..., batched=True), for hidden state that "
+                "stands in the eqx.nn.State; or call the method on shim.unwrap()",
             )
 
     def _shim_check_state(self, state: Any) -> None:
@@ -523,7 +524,8 @@ def _batch_wanted(structure: Structure, path: Path) -> ArgumentError:
     return ArgumentError(
         f"{structure.guest_type.__qualname__} takes batch statistics at "
         f"{path_text(path) or 'its root'}, and the call sees one example",
-        remedy="Pass batched=True and call it with batches, or give the layer an axis_name",
+        remedy="Wrap it with shims.ToEquinox(..., batched=True) and call it with batches, or "
+        "give the layer an axis_name",
     )
 
 
