@@ -149,9 +149,18 @@ COMPOSITES = [
     importlib.import_module(f"interop.composites.{name}")
     for name in ("brainstate", "equinox", "linen", "nnx")
 ]
+SPECS = [
+    name
+    for name in interop.specs.__all__
+    if isinstance(cls := getattr(interop.specs, name), type)
+    and issubclass(cls, interop.specs.Spec)
+]
+ABSTRACT = {"Cell", "Convolution", "Deferred", "Formula", "Norm", "NormalizedWeight"}
 PUBLIC = [
     *((package, name) for package in PACKAGES for name in package.__all__ if name != "specs"),
     *((module, name) for module in COMPOSITES for name in ("Composite", "Cell")),
+    *((module, cls.__name__) for module in COMPOSITES for cls in module.COMPOSITES),
+    *((interop.specs, name) for name in sorted({*SPECS} - ABSTRACT)),
 ]
 
 

@@ -32,6 +32,13 @@ class RotaryEmbedding(Spec):
     ``depth`` is None where any will do. ``table_dtype`` is what sines and cosines are rounded
     to, and ``keeps_dtype`` whether the result has the dtype of ``x``, and not the common one.
     ``max_length`` is for how many positions some frameworks keep a table; None for none.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.RotaryEmbedding(depth=4)
+        >>> spec.apply(specs.Run(), jnp.ones((7, 2, 4))).shape
+        (7, 2, 4)
     """
 
     depth: int | None = None
@@ -90,6 +97,13 @@ class MultiHeadAttention(Spec):
 
     A call takes ``is_causal`` as well, which hides the keys after each query; and
     ``process_heads``, which maps the heads of query, key and value to those that are used.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.MultiHeadAttention.shaped(2, 4).initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 7, 4))).shape
+        (5, 7, 4)
     """
 
     query: LinearGeneral

@@ -101,6 +101,18 @@ class Spec:
     A spec that defines :meth:`apply` can be built as a composite wherever the target has no
     native layer with all its options: a module of the target that holds the spec's arrays and
     computes its formula.
+
+    Example:
+        >>> import dataclasses, jax.numpy as jnp
+        >>> from interop import specs
+        >>> @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+        ... class Scale(specs.Spec):
+        ...     factor: specs.Array
+        ...     trained = ("factor",)
+        ...     def apply(self, run, x):
+        ...         return self.factor * x
+        >>> Scale(factor=jnp.array(3.0)).apply(specs.Run(), jnp.ones(2)).tolist()
+        [3.0, 3.0]
     """
 
     trained: ClassVar[tuple[str, ...]] = ()
@@ -306,7 +318,15 @@ class Deferred(Spec):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Sequential(Spec):
-    """Layers applied one after the other. The same spec twice is one layer used twice."""
+    """Layers applied one after the other. The same spec twice is one layer used twice.
+
+    Example:
+        >>> from interop import specs
+        >>> layers = specs.Flatten(start_axis=1), specs.Linear.shaped(6, 4)
+        >>> spec = specs.Sequential(layers=layers)
+        >>> spec.output_shape((2, 3))
+        (4,)
+    """
 
     layers: tuple[Spec, ...]
 

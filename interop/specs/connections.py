@@ -33,6 +33,13 @@ class AllToAll(Spec):
 
     Options: ``include_self`` tells whether there are connections from each neuron to that of
     the same number. ``leading_shape`` is as in ``Linear``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.AllToAll.shaped(3, 4).initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 3))).shape
+        (5, 4)
     """
 
     weight: Array
@@ -105,6 +112,14 @@ class SparseLinear(Spec):
 
     ``form`` names how a framework stores the matrix: ``"COO"`` in any order, ``"CSR"`` row by
     row, ``"CSC"`` column by column. The elements are in that order.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> rows, columns = jnp.array([0, 1, 2]), jnp.array([3, 0, 1])
+        >>> spec = specs.SparseLinear.shaped(3, 4, rows, columns).initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 3))).shape
+        (5, 4)
     """
 
     weight: Array
@@ -174,4 +189,12 @@ class FixedNumConn(SparseLinear):
     Shapes:
         weight, rows, columns  (in, n), or (n,) where some rows are empty
         others                 as in ``SparseLinear``
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> rows, columns = jnp.array([0, 1, 2]), jnp.array([3, 0, 1])
+        >>> spec = specs.FixedNumConn.shaped(3, 4, rows, columns).initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 3))).shape
+        (5, 4)
     """

@@ -32,6 +32,14 @@ class LinearGeneral(Spec):
 
     ``axes`` count in the batched input; its first ``batch_axes`` axes have weights of their
     own. ``dtype`` is what the operands are cast to; None means their common dtype.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> shaped = specs.LinearGeneral.shaped((2, 3), 4, axes=(-2, -1))
+        >>> spec = shaped.initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 2, 3))).shape
+        (5, 4)
     """
 
     weight: Array
@@ -144,6 +152,13 @@ class Einsum(Spec):
         bias       those axes of the weight that the result has, in its order; or None
 
     ``dtype`` is what the operands are cast to; None means their common dtype.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.Einsum.shaped("...i,io->...o", (3, 4)).initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 3))).shape
+        (5, 4)
     """
 
     equation: str

@@ -213,6 +213,13 @@ class Conv(Convolution):
     with what: ``"ZEROS"``, ``"REFLECT"``, ``"REPLICATE"`` or ``"CIRCULAR"``. ``dtype`` is what
     the operands are cast to; None means their common dtype. ``channels_first`` says that inputs
     and outputs have their channels before the axes of space.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.Conv.shaped(3, 4, (3, 3)).initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 8, 8, 3))).shape
+        (5, 6, 6, 4)
     """
 
     padding: str | Pads
@@ -249,6 +256,13 @@ class ScaledWSConv(Conv):
     Shapes:
         gain    (out,) or None
         others  as in ``Conv``
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.ScaledWSConv.shaped(3, 4, (3, 3)).initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 8, 8, 3))).shape
+        (5, 6, 6, 4)
     """
 
     gain: Array | None
@@ -313,6 +327,13 @@ class ConvTranspose(Convolution):
     input goes on periodically, else with zeros. The output has
     ``(n - 1) * stride + 1 + low + high - (kernel - 1) * dilation`` elements along an axis of n.
     The other options are those of ``Conv``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.ConvTranspose.shaped(3, 4, (3, 3)).initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 8, 8, 3))).shape
+        (5, 10, 10, 4)
     """
 
     padding: Pads
@@ -346,6 +367,13 @@ class ConvLocal(Convolution):
         mask    that of the weight, or None; multiplied with it
 
     Options are those of ``Conv``, without ``preferred_element_type`` and with one group.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.ConvLocal.shaped((8, 3), 4, (3,)).initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 8, 3))).shape
+        (5, 6, 4)
     """
 
     padding: str | Pads

@@ -25,6 +25,14 @@ class Dropout(Spec):
     ``broadcast_dims`` are axes of the batched ``x`` along which one decision is shared.
     ``rng_collection`` names the random stream, in frameworks that have several. At rate 1 the
     result and its gradient are 0; a native layer may have a gradient of nan there.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> run = specs.Run(train=True, key=lambda: jax.random.key(0))
+        >>> spec = specs.Dropout.shaped(0.3)
+        >>> round(float(spec.apply(run, jnp.ones((5, 3))).max()), 2)
+        1.43
     """
 
     rate: float
@@ -87,6 +95,13 @@ class AlphaDropout(Spec):
     of each example.
 
     Klambauer et al., "Self-Normalizing Neural Networks", NeurIPS 2017.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.AlphaDropout(rate=0.3)
+        >>> spec.apply(specs.Run(), jnp.ones((5, 3))).shape
+        (5, 3)
     """
 
     rate: float
@@ -131,6 +146,13 @@ class DropoutFixed(Spec):
         x     that of the mask
         mask  ``in_size``, before which there may be a batch axis; None if there is none yet,
               so that the layer does not train
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.DropoutFixed.shaped(3, 0.3).initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 3))).shape
+        (5, 3)
     """
 
     rate: float

@@ -37,6 +37,13 @@ class Embedding(Spec):
 
     A larger index is that of the last row, without a gradient. A framework's own layer may
     differ there.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.Embedding.shaped(10, 4).initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.array([1, 7])).shape
+        (2, 4)
     """
 
     weight: Array
@@ -96,7 +103,15 @@ class Embedding(Spec):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FrozenEmbedding(Embedding):
-    """:class:`Embedding` whose table is no parameter: optimisers do not see it."""
+    """:class:`Embedding` whose table is no parameter: optimisers do not see it.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.FrozenEmbedding.shaped(10, 4).initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.array([1, 7])).shape
+        (2, 4)
+    """
 
     trained: ClassVar[tuple[str, ...]] = ()
     buffers: ClassVar[tuple[str, ...]] = ("weight",)

@@ -49,6 +49,12 @@ class Activation(Spec):
 
     ``options`` holds those that differ from the function's defaults. An ``axis`` counts in
     the batched input.
+
+    Example:
+        >>> import jax
+        >>> from interop import specs
+        >>> specs.known_function(jax.nn.relu)
+        Activation(name='relu', options={})
     """
 
     name: str
@@ -130,7 +136,15 @@ class Formula(Spec):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Flatten(Formula):
-    """:func:`interop.formulas.flatten` of the batched input."""
+    """:func:`interop.formulas.flatten` of the batched input.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.Flatten(start_axis=1)
+        >>> spec.apply(specs.Run(), jnp.ones((5, 2, 3))).shape
+        (5, 6)
+    """
 
     start_axis: int = 0
     end_axis: int = -1
@@ -158,7 +172,15 @@ class Flatten(Formula):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Unflatten(Formula):
-    """:func:`interop.formulas.unflatten` of the batched input."""
+    """:func:`interop.formulas.unflatten` of the batched input.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.Unflatten(axis=-1, sizes=(2, 3))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 6))).shape
+        (5, 2, 3)
+    """
 
     axis: int
     sizes: tuple[int, ...]
@@ -168,7 +190,15 @@ class Unflatten(Formula):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SpikeBitwise(Spec):
-    """:func:`interop.formulas.spike_bitwise` of two inputs."""
+    """:func:`interop.formulas.spike_bitwise` of two inputs.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec, bits = specs.SpikeBitwise(op="and"), jnp.array([True, False])
+        >>> spec.apply(specs.Run(), bits, jnp.array([True, True])).tolist()
+        [True, False]
+    """
 
     op: str
     keeps_shape = True
@@ -202,6 +232,13 @@ class PReLU(Spec):
     of ``x``.
 
     He et al., "Delving Deep into Rectifiers", ICCV 2015.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.PReLU.shaped().initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 3))).shape
+        (5, 3)
     """
 
     slope: Array
@@ -270,6 +307,13 @@ class Function(Spec):
     """Any other callable, without weights of its own.
 
     ``per_example`` says what it expects: one example, or a batch of them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.Function(fn=jnp.sin, per_example=False)
+        >>> spec.function(jnp.zeros(2)).tolist()
+        [0.0, 0.0]
     """
 
     fn: Callable[..., Any]

@@ -42,6 +42,13 @@ class Linear(Spec):
     Options: ``dtype`` is what the operands are cast to; None means their common dtype.
     ``leading_shape`` is that of the axes of one example before the last. With ``scalar_input``
     ``x`` has no last axis, with ``scalar_output`` the result has none; its size is 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.Linear.shaped(3, 4).initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 3))).shape
+        (5, 4)
     """
 
     weight: Array
@@ -140,6 +147,13 @@ class ScaledWSLinear(Linear):
     Shapes:
         gain    (out,) or None
         others  as in ``Linear``
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.ScaledWSLinear.shaped(3, 4).initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 3))).shape
+        (5, 4)
     """
 
     gain: Array | None
@@ -188,6 +202,13 @@ class SignedLinear(Linear):
     Shapes:
         sign    (in, out), or None for positive weights; not trained
         others  as in ``Linear``
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.SignedLinear.shaped(3, 4, use_bias=False).initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 3))).shape
+        (5, 4)
     """
 
     sign: Array | None = None
@@ -220,6 +241,13 @@ class LoRA(Spec):
     Options: ``dtype`` is what the operands are cast to; None means their common dtype.
     ``promotes_base`` tells whether ``base`` gets ``x`` after that cast. ``leading_shape`` is as
     in :class:`Linear`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.LoRA.shaped(3, 2, 4).initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 3))).shape
+        (5, 4)
     """
 
     lora_a: Array

@@ -108,6 +108,14 @@ class SpectralNorm(NormalizedWeight):
     With ``v``, the estimate is that of both vectors, which ``steps`` iterations improve before
     each training call. Without, every call starts from ``u``, and training calls keep what they
     come to; a weight of zeros is then left as it is.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> shaped = specs.SpectralNorm.shaped(specs.Linear.shaped(3, 4))
+        >>> spec = shaped.initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 3))).shape
+        (5, 4)
     """
 
     u: Array
@@ -185,6 +193,14 @@ class WeightNorm(NormalizedWeight):
         fixed_scale,
         fixed_bias_scale
                      the same as buffers, where they are not trained
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> shaped = specs.WeightNorm.shaped(specs.Linear.shaped(3, 4))
+        >>> spec = shaped.initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 3))).shape
+        (5, 4)
     """
 
     scale: Array | None = None

@@ -133,6 +133,13 @@ class LayerNorm(Norm):
     in order: they count from the end, so that batch axes do not move them.
 
     Ba et al., "Layer Normalization", 2016.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.LayerNorm.shaped(3).initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 3))).shape
+        (5, 3)
     """
 
     feature_shape: Shape | None
@@ -214,6 +221,13 @@ class RMSNorm(LayerNorm):
     As :class:`LayerNorm`, without the mean; ``use_fast_variance`` has no effect. A bias is an
     option that few frameworks have. Zhang and Sennrich, "Root Mean Square Layer
     Normalization", NeurIPS 2019.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.RMSNorm.shaped(3).initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 3))).shape
+        (5, 3)
     """
 
     bias: Array | None = None
@@ -240,6 +254,13 @@ class GroupNorm(Norm):
     Statistics have an axis of groups; ``repeat_axis`` is that along which they are repeated for
     each feature of a group. It is the axis of groups unless the source takes another one, whose
     result is then a permutation of the statistics.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.GroupNorm.shaped(4, 2).initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 4))).shape
+        (5, 4)
     """
 
     num_groups: int
@@ -311,6 +332,13 @@ class BatchNorm(Norm):
     batch has moved them; ``is_first``, a boolean, tells that they are still to be set, to those
     of the first batch. ``statistics_dtype`` is that of ``mean`` and ``var`` where it is
     narrower than float32, which every framework rounds elsewhere.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.BatchNorm.shaped(3).initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 3))).shape
+        (5, 3)
     """
 
     mean: Array

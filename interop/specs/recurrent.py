@@ -250,6 +250,14 @@ class SimpleCell(DenseCell):
     ``dtype`` is what the operands are cast to; None means their common dtype.
 
     Source: Elman, "Finding Structure in Time", Cognitive Science 14 (1990), 179-211.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.SimpleCell.shaped(3, 4).initial(jax.random.key(0))
+        >>> state = spec.initial_carry((5, 3), None)
+        >>> [a.shape for a in spec.step(specs.Run(), jnp.ones((5, 3)), state)]
+        [(5, 4)]
     """
 
     activation: Function | None = None
@@ -291,6 +299,14 @@ class LSTMCell(DenseCell):
 
     Source: Hochreiter and Schmidhuber, Neural Computation 9 (1997), 1735-1780, with the forget
     gate of Gers et al., Neural Computation 12 (2000), 2451-2471.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.LSTMCell.shaped(3, 4).initial(jax.random.key(0))
+        >>> state = spec.initial_carry((5, 3), None)
+        >>> [a.shape for a in spec.step(specs.Run(), jnp.ones((5, 3)), state)]
+        [(5, 4), (5, 4)]
     """
 
     activation: Function | None = None
@@ -361,6 +377,14 @@ class GRUCell(ResettingCell):
 
     Source: Cho et al., arXiv:1406.1078; the form with ``reset_first`` as Chung et al.,
     arXiv:1412.3555, write it, the other as cuDNN computes it.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.GRUCell.shaped(3, 4).initial(jax.random.key(0))
+        >>> state = spec.initial_carry((5, 3), None)
+        >>> [a.shape for a in spec.step(specs.Run(), jnp.ones((5, 3)), state)]
+        [(5, 4)]
     """
 
     activation: Function | None = None
@@ -415,6 +439,14 @@ class MGUCell(ResettingCell):
     means their common dtype.
 
     Source: Zhou et al., arXiv:1603.09420, who write the form with ``reset_first``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.MGUCell.shaped(3, 4).initial(jax.random.key(0))
+        >>> state = spec.initial_carry((5, 3), None)
+        >>> [a.shape for a in spec.step(specs.Run(), jnp.ones((5, 3)), state)]
+        [(5, 4)]
     """
 
     activation: Function | None = None
@@ -464,6 +496,14 @@ class URLSTMCell(DenseCell):
     ``activation`` is tanh where it is None.
 
     Source: Gu et al., "Improving the Gating Mechanism of Recurrent Neural Networks", ICML 2020.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.URLSTMCell.shaped(3, 4).initial(jax.random.key(0))
+        >>> state = spec.initial_carry((5, 3), None)
+        >>> [a.shape for a in spec.step(specs.Run(), jnp.ones((5, 3)), state)]
+        [(5, 4), (5, 4)]
     """
 
     activation: Function | None = None
@@ -517,6 +557,14 @@ class ConvLSTMCell(Cell):
     their common dtype.
 
     Source: Shi et al., "Convolutional LSTM Network", NeurIPS 2015, without peepholes.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.ConvLSTMCell.shaped(3, 4, (3, 3)).initial(jax.random.key(0))
+        >>> state = spec.initial_carry((5, 8, 8, 3), None)
+        >>> [a.shape for a in spec.step(specs.Run(), jnp.ones((5, 8, 8, 3)), state)]
+        [(5, 8, 8, 4), (5, 8, 8, 4)]
     """
 
     bias_x: Array | None
@@ -611,6 +659,13 @@ class RNN(Spec):
 
     A call takes an ``initial_carry`` in the same form, ``seq_lengths``, and every option but
     ``unroll`` again.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.RNN.shaped(specs.GRUCell.shaped(3, 4)).initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 7, 3))).shape
+        (5, 7, 4)
     """
 
     cell: Cell
@@ -693,6 +748,14 @@ class Bidirectional(Spec):
     and ``return_carry`` again. Those of both parts do not count.
 
     Source: Schuster and Paliwal, IEEE Transactions on Signal Processing 45 (1997), 2673-2681.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from interop import specs
+        >>> rnns = [specs.RNN.shaped(specs.GRUCell.shaped(3, 4)) for _ in range(2)]
+        >>> spec = specs.Bidirectional.shaped(*rnns).initial(jax.random.key(0))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 7, 3))).shape
+        (5, 7, 8)
     """
 
     forward_rnn: RNN

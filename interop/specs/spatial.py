@@ -47,7 +47,15 @@ class Spatial(Formula):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Pad(Spatial):
-    """:func:`interop.formulas.pad`."""
+    """:func:`interop.formulas.pad`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.Pad(padding=((1, 1), (0, 2)))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 8, 8, 3))).shape
+        (5, 10, 10, 3)
+    """
 
     padding: Pads
     mode: str = "zero"
@@ -62,7 +70,15 @@ class Pad(Spatial):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Pool(Spatial):
-    """:func:`interop.formulas.pool`."""
+    """:func:`interop.formulas.pool`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.Pool(window=(2, 2), strides=(2, 2))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 8, 8, 3))).shape
+        (5, 4, 4, 3)
+    """
 
     window: tuple[int, ...]
     kind: str = "max"
@@ -129,7 +145,15 @@ def pool(kind: str, window: Any, strides: Any, padding: Any, **options: Any) -> 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AdaptivePool(Spatial):
-    """:func:`interop.formulas.adaptive_pool`."""
+    """:func:`interop.formulas.adaptive_pool`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from interop import specs
+        >>> spec = specs.AdaptivePool(target=(2, 2))
+        >>> spec.apply(specs.Run(), jnp.ones((5, 8, 8, 3))).shape
+        (5, 2, 2, 3)
+    """
 
     target: tuple[int | None, ...]
     kind: str = "mean"
@@ -148,6 +172,15 @@ class MaxUnpool(Spec):
 
     A framework that maps over examples has each with indices of its own, which count in that
     example, in the order of its axes with the channels last.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from interop import specs
+        >>> pool = specs.Pool(window=(2,), strides=(2,), indices="input")
+        >>> values, indices = pool.apply(specs.Run(), jnp.ones((5, 8, 3)))
+        >>> spec = specs.MaxUnpool.shaped((2,))
+        >>> spec.apply(specs.Run(), values, indices).shape
+        (5, 8, 3)
     """
 
     window: tuple[int, ...]
