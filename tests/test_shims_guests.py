@@ -75,6 +75,25 @@ def test_a_stream_advances_by_the_calls_that_draw_and_return():
     assert_array_equal(shim(X, rngs=rngs), shim(X, rngs=twin))
 
 
+TRACES = {
+    "grad": lambda f: jax.grad(lambda x: f(x).sum())(X),
+    "vmap": lambda f: jax.vmap(f)(X),
+    "jit": lambda f: jax.jit(f)(X),
+}
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_a_shim_that_jax_closes_over_draws_as_little_as_a_native_layer(name):
+    shim, key = shims.ToNNX(bnn.Dropout(0.5), rngs=nnx.Rngs(0)), brainstate.random.DEFAULT.value
+    for layer in (shim, nnx.Dropout(0.5, rngs=nnx.Rngs(0))):
+        with pytest.raises(Exception, match="different trace level|JAX tracer being written"):
+            TRACES[name](layer)
+        assert layer.rngs.count[...] == 0
+        layer.eval()
+        TRACES[name](layer)
+    assert brainstate.random.DEFAULT.value is key
+
+
 class InACopiedContext(bnn.Module):
     def update(self, x):
         draw = brainstate.random.normal

@@ -806,5 +806,8 @@ def test_the_private_names_of_flax_that_views_stand_on_are_there():
     assert "_raw_value" in nnx.Variable.__slots__
 
 
-def test_the_private_name_of_brainstate_that_the_key_exchange_stands_on_is_there():
+def test_the_private_names_of_brainstate_that_the_key_exchange_stands_on_are_there():
     assert "_value" in vars(brainstate.random.DEFAULT)
+    assert not brainstate._state.TRACE_CONTEXT.state_stack
+    with brainstate.StateTraceStack():
+        assert brainstate._state.TRACE_CONTEXT.state_stack

@@ -3,8 +3,8 @@
 A ``State`` holds a tree of arrays, each of which is a cell. ``brainstate.random.DEFAULT`` is
 one state for the whole process: this file gives it a class by which the context of a running
 guest, and no other, sees the host's key there. Private API: ``State._value``, for that;
-``_err_jit_true_branch``, the host callback of ``jit_error_if``, which an exported program
-cannot have.
+``TRACE_CONTEXT``, which tells whether BrainState traces; ``_err_jit_true_branch``, the host
+callback of ``jit_error_if``, which an exported program cannot have.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from brainstate import graph
+from brainstate._state import TRACE_CONTEXT
 from brainstate.random import DEFAULT
 from brainstate.transform import _error_if
 
@@ -642,18 +643,20 @@ def _random_from(
 
     A stack of our own would hide from BrainState that a plain JAX transformation traces a
     guest that is closed over, and let it store tracers. So inside a trace only a private copy
-    gets one; a closed-over guest keeps BrainState's own checks.
+    gets one; a closed-over guest keeps BrainState's own checks, and in a trace of BrainState's
+    draws as one that nothing wraps.
 
     Args:
         draw: draws the host's key.
         private: the ids of a private copy's states, or None where the guest itself runs.
     """
-    if private is None and not _is_outside_traces():
+    is_closed_over = private is None and not _is_outside_traces()
+    if is_closed_over and TRACE_CONTEXT.state_stack:
         yield None
         return
     token = _key_here.set(_HostKey(draw))
     try:
-        with _PrivateStates(private) as stack:
+        with contextlib.nullcontext() if is_closed_over else _PrivateStates(private) as stack:
             yield stack
     finally:
         _key_here.reset(token)
