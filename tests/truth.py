@@ -256,7 +256,7 @@ ACTIVATIONS = {
     "softmax": _softmax,
     "softmax_2d": lambda x: np.moveaxis(_softmax(np.moveaxis(x, -3, -1)), -1, -3),
     "softmin": lambda x: _softmax(-x),
-    "softplus": lambda x: np.log1p(np.exp(x)),
+    "softplus": lambda x: np.logaddexp(x, 0),  # which does not overflow
     "tanh": np.tanh,
     "tanh_shrink": lambda x: x - np.tanh(x),
     "threshold": lambda x, threshold, value: np.where(x > threshold, x, value),
