@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from .errors import ArgumentError, InteropError, UnsupportedStructureError
 from .named_weights import named, open_any, replaced
 from .parameters import is_quantity
+from .programs import alike
 from .progress import working
 
 __all__ = ["evaluated", "export", "in_batches", "shapes_of"]
@@ -86,16 +87,16 @@ def export(
 
     with working("exporting"):
         return in_batches(
-            trace, lambda *shapes: jax.eval_shape(fn, *given, *shapes), inputs, batch
+            trace, lambda *shapes: jax.make_jaxpr(fn)(*given, *shapes), inputs, batch
         )
 
 
 def in_batches(
-    trace: Callable[..., Any], check: Callable[..., Any], inputs: tuple[Any, ...], batch: str
+    trace: Callable[..., Any], look: Callable[..., Any], inputs: tuple[Any, ...], batch: str
 ) -> Any:
     """What ``trace`` makes of the shapes of inputs, with a symbolic batch size if asked for.
 
-    ``check`` raises where the model cannot take inputs of such shapes at all.
+    ``look`` gives the model's jaxpr for such shapes, and raises where it cannot take them.
     """
     if batch not in ("symbolic", "fixed"):
         raise ArgumentError(
@@ -106,17 +107,26 @@ def in_batches(
         return trace(*fixed)
     (size,) = jax.export.symbolic_shape("batch")
     try:
-        return trace(*shapes_of(inputs, size))
+        found = trace(*shapes_of(inputs, size))
     except InteropError:
         raise
     except Exception as e:
-        check(*fixed)
+        look(*fixed)
         reason = str(e).strip().partition("\n")[0]
         raise UnsupportedStructureError(
             f"its code needs a fixed batch size ({type(e).__name__}: {reason})",
             path="model",
             remedy='Pass batch="fixed", or write -1 for the batch size in that code',
         ) from e
+    own = max(jnp.shape(x)[0] for x in jax.tree.leaves(inputs) if jnp.ndim(x))
+    if not alike(look, (shapes_of(inputs, n) for n in (own, own + 1, 1))):
+        raise UnsupportedStructureError(
+            "its code computes something else for some batch sizes, which it compares with "
+            "numbers",
+            path="model",
+            remedy='Pass batch="fixed", once for each such size',
+        )
+    return found
 
 
 def evaluated(model: Any, params: Any, state: Any) -> tuple[Callable[..., Any], dict[str, Any]]:

@@ -91,7 +91,7 @@ def to_onnx(
         return found.SerializeToString()
 
     with working("converting to ONNX"):
-        data = in_batches(convert, functools.partial(jax.eval_shape, fn), inputs, batch)
+        data = in_batches(convert, jax.make_jaxpr(fn), inputs, batch)
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # it warns of what it leaves out of a sound graph
     try:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import export
 
 from interop.errors import InteropError, UnsupportedStructureError
-from interop.programs import inputs_read
+from interop.programs import alike, inputs_read, operations
 
 from .core import Call, Kind, Path, Structure, path_text
 from .operation import Function, cotangents, derivative
@@ -85,6 +85,7 @@ class _Tracing:
         self._writes: tuple[Path, ...] = ()
         self._fixed: dict[str, Any] = {}
         self._draws = False
+        self._is_open = False  # the batch size of hidden state
         self.fixed_by: str | None = None
 
     def mode(self) -> Mode:
@@ -119,9 +120,11 @@ class _Tracing:
     def _of_any_batch(self, given: Any) -> Mode:
         """The programs for such arrays: for any batch size if that can be traced."""
         first: Exception | None = None
-        for open_batch, hidden in self._with_open_batch(given):
+        for size, hidden, like in self._open_sizes(given):
             try:
-                return self._exported(open_batch, hidden)
+                found = self._exported(_sized(given, size), hidden)
+                self._check_alike(given, like)
+                return found
             except Exception as e:
                 # What a guest does with an unknown size may raise anything. If the fault is
                 # another, tracing with the size that was given raises it too.
@@ -210,15 +213,13 @@ class _Tracing:
 
     def _stays(self, value: Value, a: Any, b: Any) -> bool:
         """Whether the next call can take ``b`` where this one took ``a``."""
-        is_open = value.kind is Kind.HIDDEN and a.ndim and export.is_symbolic_dim(a.shape[0])
-        start = 1 if is_open else 0
+        start = 1 if value.kind is Kind.HIDDEN and a.ndim and self._is_open else 0
         same_rank = a.ndim == b.ndim
         return same_rank and a.shape[start:] == b.shape[start:] and a.dtype == b.dtype
 
     def _exported(self, given: Any, hidden: Any) -> Mode:
         """The programs; ``hidden`` is the batch size of hidden state, if that is open."""
-        data = [self._data(value, hidden) for value in self._values]
-        key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+        *data, key, _ = self._inputs(given, hidden)
         flat, tree = jax.tree.flatten(given)
         traced: Any = jax.jit(self._function)
         inputs = [*data, key, *flat]
@@ -281,27 +282,43 @@ class _Tracing:
             # examples. If the fault is another, this raises it too.
             return export.export(jax.jit(one_by_one), platforms=PLATFORMS)(*leading)
 
-    def _with_open_batch(self, given: Any) -> Iterator[tuple[Any, Any]]:
-        """The arguments with their leading axis left open, and the size for hidden state.
+    def _open_sizes(self, given: Any) -> Iterator[tuple[Any, Any, Sequence[Any]]]:
+        """Open sizes of a batch and of hidden state, and numbers that they may stand for.
 
         Hidden state that a call makes anew may have been for another batch; where that cannot
         be traced, the sizes are one, or hidden state is for no batch at all.
         """
-        shapes = [x.shape for x in jax.tree.leaves(given) if getattr(x, "shape", ())]
-        if not shapes:
+        n = _batch_size(given)
+        if n is None:
             return
         b, h = export.symbolic_shape("b, h")
-        size = shapes[0][0]
+        if any(value.kind is Kind.HIDDEN for value in self._values):
+            yield b, h, ((n, n), (n, n + 1), (1, 1))
+            yield b, b, ((n, n), (n + 1, n + 1), (1, 1))
+        yield b, None, ((n, None), (n + 1, None), (1, None))
 
-        def opened(x: Any) -> Any:
-            if not getattr(x, "shape", ()) or x.shape[0] != size:
-                return x
-            return jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype)
+    def _check_alike(self, given: Any, sizes: Sequence[Any]) -> None:
+        """Refuse one program for all of ``sizes`` where the guest's code tells them apart."""
 
-        opened_args = jax.tree.map(opened, given)
-        has_hidden = any(value.kind is Kind.HIDDEN for value in self._values)
-        for hidden in (h, b, None) if has_hidden else (None,):
-            yield opened_args, hidden
+        def look(size: Any, hidden: Any) -> Any:
+            def anew(
+                *data: Any,
+            ) -> Any:  # JAX keeps traces by function, and this is no real one
+                return self._function(*data)
+
+            return jax.make_jaxpr(anew)(*self._inputs(_sized(given, size), hidden))
+
+        if not alike(look, sizes):
+            raise self._refused(
+                "its code computes something else for some batch sizes, which it compares",
+                "Write it without comparing them",
+            )
+
+    def _inputs(self, given: Any, hidden: Any = None) -> list[Any]:
+        """What describes all that :meth:`_function` takes."""
+        self._is_open = hidden is not None
+        data = [self._data(value, hidden) for value in self._values]
+        return [*data, jax.ShapeDtypeStruct((2,), jnp.uint32), given]
 
     def _data(self, value: Value, hidden: Any = None) -> Any:
         """What describes a value; the leading axis of hidden state is that of its batch."""
@@ -317,10 +334,8 @@ class _Tracing:
 
     def _refusal(self, given: Any, error: Exception) -> Exception:
         """The error for a trace that failed."""
-        key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-        data = [self._data(value) for value in self._values]
         try:
-            jaxpr = jax.make_jaxpr(self._function)(*data, key, given)
+            jaxpr = jax.make_jaxpr(self._function)(*self._inputs(given))
         except Exception:
             return self._refused(
                 f"it does not run with traced arrays ({_in_a_line(error)})",
@@ -340,6 +355,24 @@ def _described(x: Any) -> Any:
     if hasattr(x, "dtype"):
         return x
     return jax.ShapeDtypeStruct((), jnp.result_type(x), weak_type=True)
+
+
+def _batch_size(given: Any) -> int | None:
+    """The leading axis of the first array that has one."""
+    shapes = (x.shape for x in jax.tree.leaves(given) if getattr(x, "shape", ()))
+    return next((shape[0] for shape in shapes), None)
+
+
+def _sized(given: Any, size: Any) -> Any:
+    """The arguments of a call with another batch size."""
+    own = _batch_size(given)
+
+    def sized(x: Any) -> Any:
+        if not getattr(x, "shape", ()) or x.shape[0] != own:
+            return x
+        return jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
+
+    return jax.tree.map(sized, given)
 
 
 def _in_a_line(error: Exception) -> str:
@@ -365,19 +398,13 @@ _CALLBACKS = ("debug_callback", "debug_print", "io_callback", "pure_callback")
 
 def _foreign(jaxpr: Any) -> Iterator[str]:
     """What a jaxpr does that needs more than JAX, in words."""
-    for equation in jaxpr.eqns:
+    for equation in operations(jaxpr):
         primitive = equation.primitive
         package = _package(primitive)
         if primitive.name in _CALLBACKS:
             yield f"a host callback ({primitive.name})"
         elif package not in ("jax", "jaxlib"):
             yield f"the operation {primitive.name} of the package {package}"
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from _foreign(inner)
 
 
 def _package(primitive: Any) -> str:

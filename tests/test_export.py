@@ -128,6 +128,21 @@ def test_a_model_whose_code_needs_a_fixed_batch_is_refused_with_the_reason():
     np.testing.assert_allclose(program.call(X), X @ WEIGHT, rtol=1e-6)
 
 
+class Single(nnx.Module):
+    def __init__(self):
+        self.weight = nnx.Param(WEIGHT)
+
+    def __call__(self, x):
+        return (x if x.shape[0] == 1 else x - x.mean(0)) @ self.weight[...]
+
+
+def test_a_model_whose_code_compares_the_batch_size_is_refused():
+    with pytest.raises(interop.UnsupportedStructureError, match="for some batch sizes"):
+        interop.export(Single(), X)
+    program = interop.export(Single(), X[:1], batch="fixed")
+    np.testing.assert_allclose(program.call(X[:1]), X[:1] @ WEIGHT, rtol=1e-6)
+
+
 def test_wrong_inputs_are_the_models_error():
     with pytest.raises(TypeError, match="dot_general"):
         interop.export(eqx.nn.Linear(3, 4, key=jax.random.key(0)), jnp.ones((2, 7)))

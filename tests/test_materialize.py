@@ -720,6 +720,30 @@ def test_a_report_tells_why_a_trace_is_for_one_batch_size():
     assert "for one batch size (" in lines[0]
 
 
+def test_code_that_compares_batch_sizes_is_for_those_that_it_does_not_tell_apart():
+    def centred(self, x):
+        return x if x.shape[0] == 1 else x - x.mean(0)
+
+    lines = []
+    made = shims.ToNNX(guest_with(centred)).materialize(
+        method="trace", sample_input=X, report=lines.append
+    )
+    assert "float32[5, 3] -> float32[5, 3]" in repr(made)
+    assert "computes something else for some batch sizes" in lines[0]
+
+    def adapts(self, x):
+        if self.h.value.shape[0] != x.shape[0]:
+            self.h.value = jnp.zeros_like(x)
+        self.h.value = x + 0.5 * self.h.value
+        return self.h.value
+
+    guest = guest_with(adapts, h=brainstate.HiddenState(jnp.zeros((5, 3))))
+    made = shims.ToNNX(guest).materialize(method="trace", sample_input=X)
+    assert_allclose([made(X), made(X)], [X, 1.5 * X], **TOLERANCE)
+    with pytest.raises(interop.ArgumentError, match="batches of 5 and of 2"):
+        made(X[:2])
+
+
 def test_errors_tell_what_else_would_work():
     def branches(self, x):
         return x if float(x.sum()) > 0 else -x
