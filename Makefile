@@ -47,7 +47,7 @@ format: $(VENV)/installed-lint ## Format, and mend what can be mended
 	$(RUN) ruff check --fix-only .
 	$(RUN) ruff format .
 
-table: $(VENV)/installed-test ## Write the tables of README.md and docs/support.md (on Python 3.13: its layers are the newest)
+table: $(VENV)/installed-test ## Write the tables of README.md and docs (on Python 3.13: its layers are the newest)
 	PYTHONPATH=. $(VENV)/bin/python tests/support_table.py
 	PYTHONPATH=. $(VENV)/bin/python tests/layer_table.py
 

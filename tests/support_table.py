@@ -1,4 +1,4 @@
-"""Write the table of what converts into README.md: python tests/support_table.py [--check]."""
+"""Write the tables of pairs and of kinds of layer: python tests/support_table.py [--check]."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from interop.support import layers, refused
 from shims.support import pairs
 from tests.pairs import CASES
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+FILES = (ROOT / "README.md", ROOT / "docs" / "kinds.md")
 
 
 def covered() -> str:
@@ -38,7 +39,8 @@ def with_table(text: str) -> str:
 
 
 if __name__ == "__main__":
-    old = README.read_text()
+    new = {file: with_table(file.read_text()) for file in FILES}
     if "--check" in sys.argv:
-        sys.exit(old != with_table(old))
-    README.write_text(with_table(old))
+        sys.exit(any(file.read_text() != text for file, text in new.items()))
+    for file, text in new.items():
+        file.write_text(text)
