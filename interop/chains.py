@@ -115,8 +115,9 @@ def steps_of(
 
 
 def mode_of(given: Mapping[str, Any]) -> str | None:
-    """The mode that such values of :data:`MODES` say; None where there are none."""
-    kinds = {"training" if value is MODES[n] else "evaluation" for n, value in given.items()}
+    """The mode that such values of :data:`MODES` say; None where there is no value."""
+    said = {name: value for name, value in given.items() if value not in (None, ...)}
+    kinds = {"training" if value is MODES[n] else "evaluation" for n, value in said.items()}
     return " and ".join(sorted(kinds)) or None
 
 

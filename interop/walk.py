@@ -88,7 +88,8 @@ class Reading:
         finally:
             self.path, self._found, self._mode = outer
         if not chain and spec.has_modes:
-            self._check_mode(self._mode if given else self.adapter.mode(node), node, path)
+            mode = self._mode if given else None  # which may say None, for the layer's own
+            self._check_mode(mode or self.adapter.mode(node), node, path)
         self._given[id(module)] = given
         if self.adapter.has_identity or id(module) in self.shared:
             self._specs[id(module)] = spec

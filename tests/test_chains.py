@@ -451,6 +451,19 @@ def test_a_layer_that_keeps_one_mode_beside_others_that_change_it_is_refused(nam
     assert "norm" in str(e.value) or "model[0]" in str(e.value)
 
 
+def test_a_part_that_leaves_the_mode_to_its_layers_converts_beside_others():
+    class Dropped(nnx.Module):
+        def __init__(self):
+            self.drop = nnx.Dropout(0.3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x, deterministic=None):
+            return self.drop(x, deterministic=deterministic)
+
+    model = nnx.Sequential(Dropped(), nnx.Dropout(0.3, rngs=nnx.Rngs(1)))
+    converted = interop.to_equinox(model)
+    np.testing.assert_array_equal(jax.vmap(converted)(X), X)
+
+
 def test_a_part_that_is_called_with_and_without_a_mode_is_refused():
     call = lambda self, x, train=False: self.norm(self.norm(x, train=train))  # noqa: E731
     model, keywords = _fixed(Normed(), nn.Dropout(0.3), call)
