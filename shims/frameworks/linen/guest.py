@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -36,6 +35,7 @@ from ...core import (
     leaves,
     path_of,
 )
+from ...forwarding import parameter_names
 
 _RESULTS = ("intermediates", "perturbations")
 _TRAINING = ("train", "training", "is_training")
@@ -201,7 +201,7 @@ def _mode(module: nn.Module, method: Any, call: Call) -> dict[str, bool]:
     Linen's own layers take in the call only what their fields leave open."""
     if call.training is None:
         return {}
-    names = list(inspect.signature(method).parameters)[1 + len(call.args) :]
+    names = parameter_names(method)[1 + len(call.args) :]
     mode = {name: call.training for name in _TRAINING} | {
         name: not call.training for name in _EVALUATION
     }
