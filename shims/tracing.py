@@ -181,6 +181,8 @@ class _Tracing:
         is_step = self._structure.takes_carry(args)
         run = self._structure.step if is_step else self._structure.run
         out, changed, after = run(values, call)
+        if after != self._structure and self._structure.starts_anew(after, changed, call):
+            changed, after = {p: changed.get(p, v) for p, v in values.items()}, self._structure
         new = {**values, **changed}  # a step's carry is among its outputs
         self._check(values, new, after)
         self._writes = tuple(p for p in values if new[p] is not values[p])

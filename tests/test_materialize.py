@@ -421,7 +421,7 @@ def test_what_cannot_be_traced_is_refused_with_the_reason():
     refused(guest_with(moves, w=brainstate.ParamState(B)), "changes the parameter w")
 
     def makes(self, x):
-        self.made = brainstate.ShortTermState(x)
+        self.made = brainstate.LongTermState(x)
         return x
 
     refused(guest_with(makes), "makes state")

@@ -228,6 +228,11 @@ def test_hidden_state_that_each_call_makes_needs_no_place_in_the_host():
     for call in in_each_host(guest):
         assert_allclose(call(), expected, rtol=1e-5, atol=1e-6)
     assert guest.trace is None
+    linen = shims.ToLinen(guest, deterministic=True)
+    with jax.checking_leaks():
+        jax.eval_shape(linen.apply, linen.init(KEY, XS), XS)
+    traced_module, variables = linen.materialize(method="trace", sample_input=XS)
+    assert_allclose(traced_module.apply(variables, XS), expected, rtol=1e-5, atol=1e-6)
     gradients = nnx.grad(lambda shim: (shim(XS) ** 2).sum())(shims.ToNNX(guest))
     assert all((g != 0).any() for g in jax.tree.leaves(gradients))
 

@@ -303,17 +303,17 @@ class BrainStateStructure(Structure):
             _take_back(module, before, path)
         if BrainStateGuest(module).structure() != self:
             return False
-        again, states, _ = after._copy(values)
+        found: list[bool] = []
 
-        def used() -> None:
+        def call_again() -> None:
+            again, states, _ = after._copy(values)
             with _random_from(_any_key, private={id(s) for s in states.values()}) as stack:
                 _invoke(again, call)
-            seen.extend(stack.states)
+            found.append(any(states[path] is state for path in new for state in stack.states))
+            found.append(BrainStateGuest(again).structure() != after)
 
-        seen: list[brainstate.State] = []
-        jax.eval_shape(used)
-        is_used = any(states[path] is state for path in new for state in seen)
-        return not is_used and BrainStateGuest(again).structure() == after
+        jax.eval_shape(call_again)
+        return not any(found)
 
     def _values_of(self, states: Mapping[Path, brainstate.State]) -> dict[Path, Any]:
         """The values that states of this structure hold now, by path."""

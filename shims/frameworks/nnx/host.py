@@ -144,12 +144,14 @@ _DOC = """A live ``nnx.Module`` around a module of another framework.
     Parameters are ``nnx.Param``, running statistics ``nnx.BatchStat``; recurrent state and
     other buffers have Variable types of their own, so that no optimiser sees them.
     ``model.train()`` and ``model.eval()`` reach the guest, as does a call's
-    ``deterministic=``. A guest that draws random numbers gets a fresh key from ``rngs`` at
-    each call. Variables and carries hold values with physical units without them, in the
-    units that the guest has; arguments and results of calls keep theirs.
+    ``deterministic=``. A guest that draws random numbers, in training or evaluation, gets a
+    fresh key from ``rngs`` at each call that draws. Variables and carries hold values with
+    physical units without them, in the units that the guest has; arguments and results of
+    calls keep theirs.
 
     A function that closes over a shim sees what one that closes over a native NNX module
-    sees: the values at trace time, as constants.
+    sees: the values at trace time, as constants, and a stream that cannot advance. In a
+    transformation of BrainState a BrainState guest draws from ``brainstate.random``.
     ``nnx.jit`` compiles anew when an attribute of the guest has changed, or a setting of its
     framework such as ``brainstate.environ``'s ``dt``.
 
