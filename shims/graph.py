@@ -90,7 +90,8 @@ class Graph:
             remake: ``remake(shim, path=..., ties=...)`` makes it; see :meth:`ties`. It is not
                 asked for the twins of a shim.
             share: a made module's own containers in nested dicts, if it may hold those of
-                others; else None. A container outside of shims is taken over as it is.
+                others; else None. A container outside of shims is taken over as it is, and a
+                view there becomes what is made of it.
         """
         held: dict[int, Held] = {id(shim): shim._shim_held() for _, shim in self.shims}
         made: dict[int, Any] = {}
@@ -108,10 +109,11 @@ class Graph:
                 *above, last = attribute_path(path)
                 branch = at(tree, tuple(above))
                 branch[last] = known.setdefault(id(container), branch[last])
-        return self._replaced(made)
+        # A view that another part holds as well becomes the traced module's own container.
+        return self._replaced(made | {i: c for i, c in known.items() if i in self._owned})
 
     def _replaced(self, made: Mapping[int, Any]) -> Any:
-        """The root with another module in the place of each shim; by the shims' ``id``."""
+        """The root with others in the place of shims and containers; by their ``id``."""
         if id(self.root) in made:
             return made[id(self.root)]
         for module in self._modules.values():

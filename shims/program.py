@@ -296,6 +296,20 @@ class Program:
                 f"{_listed(tree, inputs)}",
                 remedy="Call it with such arrays, or trace it with a sample_input like them",
             )
+        self._check_data(data, wanted)
+        self._check_batch([*data, None, *inputs], wanted)
+
+    def check_values(self, values: Mapping[Path, Any]) -> None:
+        """Refuse arrays that it cannot compute with.
+
+        Raises:
+            ConversionError: some have another shape or dtype.
+        """
+        (mode, *_) = self.modes.values()
+        data = [key_data(values[value.path]) for value in self.values]
+        self._check_data(data, mode.exported[0].plain.in_avals)
+
+    def _check_data(self, data: Any, wanted: Any) -> None:
         mismatched = [
             f"{path_text(value.path)} is {_text(x)}, wanted {_text(aval)}"
             for value, x, aval in zip(self.values, data, wanted, strict=False)
@@ -307,7 +321,6 @@ class Program:
                 mismatched=mismatched,
                 remedy="Assign arrays of the same shape and dtype",
             )
-        self._check_batch([*data, None, *inputs], wanted)
 
     def _check_batch(self, inputs: Any, wanted: Any) -> None:
         sizes: dict[str, int] = {}

@@ -43,7 +43,9 @@ def save_traced(path: str | os.PathLike[str], model: Any) -> None:
             variables)`` for Linen, ``(module, state)`` for an Equinox module with state.
 
     Raises:
-        ArgumentError: ``model`` is something else, or the folder does not exist.
+        ArgumentError: ``model`` is something else, its state is missing, or the folder does
+            not exist.
+        ConversionError: an array of it has another shape or dtype than it was traced with.
         OSError: the file cannot be written; what was there before still is.
 
     Example:
@@ -64,14 +66,20 @@ def save_traced(path: str | os.PathLike[str], model: Any) -> None:
             remedy='Save what materialize(method="trace", sample_input=...) returned',
         )
     program, values, training = host.parts(model)
-    header = {"format": FORMAT, "training": training, "program": program.header()}
+    program.check_values(values)
+    arrays = [np.asarray(key_data(values[value.path])) for value in program.values]
+    header = {
+        "format": FORMAT,
+        "training": training,
+        "program": program.header(),
+        "shapes": [array.shape for array in arrays],  # hidden state may be for another batch
+    }
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(_HEADER, json.dumps(header))
         for name, data in program.parts().items():
             archive.writestr(name, data)
-        for i, value in enumerate(program.values):
-            array = np.asarray(key_data(values[value.path]))
+        for i, array in enumerate(arrays):
             archive.writestr(f"value.{i}", array.tobytes())
     data = file.getvalue()
     write(path, hashlib.sha256(data).digest() + data)
@@ -94,7 +102,12 @@ def load_into(path: str | os.PathLike[str], into: str) -> Any:
                 raise ValueError(f"format {header['format']}")
             parts = {name: archive.read(name) for name in archive.namelist()}
         program = Program.assemble(header["program"], parts)
-        values = {v.path: _array(v, parts[f"value.{i}"]) for i, v in enumerate(program.values)}
+        values = {
+            value.path: _array(value, shape, parts[f"value.{i}"])
+            for i, (value, shape) in enumerate(
+                zip(program.values, header["shapes"], strict=True)
+            )
+        }
     except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as e:
         raise ConversionError(
             f"{os.fspath(path)} is no traced module, or damaged ({type(e).__name__}: {e})",
@@ -103,8 +116,8 @@ def load_into(path: str | os.PathLike[str], into: str) -> Any:
     return host.close(host.make(program, values, training=header["training"]))
 
 
-def _array(value: Any, data: bytes) -> Any:
-    array = np.frombuffer(data, jnp.dtype(value.dtype)).reshape(value.shape)
+def _array(value: Any, shape: Any, data: bytes) -> Any:
+    array = np.frombuffer(data, jnp.dtype(value.dtype)).reshape(shape)
     return value.wrapped(jnp.asarray(array))
 
 

@@ -491,6 +491,9 @@ def test_ties_of_guests_stay_ties():
     assert made.cores[0] is made.cores[1]
     assert made.cores[2] is made.cores[3]
     assert_allclose(made(X), model(X), **TOLERANCE)
+    model.kernel = model.cores[0].inner["weight"]["weight"]
+    made = shims.materialize(model, method="trace", sample_input=X)
+    assert made.kernel is made.cores[0].inner["weight"]["weight"]
     partly = Host(shims.ToNNX(guest), shims.ToNNX(guest.inner))
     with pytest.raises(interop.UnsupportedStructureError, match="shares"):
         shims.materialize(partly, method="structural")
@@ -559,6 +562,8 @@ def test_an_equinox_model_is_materialized_with_its_state():
     assert_allclose(made.core.values(new)["count",], 2.0)
     with pytest.raises(interop.ArgumentError, match="state"):
         shims.materialize(model)
+    with pytest.raises(interop.ArgumentError, match="Counting is missing"):
+        shims.save_traced("never.written", made.core)
 
 
 def test_a_brainstate_model_is_materialized():
@@ -894,6 +899,24 @@ def test_a_saved_module_trains_where_the_guests_framework_is_missing(into, trace
         w, b = w - 0.1 * gw, b - 0.1 * gb
         expected.append(loss)
     assert_allclose(np.load(out), expected, rtol=1e-5)
+
+
+def test_a_file_holds_the_hidden_state_of_another_batch_size(tmp_path):
+    xs = array(5, 4, 3, seed=37)
+    made = shims.ToNNX(Recurrent()).materialize(method="trace", sample_input=xs)
+    made.h.set_value(jnp.ones((2, 3)))
+    shims.save_traced(tmp_path / "model", made)
+    loaded = shims.load_traced(tmp_path / "model", into="nnx")
+    assert_array_equal(loaded(xs[:2]), made(xs[:2]))
+
+
+def test_arrays_that_do_not_fit_are_not_saved(traced, tmp_path):
+    made = nnx.clone(traced)
+    kernel = made.inner["weight"]["weight"]
+    kernel.set_value(kernel.get_value().reshape(9, 1))
+    with pytest.raises(interop.ConversionError, match=r"inner.weight.*float32\[9, 1\], wanted"):
+        shims.save_traced(tmp_path / "model", made)
+    assert not (tmp_path / "model").exists()
 
 
 def test_damaged_files_and_other_models_are_refused(traced, tmp_path):

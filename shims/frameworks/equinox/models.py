@@ -35,6 +35,11 @@ class Models(Whole):
 
     def parts(self, model: Any) -> tuple[Program, dict[Path, Any], bool]:
         module, state = model if isinstance(model, tuple) else (model, None)
+        if module.is_stateful() and state is None:
+            raise ArgumentError(
+                f"the state of {module.program.guest} is missing",
+                remedy="Pass (module, state)",
+            )
         return module.program, module.values(state), not module.inference
 
     def shims(self, model: Any) -> list[tuple[Path, Any]]:
