@@ -375,11 +375,11 @@ def materialize(
             the host whose parameters and buffers keep their paths and kinds. ``"auto"``
             converts what it can, and traces the rest.
         sample_input: the argument of a call of the model, or a tuple of its arguments, as the
-            model itself takes them. Tracing needs it: traced modules take any batch size where
-            the guests' code does, and these shapes otherwise. Converting needs it for layers
-            that depend on the shape of their input, and for Linen models with code of their
-            own, which may make shims in it; and what the model passes its shims by name is
-            then checked.
+            model itself takes them, or their ``jax.ShapeDtypeStruct``. Tracing needs it: traced
+            modules take any batch size where the guests' code does, and these shapes otherwise.
+            Converting needs it for layers that depend on the shape of their input, and for
+            Linen models with code of their own, which may make shims in it; and what the model
+            passes its shims by name is then checked.
         train: trace for training as well, and start in that mode; by default traced modules
             are for evaluation. Converted ones stay in the shim's mode, and have both.
         variables: the variables of a Linen model.
@@ -465,9 +465,14 @@ def _calls_of(
             "jax.ShapeDtypeStruct(shape, dtype)",
         )
     if whole.shims(module)[0][1] is not module:
-        return whole.run(module, companion, inputs)
+        return whole.run(module, companion, jax.tree.map(_array, inputs))
     arguments = described(whole.call_of(module, inputs))
     return {(): [Noted(module, arguments, {}, frozenset())]}
+
+
+def _array(x: Any) -> Any:
+    """An input that a model can be called with; only its shape and dtype matter."""
+    return jax.numpy.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
 
 
 def _tuple(inputs: Any) -> tuple[Any, ...]:

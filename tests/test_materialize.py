@@ -491,6 +491,9 @@ def test_ties_of_guests_stay_ties():
     assert made.cores[0] is made.cores[1]
     assert made.cores[2] is made.cores[3]
     assert_allclose(made(X), model(X), **TOLERANCE)
+    described = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    made = shims.materialize(model, method="auto", sample_input=described)
+    assert_allclose(made(X), model(X), **TOLERANCE)
     model.kernel = model.cores[0].inner["weight"]["weight"]
     made = shims.materialize(model, method="trace", sample_input=X)
     assert made.kernel is made.cores[0].inner["weight"]["weight"]
