@@ -4,6 +4,7 @@ that hold for every rule."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import dis
 import inspect
 import itertools
@@ -319,8 +320,11 @@ class Building:
         if isinstance(spec, specs.Deferred):
             return spec.build(self)
         self._check_sample(spec)
-        if isinstance(spec, specs.Function):
-            self._check_independence(spec)
+        if self.adapter.per_example and self._there is not None:
+            if isinstance(spec, specs.Function):
+                self._check_independence(spec, self._there.spec)
+            else:
+                self._check_functions(spec)
         try:
             rule = self.adapter.builder(spec, self.found, self.path)
             self._check_options(spec, rule)
@@ -500,11 +504,24 @@ class Building:
                 f"Pass one example as the model takes it, {order}without its batch axis",
             )
 
-    def _check_independence(self, spec: specs.Function) -> None:
-        if not self.adapter.per_example or spec.per_example or self._there is None:
+    def _check_functions(self, spec: specs.Spec) -> None:
+        """Refuse a layer that holds a function which mixes the examples of a batch."""
+        for field in dataclasses.fields(spec):
+            fn = getattr(spec, field.name)
+            if not callable(fn) or formulas.activation_name(fn) is not None:
+                continue
+            if mixing(specs.Function(fn=fn, per_example=False), (12,), channels_first=False):
+                reason = "it mixes the examples of a batch"
+                self.refuse(field.name, fn, f"{reason}, and {self.adapter.name} sees one")
+        for part in spec.inner().values():
+            self._check_functions(part)
+
+    def _check_independence(self, spec: specs.Function, root: specs.Spec) -> None:
+        """Refuse a function in a stack that mixes the examples of a batch."""
+        if spec.per_example:
             return
         if self._mixing is None:
-            self._mixing = mixing(self._there.spec, self.sample, self.adapter.channels_first)
+            self._mixing = mixing(root, self.sample, self.adapter.channels_first)
         if (found := self._mixing.get(id(spec))) is None:
             return
         fn: Any = spec.fn

@@ -127,6 +127,25 @@ def test_a_function_that_mixes_images_is_named_as_the_source_has_it():
     assert e.value.path == "model[1]"
 
 
+def test_a_function_that_mixes_the_batch_within_a_layer_is_refused():
+    def centred(x):
+        return x - x.mean(0)
+
+    def shifted(x):
+        return x - x.mean(-1, keepdims=True)
+
+    def layer(activation):
+        cell = nnx.SimpleCell(3, 4, activation_fn=activation, rngs=nnx.Rngs(0))
+        return nnx.RNN(cell, rngs=nnx.Rngs(0))
+
+    with pytest.raises(interop.UnsupportedLayerError, match="mixes the examples") as e:
+        interop.convert(layer(centred), to="equinox", sample_input=(5, 3))
+    assert e.value.option == "activation"
+    model, x = layer(shifted), array(2, 5, 3)
+    converted = interop.convert(model, to="equinox", sample_input=(5, 3))
+    np.testing.assert_allclose(jax.vmap(converted)(x), model(x), rtol=1e-5, atol=1e-6)
+
+
 def test_trying_functions_draws_no_random_number():
     """Such a function fails when it is called, as it would in any other compiled function."""
     noisy = lambda x: x + brainstate.random.normal(size=x.shape)  # noqa: E731
