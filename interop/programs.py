@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["alike", "inputs_read", "needed", "operations"]
+__all__ = ["alike", "inputs_read", "needed", "operations", "passed_on"]
 
 
 def needed(jaxpr: Any) -> list[Any]:
@@ -24,6 +24,55 @@ def inputs_read(jaxpr: Any) -> set[int]:
     """The positions of the inputs that the outputs depend on."""
     _, wanted = _looked_back(jaxpr)
     return {i for i, variable in enumerate(jaxpr.invars) if id(variable) in wanted}
+
+
+def passed_on(jaxpr: Any) -> list[int | None]:
+    """For each output the position of the input that it is; None where it is computed."""
+    known = {id(variable): i for i, variable in enumerate(jaxpr.invars)}
+    for eqn in jaxpr.eqns:
+        for out, i in zip(eqn.outvars, _passed_through(eqn), strict=False):
+            if i is not None and id(eqn.invars[i]) in known:
+                known[id(out)] = known[id(eqn.invars[i])]
+    return [known.get(id(variable)) for variable in jaxpr.outvars]
+
+
+def _passed_through(eqn: Any) -> list[int | None]:
+    """The same for one operation that holds programs; nothing for others."""
+    params = eqn.params
+    match eqn.primitive.name:
+        case (
+            "scan"
+        ):  # of constants, carry and what is mapped over; to carry and what is stacked
+            inner = params["jaxpr"].jaxpr
+            whole = [
+                _as_many_axes(*pair) for pair in zip(eqn.invars, inner.invars, strict=True)
+            ]
+            carried = sum(map(_as_many_axes, eqn.outvars, inner.outvars))
+            first = sum(whole) - carried
+            return [
+                i
+                if i is not None and (i == first + n if n < carried else not whole[i])
+                else None
+                for n, i in enumerate(passed_on(inner))
+            ]
+        case "while":
+            consts, first = params["cond_nconsts"], params["body_nconsts"]
+            found = passed_on(params["body_jaxpr"].jaxpr)
+            return [consts + i if i == first + n else None for n, i in enumerate(found)]
+        case "cond":
+            branches = [passed_on(branch.jaxpr) for branch in params["branches"]]
+            return [
+                i[0] + 1 if i[0] is not None and len(set(i)) == 1 else None
+                for i in zip(*branches, strict=True)
+            ]
+        case "jit" | "pjit" | "checkpoint" | "remat" | "remat2" | "closed_call":
+            return passed_on(getattr(params["jaxpr"], "jaxpr", params["jaxpr"]))
+        case _:
+            return []
+
+
+def _as_many_axes(variable: Any, other: Any) -> bool:
+    return variable.aval.ndim == other.aval.ndim
 
 
 def operations(jaxpr: Any) -> Iterator[Any]:

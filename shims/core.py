@@ -24,7 +24,7 @@ from collections.abc import (
     Sequence,
 )
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from importlib import import_module
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
@@ -37,6 +37,7 @@ from jax.core import Tracer
 from interop.api import convert_with, no_module
 from interop.errors import ArgumentError, ConversionError, UnsupportedStructureError
 from interop.partitioning import Partitioning
+from interop.programs import passed_on
 from interop.registry import registry
 
 from .report import ArrayRow, LinkReport
@@ -285,21 +286,32 @@ def finished(call: Call, out: Any) -> Any:
 
 
 def changed_parameters(
-    structure: Structure, values: Mapping[Path, Any], new: Mapping[Path, Any]
+    structure: Structure,
+    values: Mapping[Path, Any],
+    new: Mapping[Path, Any],
+    run: Callable[..., Any],
+    call: Call,
 ) -> list[Path]:
-    """The parameters that a call has changed; where calls return all of them anew, those that
-    can be seen to differ."""
-    return [
-        path
-        for path, value in values.items()
-        if structure.kinds[path] is Kind.PARAMETER
-        and new.get(path, value) is not value
-        and not (structure.renews and _looks_equal(value, new[path]))
-    ]
+    """The parameters that a call has changed.
 
+    Where calls may return arrays anew, they differ in value, or where values are not at hand,
+    ``run`` of such a call computes them.
+    """
+    parameters = [path for path in values if structure.kinds[path] is Kind.PARAMETER]
+    changed = [path for path in parameters if new.get(path, values[path]) is not values[path]]
+    if not changed or not structure.renews:
+        return changed
+    if not is_traced([(values[path], new[path]) for path in changed]):
+        return [path for path in changed if not np.array_equal(values[path], new[path])]
+    again = replace(call, key=lambda: jax.random.key(0))  # the host's key is not drawn twice
 
-def _looks_equal(value: Any, other: Any) -> bool:
-    return is_traced((value, other)) or np.array_equal(value, other)
+    def parameters_after(*given: Any) -> list[Any]:
+        _, after, _ = run({**values, **dict(zip(changed, given, strict=True))}, again)
+        return [after[path] for path in changed]
+
+    jaxpr: Any = jax.make_jaxpr(parameters_after)(*(values[path] for path in changed))
+    origins = passed_on(jaxpr.jaxpr)
+    return [path for i, path in enumerate(changed) if origins[i] != i]
 
 
 def check_alive(values: Mapping[Path, Any]) -> None:

@@ -432,17 +432,23 @@ class ClippingInNnx(nnx.Module):
         return x * self.gain[...]
 
 
-@pytest.mark.parametrize("make", [Clipping, ClippingInNnx])
+class ClippingCompiled(ClippingInNnx):
+    __call__ = nnx.jit(ClippingInNnx.__call__)
+
+
+@pytest.mark.parametrize("make", [Clipping, ClippingInNnx, ClippingCompiled])
 def test_a_parameter_that_a_call_writes_is_kept_or_refused(make):
     linen = shims.ToLinen(make())
     variables = linen.init(KEY, X)
-    out, after = linen.apply(variables, X, mutable=["params"])
-    assert_array_equal(out, X)
-    assert_array_equal(after["params"]["gain"], jnp.ones(3))
-    with pytest.raises(flax.errors.ModifyScopeVariableError, match="params"):
-        linen.apply(variables, X)
-    with pytest.raises(interop.UnsupportedStructureError, match="writes parameters.*gain"):
-        shims.ToEquinox(make())(X)
+    for apply in (linen.apply, jax.jit(linen.apply, static_argnames="mutable")):
+        out, after = apply(variables, X, mutable=("params",))
+        assert_array_equal(out, X)
+        assert_array_equal(after["params"]["gain"], jnp.ones(3))
+        with pytest.raises(flax.errors.ModifyScopeVariableError, match="params"):
+            apply(variables, X)
+    for call in (lambda shim, x: shim(x), eqx.filter_jit(lambda shim, x: shim(x))):
+        with pytest.raises(interop.UnsupportedStructureError, match="writes parameters.*gain"):
+            call(shims.ToEquinox(make()), X)
     guest = make()
     mutable = shims.wrap(guest, into="nnx" if make is Clipping else "brainstate")
     assert_array_equal(mutable(X), X)
@@ -454,17 +460,38 @@ class CompilesItself(nnx.Module):
     """NNX returns every array of a compiled method anew, whether it has changed or not."""
 
     def __init__(self):
-        self.linear = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+        self.linear = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
 
     @nnx.jit
     def __call__(self, x):
         return self.linear(x)
 
 
-def test_parameters_that_a_compiled_method_returns_anew_are_not_written():
-    guest = CompilesItself()
+class Scanned(nnx.Module):
+    """The same of two layers, one after the other, and of a Variable that each reads."""
+
+    def __init__(self):
+        @nnx.split_rngs(splits=2)
+        @nnx.vmap(in_axes=0)
+        def make(rngs):
+            return nnx.Linear(3, 3, rngs=rngs)
+
+        self.layers = make(nnx.Rngs(0))
+        self.gain = nnx.Param(jnp.full(3, 0.5))
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(0, None, nnx.Carry), out_axes=nnx.Carry)
+        def forward(layer, gain, x):
+            return jnp.tanh(layer(x)) * gain[...]
+
+        return nnx.remat(forward)(self.layers, self.gain, x)
+
+
+@pytest.mark.parametrize("make", [CompilesItself, Scanned])
+def test_parameters_that_a_transformation_returns_anew_are_not_written(make):
+    guest = make()
     expected = guest(X)
-    linen, equinox = shims.ToLinen(guest), shims.ToEquinox(guest)
+    linen, equinox = shims.ToLinen(guest), shims.ToEquinox(guest, batched=True)
     variables = linen.init(KEY, X)
     for out in (
         linen.apply(variables, X),

@@ -296,9 +296,10 @@ class ToEquinox(eqx.nn.StatefulLayer):
             _ToEquinox._shim_check_method(self, method)
         training, draw = not self.inference, _key_source(key)
         call = Call(method, args, kwargs, training=training, key=draw)
-        out, new, structure_after = (structure.step if is_step else structure.run)(values, call)
+        run = structure.step if is_step else structure.run
+        out, new, structure_after = run(values, call)
         check_kept(structure, structure_after, new, call)
-        if written := changed_parameters(structure, values, new):
+        if written := changed_parameters(structure, values, new, run, call):
             raise UnsupportedStructureError(
                 f"{structure.guest_type.__qualname__}.{method} writes parameters, which are "
                 f"leaves of the shim and stay: {', '.join(map(path_text, written))}",

@@ -232,10 +232,12 @@ class ToLinen(nn.Module):
         is_step = method == "__call__" and self._shim_takes_carry(args)
         values = self._shim_values(structure, structure.carried if is_step else ())
         call = Call(method, args, kwargs, training, self._shim_key())
-        out, new, after = (structure.step if is_step else structure.run)(values, call)
+        run = structure.step if is_step else structure.run
+        out, new, after = run(values, call)
         check_kept(structure, after, new, call)
         if not self.is_initializing():
-            self._shim_store(structure, values, new)
+            written = changed_parameters(structure, values, new, run, call)
+            self._shim_store(structure, values, new, written)
         return out
 
     @nn.nowrap
@@ -402,11 +404,16 @@ class ToLinen(nn.Module):
         return self.variable(collection, name, lambda: value)
 
     def _shim_store(
-        self, structure: Structure, values: Mapping[Path, Any], new: Mapping[Path, Any]
+        self,
+        structure: Structure,
+        values: Mapping[Path, Any],
+        new: Mapping[Path, Any],
+        written: Collection[Path],
     ) -> None:
+        """Store what a call has changed; of the parameters those that it has ``written``."""
         changed = {path for path in values if new.get(path, values[path]) is not values[path]}
         parameters = {path for path in changed if structure.kinds[path] is Kind.PARAMETER}
-        changed -= parameters - set(changed_parameters(structure, values, new))
+        changed -= parameters - set(written)
         after = _tree(structure, {path: new.get(path, values[path]) for path in values})
         for collection, name in sorted({_place(structure, path)[:2] for path in changed}):
             old = self.get_variable(collection, name)

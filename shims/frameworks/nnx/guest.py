@@ -324,8 +324,8 @@ class NnxStructure(Structure):
         if "rngs" not in parameter_names(method):
             return {}
         left = list(inspect.signature(method).parameters.values())[len(call.args) :]
-        own = next((p for p in left if p.name == "rngs" not in call.kwargs), None)
-        if own is None:
+        own = next((p for p in left if p.name == "rngs"), None)
+        if own is None or "rngs" in call.kwargs:
             return {}
         if own.default is own.empty:
             return {"rngs": nnx.Rngs(call.key())}
