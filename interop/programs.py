@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["alike", "inputs_read", "needed", "operations", "passed_on"]
+__all__ = ["alike", "inputs_read", "needed", "operations", "returned_as_given"]
 
 
 def needed(jaxpr: Any) -> list[Any]:
@@ -26,7 +26,13 @@ def inputs_read(jaxpr: Any) -> set[int]:
     return {i for i, variable in enumerate(jaxpr.invars) if id(variable) in wanted}
 
 
-def passed_on(jaxpr: Any) -> list[int | None]:
+def returned_as_given(function: Callable[..., Any], *inputs: Any) -> list[bool]:
+    """For each output, if it is the input at its place, as it is or out of nested programs."""
+    jaxpr = jax.make_jaxpr(function)(*inputs).jaxpr
+    return [i == n for n, i in enumerate(_passed_on(jaxpr))]
+
+
+def _passed_on(jaxpr: Any) -> list[int | None]:
     """For each output the position of the input that it is; None where it is computed."""
     known = {id(variable): i for i, variable in enumerate(jaxpr.invars)}
     for eqn in jaxpr.eqns:
@@ -40,35 +46,32 @@ def _passed_through(eqn: Any) -> list[int | None]:
     """The same for one operation that holds programs; nothing for others."""
     params = eqn.params
     match eqn.primitive.name:
-        case (
-            "scan"
-        ):  # of constants, carry and what is mapped over; to carry and what is stacked
-            inner = params["jaxpr"].jaxpr
-            whole = [
-                _as_many_axes(*pair) for pair in zip(eqn.invars, inner.invars, strict=True)
-            ]
-            carried = sum(map(_as_many_axes, eqn.outvars, inner.outvars))
-            first = sum(whole) - carried
-            return [
-                i
-                if i is not None and (i == first + n if n < carried else not whole[i])
-                else None
-                for n, i in enumerate(passed_on(inner))
-            ]
+        case "scan":
+            return _passed_through_scan(eqn, params["jaxpr"].jaxpr)
         case "while":
             consts, first = params["cond_nconsts"], params["body_nconsts"]
-            found = passed_on(params["body_jaxpr"].jaxpr)
+            found = _passed_on(params["body_jaxpr"].jaxpr)
             return [consts + i if i == first + n else None for n, i in enumerate(found)]
         case "cond":
-            branches = [passed_on(branch.jaxpr) for branch in params["branches"]]
+            branches = [_passed_on(branch.jaxpr) for branch in params["branches"]]
             return [
                 i[0] + 1 if i[0] is not None and len(set(i)) == 1 else None
                 for i in zip(*branches, strict=True)
             ]
         case "jit" | "pjit" | "checkpoint" | "remat" | "remat2" | "closed_call":
-            return passed_on(getattr(params["jaxpr"], "jaxpr", params["jaxpr"]))
+            return _passed_on(getattr(params["jaxpr"], "jaxpr", params["jaxpr"]))
         case _:
             return []
+
+
+def _passed_through_scan(eqn: Any, body: Any) -> list[int | None]:
+    """It takes constants, the carry and what is mapped over, and returns the carry and stacks."""
+    is_whole = [_as_many_axes(*pair) for pair in zip(eqn.invars, body.invars, strict=True)]
+    carried = sum(map(_as_many_axes, eqn.outvars, body.outvars))
+    first = sum(is_whole) - carried
+    found = _passed_on(body)
+    carry = [i if i == first + n else None for n, i in enumerate(found[:carried])]
+    return carry + [None if i is None or is_whole[i] else i for i in found[carried:]]
 
 
 def _as_many_axes(variable: Any, other: Any) -> bool:

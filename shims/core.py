@@ -37,7 +37,7 @@ from jax.core import Tracer
 from interop.api import convert_with, no_module
 from interop.errors import ArgumentError, ConversionError, UnsupportedStructureError
 from interop.partitioning import Partitioning
-from interop.programs import passed_on
+from interop.programs import returned_as_given
 from interop.registry import registry
 
 from .report import ArrayRow, LinkReport
@@ -309,9 +309,8 @@ def changed_parameters(
         _, after, _ = run({**values, **dict(zip(changed, given, strict=True))}, again)
         return [after[path] for path in changed]
 
-    jaxpr: Any = jax.make_jaxpr(parameters_after)(*(values[path] for path in changed))
-    origins = passed_on(jaxpr.jaxpr)
-    return [path for i, path in enumerate(changed) if origins[i] != i]
+    same = returned_as_given(parameters_after, *(values[path] for path in changed))
+    return [path for path, is_same in zip(changed, same, strict=True) if not is_same]
 
 
 def check_alive(values: Mapping[Path, Any]) -> None:
