@@ -65,7 +65,7 @@ def _passed_through(eqn: Any) -> list[int | None]:
 
 
 def _passed_through_scan(eqn: Any, body: Any) -> list[int | None]:
-    """It takes constants, the carry and what is mapped over, and returns the carry and stacks."""
+    """It takes constants, a carry and what is mapped over, and returns the carry and stacks."""
     is_whole = [_as_many_axes(*pair) for pair in zip(eqn.invars, body.invars, strict=True)]
     carried = sum(map(_as_many_axes, eqn.outvars, body.outvars))
     first = sum(is_whole) - carried
