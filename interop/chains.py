@@ -1,11 +1,14 @@
 """Forward logic of a user's own module that only applies its layers one after the other.
 
 :func:`steps_of` runs the method with a stand-in for the input that nothing can look at: layers
-and functions take it and give back a new one, and every other use of it is an error. All that
-the code can reach, ``self``, globals and closures, is a stand-in of the same kind, or a plain
-constant. So the steps that are found are those of any call; where anything else happens, there
-are none.
+and functions take it and give back a new one; its batch size, which nothing can look at either,
+may shape it into rows, and every other use of both is an error. All that the code can reach,
+``self``, globals and closures, is a stand-in of the same kind, or a plain constant. So the
+steps that are found are those of any call; where anything else happens, there are none.
 """
+
+# jax declares some of its types only in part.
+# pyright: reportUnknownMemberType=false
 
 from __future__ import annotations
 
@@ -18,6 +21,10 @@ import re
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
+
+import jax.numpy as jnp
+
+from . import formulas
 
 __all__ = ["MODES", "SWITCHED", "Chain", "Step", "mode_of", "steps_of"]
 
@@ -77,6 +84,11 @@ _BUILTINS = {
 }
 
 
+# What data may do as an array: functions of jax.numpy by their names, and becoming flat rows.
+_METHODS = {"max", "mean", "min", "prod", "squeeze", "std", "sum", "var"}
+_FLAT = functools.partial(formulas.flatten, start_axis=1)
+
+
 class _OtherError(Exception):
     """The method does something else."""
 
@@ -90,7 +102,8 @@ def steps_of(
     """The layers and functions that a module's method applies, in order.
 
     Args:
-        method: the plain function, ``(self, x)`` or with arguments that are only modes.
+        method: the plain function, ``(self, x)`` or with arguments that are only modes, or that
+            are None by default and only passed on to layers: the steps are without those.
         module: ``self``.
         is_layer: whether a value is a module of the framework, and no container of such.
         contents: a container of the framework as a list or dict; other values as they are.
@@ -110,8 +123,8 @@ def steps_of(
         return None
     steps = tuple(Step(call.callable, call.path, call.modes) for call in found[0])
     _, _, *rest = inspect.signature(method).parameters.values()
-    unset = inspect.Parameter.empty
-    return Chain(steps, {p.name: ... if p.default is unset else p.default for p in rest})
+    unset, modes = inspect.Parameter.empty, [p for p in rest if p.name in MODES]
+    return Chain(steps, {p.name: ... if p.default is unset else p.default for p in modes})
 
 
 def mode_of(given: Mapping[str, Any]) -> str | None:
@@ -163,10 +176,18 @@ _HIDDEN = (
 _Hidden: Any = type("_Hidden", (), {"__slots__": (), **{f"__{n}__": _refuse for n in _HIDDEN}})
 
 
-class _Value(_Hidden):
-    """Stands for the data; nothing but its identity can be seen."""
+class _Shape(_Hidden):
+    """Stands for the shape of the data, of which the batch size may be taken, and not seen."""
 
-    __slots__ = ()
+    __slots__ = ("_batch",)
+
+    def __init__(self, batch: Any):
+        object.__setattr__(self, "_batch", batch)
+
+    def __getitem__(self, i: Any) -> Any:
+        return (
+            object.__getattribute__(self, "_batch") if type(i) is int and not i else _refuse()
+        )
 
 
 class _Closed(_Hidden):
@@ -225,7 +246,8 @@ class _Trace:
         self._module, self._train = module, train
         self._is_layer, self._contents = is_layer, contents
         self._steps: list[_Call] = []
-        self._latest = _Value()
+        self._none = _Closed()  # for arguments of the call that are not given
+        self._latest = self._value()
 
     def run(self, method: types.FunctionType) -> list[_Call]:
         """The steps.
@@ -250,10 +272,11 @@ class _Trace:
         )
         _, data, *rest = inspect.signature(method).parameters.values()
         kinds = (data.POSITIONAL_ONLY, data.POSITIONAL_OR_KEYWORD)
-        if data.kind not in kinds or any(name.name not in MODES for name in rest):
+        left_out = [p for p in rest if p.name not in MODES]
+        if data.kind not in kinds or any(p.default is not None for p in left_out):
             raise _OtherError
-        modes = {name.name: self._mode(name.name) for name in rest}
-        out = run(_Names(self._attribute), self._latest, **modes)
+        options = {p.name: self._mode(p.name) if p.name in MODES else self._none for p in rest}
+        out = run(_Names(self._attribute), self._latest, **options)
         if out is not self._latest or not self._steps:
             raise _OtherError
         return self._steps
@@ -286,13 +309,18 @@ class _Trace:
             return _Closed(lambda *args, **options: self._function(value, *args, **options))
         return _Closed()
 
-    def _layer(self, part: Any, path: str, data: Any, /, **options: Any) -> _Value:
-        for name, value in options.items():
-            if name not in MODES or value is not self._mode(name):
-                raise _OtherError
-        return self._step(_Call(part, path, modes=frozenset(options)), data)
+    def _layer(self, part: Any, path: str, data: Any, /, **options: Any) -> _Names:
+        modes = {name: value for name, value in options.items() if name in MODES}
+        left_out = options.keys() - modes.keys()
+        if any(value is not self._mode(name) for name, value in modes.items()):
+            raise _OtherError
+        if any(options[n] is not self._none or not _is_none(part, n) for n in left_out):
+            raise _OtherError
+        return self._step(_Call(part, path, modes=frozenset(modes)), data)
 
-    def _function(self, fn: Any, data: Any, /, *args: Any, **options: Any) -> _Value:
+    def _function(self, fn: Any, data: Any, /, *args: Any, **options: Any) -> _Names:
+        if fn is jnp.reshape:
+            return self._reshape(data, *args, **options)
         if args:
             signature = inspect.signature(fn)
             bound = signature.bind(None, *args, **options)
@@ -306,12 +334,36 @@ class _Trace:
         name = getattr(fn, "__name__", type(fn).__qualname__)
         return self._step(_Call(fn, f".{name}", options), data)
 
-    def _step(self, step: _Call, data: Any) -> _Value:
+    def _step(self, step: _Call, data: Any) -> _Names:
         if data is not self._latest:
             raise _OtherError
         self._steps.append(step)
-        self._latest = _Value()
+        self._latest = self._value()
         return self._latest
+
+    def _value(self) -> _Names:
+        """Stands for the data; little but its identity can be seen."""
+
+        self._batch = batch = _Closed()  # of the latest data: a step may change it
+
+        def get(name: str) -> Any:
+            if name == "shape":
+                return _Shape(batch)
+            if name == "reshape":
+                return _Closed(functools.partial(self._reshape, value))
+            if name in _METHODS:
+                return _Closed(functools.partial(self._function, getattr(jnp, name), value))
+            raise _OtherError
+
+        value = _Names(get)
+        return value
+
+    def _reshape(self, data: Any, *sizes: Any) -> Any:
+        """``data.reshape(data.shape[0], -1)``, and no other."""
+        (batch, rest) = sizes if len(sizes) == 2 else sizes[0]
+        if batch is not self._batch or type(rest) is not int or rest != -1:
+            raise _OtherError
+        return self._step(_Call(_FLAT, ".reshape"), data)
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
@@ -320,6 +372,13 @@ def _names(code: types.CodeType) -> Iterator[str]:
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
             yield from _names(const)
+
+
+def _is_none(layer: Any, name: str) -> bool:
+    """Whether an argument of a layer's call is None where it is not given."""
+    call: Any = type(layer).__call__
+    found = inspect.signature(call).parameters.get(name)
+    return found is not None and found.default is None
 
 
 def _is_mode(path: str, value: Any) -> bool:

@@ -166,6 +166,77 @@ def test_its_own_modules_convert_within_each_other():
     np.testing.assert_allclose(converted(X), expected, rtol=1e-5, atol=1e-5)
 
 
+class NnxConvNet(nnx.Module):
+    """As in Flax's own introduction to NNX, but that C, H and W differ."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(3)
+        self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+        self.drop = nnx.Dropout(0.3, rngs=rngs)
+        self.pool = functools.partial(nnx.avg_pool, window_shape=(2, 2), strides=(2, 2))
+        self.linear = nnx.Linear(48, 5, rngs=rngs)
+
+    def __call__(self, x, rngs=None):
+        x = self.pool(nnx.relu(self.drop(self.conv(x), rngs=rngs)))
+        x = x.reshape(x.shape[0], -1)
+        return self.linear(x)
+
+
+class LinenConvNet(nn.Module):
+    def setup(self):
+        self.conv, self.linear = nn.Conv(4, (3, 3)), nn.Dense(5)
+
+    def __call__(self, x):
+        x = nn.avg_pool(nn.relu(self.conv(x)), window_shape=(2, 2), strides=(2, 2))
+        return self.linear(jnp.reshape(x, (x.shape[0], -1)))
+
+
+class NnxMeans(nnx.Module):
+    """The mean over space, by the array's own method."""
+
+    def __init__(self):
+        self.conv = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(3))
+        self.linear = nnx.Linear(4, 5, rngs=nnx.Rngs(4))
+
+    def __call__(self, x):
+        return self.linear(nnx.relu(self.conv(x)).mean(axis=(1, 2)))
+
+
+def _conv_nets():
+    net = NnxConvNet()
+    kernels = {
+        name: {"kernel": part.kernel[...], "bias": part.bias[...]}
+        for name, part in (("conv", net.conv), ("linear", net.linear))
+    }
+    return net, (LinenConvNet(), {"params": kernels})
+
+
+IMAGES = array(2, 6, 8, 3, seed=45)
+
+
+@pytest.mark.parametrize("to", ["brainstate", "equinox", "linen"])
+def test_an_image_becomes_rows_as_convolutional_networks_write_it(to):
+    net, linen = _conv_nets()
+    net.eval()
+    target, expected = Framework(to), net(IMAGES)
+    converted = target.convert_from(Framework("nnx"), net, sample_input=(6, 8, 3))
+    moved = target.from_channels_last(IMAGES)
+    np.testing.assert_allclose(target.call(converted, moved), expected, rtol=1e-5, atol=1e-5)
+    if to != "linen":
+        again = target.convert_from(Framework("linen"), linen, sample_input=(6, 8, 3))
+        np.testing.assert_allclose(target.call(again, moved), expected, rtol=1e-5, atol=1e-5)
+    back = Framework("nnx").convert_from(target, converted, sample_input=moved.shape[1:])
+    np.testing.assert_allclose(back(IMAGES), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("to", ["brainstate", "equinox", "linen"])
+def test_methods_of_arrays_are_functions(to):
+    net, target = NnxMeans(), Framework(to)
+    converted = target.convert_from(Framework("nnx"), net, sample_input=(6, 8, 3))
+    y = target.call(converted, target.from_channels_last(IMAGES))
+    np.testing.assert_allclose(y, net(IMAGES), rtol=1e-5, atol=1e-5)
+
+
 def _twice(x, train=False):
     return 2 * x if train else x
 
@@ -177,9 +248,19 @@ def _scaled(x, *scales, **options):
 OTHER = {
     "a sum": lambda self, x: x + self.a(x),
     "an older value": lambda self, x: (self.a(x), self.b(x))[1],
+    "an optional input": lambda self, x, y=None: self.a(x if y is None else y),
     "two inputs": lambda self, x, y: self.a(x),
     "an option that is no mode": lambda self, x, gain=1.0: self.a(x),
     "a shape": lambda self, x: self.a(x) if x.ndim == 2 else self.b(x),
+    "a size": lambda self, x: self.a(x) if x.shape[0] == 4 else self.b(x),
+    "another size": lambda self, x: self.a(x.reshape(x.shape[1], -1)),
+    "the last size": lambda self, x: self.a(x.reshape(x.shape[-1], -1)),
+    "rows of a size": lambda self, x: self.a(x.reshape(x.shape[0], 3)),
+    "a size in a function": lambda self, x: jnp.broadcast_to(self.a(x), (x.shape[0], 3)),
+    "an older value's rows": lambda self, x: (self.a(x), x.reshape(x.shape[0], -1))[1],
+    "an older size": lambda self, x: self.a(x).mean(0, keepdims=True).reshape(x.shape[0], -1),
+    "another order": lambda self, x: self.a(jnp.reshape(x, (x.shape[0], -1), order="F")),
+    "another attribute": lambda self, x: self.a(x.T),
     "a class": lambda self, x: self.a(x) if isinstance(x, jax.Array) else self.b(x),
     "a comparison": lambda self, x: self.a(x) if x == 0 else self.b(x),
     "a truth value": lambda self, x: self.a(x if x else x),
