@@ -4,7 +4,6 @@ that hold for every rule."""
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import dis
 import inspect
 import itertools
@@ -506,13 +505,13 @@ class Building:
 
     def _check_functions(self, spec: specs.Spec) -> None:
         """Refuse a layer that holds a function which mixes the examples of a batch."""
-        for field in dataclasses.fields(spec):
-            fn = getattr(spec, field.name)
-            if not callable(fn) or formulas.activation_name(fn) is not None:
+        for name in spec.functions:
+            fn: Any = getattr(spec, name, None)
+            if fn is None or formulas.activation_name(fn) is not None:
                 continue
             if mixing(specs.Function(fn=fn, per_example=False), (12,), channels_first=False):
                 reason = "it mixes the examples of a batch"
-                self.refuse(field.name, fn, f"{reason}, and {self.adapter.name} sees one")
+                self.refuse(name, fn, f"{reason}, and {self.adapter.name} sees one")
         for part in spec.inner().values():
             self._check_functions(part)
 

@@ -54,7 +54,9 @@ def test_a_mapping_is_found_and_a_model_explained_where_weights_are_tracers():
 
     kernel = variables["params"]["layers_0"]["kernel"]
     np.testing.assert_array_equal(moved(variables).layers[0].weight, kernel.T)
-    assert [row.changes for row in rows] == [("weight: transpose (1, 0)",), ()]
+    kernels, statistics = (row.changes for row in rows)
+    assert kernels == ("weight: transpose (1, 0)",)
+    assert ["variance" in change for change in statistics] == [True]
 
 
 def test_a_table_of_integers_is_looked_up():

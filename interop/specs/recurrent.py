@@ -82,6 +82,7 @@ class Cell(Spec):
 
     carry: ClassVar[tuple[str, ...]] = ("h",)
     """The names of the arrays of the state."""
+    functions: ClassVar[tuple[str, ...]] = ("activation", "gate")
 
     @property
     def feature_axes(self) -> int:

@@ -690,7 +690,8 @@ def main() -> None:
     if "--write" in sys.argv:
         versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)
         where = f"Python {platform.python_version()}, {versions}. {processor()}; "
-        where += f"JAX on {jax.devices()[0].device_kind}."
+        where += f"JAX on {jax.devices()[0].device_kind}. Load average, the bench included: "
+        where += f"{os.getloadavg()[1]:.1f}."
         how = (__doc__ or "").split("\n\n")[1]
         head = f"# Benchmarks\n\nWritten by `make bench`. {where}\n\n{how}"
         RESULTS.write_text(f"{head}\n\n{table(rows)}\n")
