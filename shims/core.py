@@ -63,6 +63,7 @@ __all__ = [
     "check_kept",
     "check_partitionings",
     "check_places",
+    "commit",
     "described",
     "finished",
     "first_values",
@@ -331,6 +332,36 @@ def check_alive(values: Mapping[Path, Any]) -> None:
             remedy="Wrap with copy=True, so that each side has buffers of its own; or write "
             "the new values back first, with write_back where the shim has it",
         )
+
+
+def commit(guest: LiveGuest, structure: Structure, values: Mapping[Path, Any]) -> None:
+    """Write a shim's values into its guest, all or none.
+
+    Args:
+        guest: the guest.
+        structure: what it was when it was wrapped.
+        values: the new values of all its cells.
+
+    Raises:
+        ConversionError: the guest has changed, or the values do not fit.
+        ArgumentError: they are the tracers of a transformation.
+    """
+    if guest.structure() != structure:
+        raise ConversionError(
+            "the wrapped module has changed since it was wrapped",
+            remedy="Wrap it again",
+        )
+    if is_traced(list(values.values())):
+        raise ArgumentError(
+            "values of a running transformation cannot be written back: the module would keep "
+            "them when it is over",
+            remedy="Return them from the compiled function, and write them back outside",
+        )
+    cells = list(guest.cells())
+    for cell in cells:
+        cell.check(values[cell.path])
+    for cell in cells:
+        cell.set(values[cell.path])
 
 
 def first_values(guest: Guest, *, copy: bool) -> dict[Path, Any]:

@@ -503,6 +503,23 @@ def test_parameters_that_a_transformation_returns_anew_are_not_written(make):
         assert_allclose(out, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "make", [lambda: nnx.Linear(3, 4, rngs=nnx.Rngs(0)), lambda: bnn.Linear(3, 4)]
+)
+def test_values_of_a_running_transformation_are_not_written_back(make):
+    guest = make()
+    expected = guest(X)
+    linen, equinox = shims.ToLinen(guest), shims.ToEquinox(guest)
+    variables = linen.init(KEY, X)
+    with pytest.raises(interop.ArgumentError, match="running transformation"):
+        jax.jit(linen.write_back)(variables)
+    with pytest.raises(interop.ArgumentError, match="running transformation"):
+        eqx.filter_jit(lambda shim: shim.write_back())(equinox)
+    with pytest.raises(interop.ArgumentError, match="must be a mapping"):
+        linen.write_back(None)
+    assert_array_equal(guest(X), expected)
+
+
 # -- ties and paths --
 
 

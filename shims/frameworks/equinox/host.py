@@ -17,7 +17,6 @@ import jax
 
 from interop.errors import (
     ArgumentError,
-    ConversionError,
     MissingKeyError,
     UnsupportedStructureError,
 )
@@ -34,6 +33,7 @@ from ...core import (
     check_alive,
     check_kept,
     check_places,
+    commit,
     first_values,
     guest_of,
     nest,
@@ -394,7 +394,8 @@ class ToEquinox(eqx.nn.StatefulLayer):
             state: the current state; without it the guest's buffers stay as they are.
 
         Raises:
-            ArgumentError: the guest cannot change in place.
+            ArgumentError: the guest cannot change in place, or the values are those of a
+                running transformation.
             ConversionError: shapes or dtypes differ; nothing was written.
         """
         guest = self._shim_link.guest
@@ -404,17 +405,7 @@ class ToEquinox(eqx.nn.StatefulLayer):
                 f"gone because nothing else refers to it",
                 remedy="shim.unwrap(state) makes a new one that holds the values",
             )
-        values = self._shim_current(state)
-        if guest.structure() != self._shim_structure:
-            raise ConversionError(
-                "the wrapped module has changed since it was wrapped",
-                remedy="Wrap it again",
-            )
-        cells = list(guest.cells())
-        for cell in cells:
-            cell.check(values[cell.path])
-        for cell in cells:
-            cell.set(values[cell.path])
+        commit(guest, self._shim_structure, self._shim_current(state))
 
     # -- private: every name has the prefix _shim_ --
 

@@ -32,6 +32,7 @@ from ...core import (
     check_alive,
     check_kept,
     check_places,
+    commit,
     first_values,
     guest_of,
     is_cell,
@@ -310,7 +311,8 @@ class ToLinen(nn.Module):
 
         Raises:
             ConversionError: ``variables`` do not fit; nothing was written.
-            ArgumentError: the guest cannot change in place.
+            ArgumentError: the guest cannot change in place, ``variables`` are no mapping, or
+                values of a running transformation.
         """
         guest = self._shim_guest
         if not isinstance(guest, LiveGuest):
@@ -318,14 +320,12 @@ class ToLinen(nn.Module):
                 f"{self._shim_structure.guest_type.__qualname__} cannot change in place",
                 remedy="shim.unwrap(variables) makes a new one that holds them",
             )
-        if guest.structure() != self.module.structure:
-            raise ConversionError(
-                "the wrapped module has changed since it was wrapped",
-                remedy="Wrap it again",
+        if not isinstance(variables, Mapping):
+            raise ArgumentError(
+                f"variables must be a mapping of collections, got {type(variables).__name__}",
+                remedy='Pass what apply takes: {"params": ..., ...}',
             )
-        values = self._shim_given(variables)
-        for cell in guest.cells():
-            cell.set(values[cell.path])
+        commit(guest, self.module.structure, self._shim_given(variables))
 
     # -- private: every name has the prefix _shim_ --
 
