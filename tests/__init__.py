@@ -12,3 +12,7 @@ for _name, _value in {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }.items():
     os.environ.setdefault(_name, _value)
+
+# Options of a Python that takes warnings as errors, but for one: that a process reads what
+# another is just writing into the cache, and compiles it itself.
+STRICT = ("-W", "error", "-W", "ignore:Error reading persistent compilation cache:UserWarning")

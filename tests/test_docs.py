@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from flax import nnx
 
+from tests import STRICT
 from tests.notebook import CELL
 
 ROOT = Path(__file__).parents[1]
@@ -131,7 +132,7 @@ def run_example(name: str, *arguments: object) -> str:
     """What the example prints, run as a notebook; warnings are errors."""
     notebook, script = ROOT / "tests" / "notebook.py", ROOT / "examples" / f"{name}.py"
     done = subprocess.run(
-        [sys.executable, "-W", "error", notebook, script, *map(str, arguments)],
+        [sys.executable, *STRICT, notebook, script, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=False,
         capture_output=True,

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from . import STRICT
 from .devices import two_processes
 
 PROGRAM = Path(two_processes.__file__)
@@ -34,7 +35,7 @@ def run_both(files):
     address = f"127.0.0.1:{free_port()}"
     running = [
         subprocess.Popen(
-            [sys.executable, "-W", "error", str(PROGRAM), address, str(number), str(file)],
+            [sys.executable, *STRICT, str(PROGRAM), address, str(number), str(file)],
             env=os.environ | ENVIRONMENT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from . import STRICT
+
 PROGRAMS = Path(__file__).parent / "devices"
 FLAGS = {
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
@@ -19,7 +21,7 @@ FLAGS = {
 def test_shardings_and_names_are_kept_on_eight_devices(program):
     file = PROGRAMS / f"{program}.py"
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(file)],
+        [sys.executable, *STRICT, str(file)],
         env=os.environ | FLAGS,
         check=False,
         capture_output=True,
