@@ -185,9 +185,9 @@ class _Shape(_Hidden):
         object.__setattr__(self, "_batch", batch)
 
     def __getitem__(self, i: Any) -> Any:
-        return (
-            object.__getattribute__(self, "_batch") if type(i) is int and not i else _refuse()
-        )
+        if type(i) is not int or i != 0:
+            raise _OtherError
+        return object.__getattribute__(self, "_batch")
 
 
 class _Closed(_Hidden):
@@ -343,7 +343,6 @@ class _Trace:
 
     def _value(self) -> _Names:
         """Stands for the data; little but its identity can be seen."""
-
         self._batch = batch = _Closed()  # of the latest data: a step may change it
 
         def get(name: str) -> Any:

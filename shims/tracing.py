@@ -303,9 +303,8 @@ class _Tracing:
         """Refuse one program for all of ``sizes`` where the guest's code tells them apart."""
 
         def look(size: Any, hidden: Any) -> Any:
-            def anew(
-                *data: Any,
-            ) -> Any:  # JAX keeps traces by function, and this is no real one
+            # JAX keeps traces by function, and this is no real one: it gets one of its own.
+            def anew(*data: Any) -> Any:
                 return self._function(*data)
 
             return jax.make_jaxpr(anew)(*self._inputs(_sized(given, size), hidden))
