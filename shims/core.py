@@ -102,6 +102,9 @@ class Kind(Enum):
         return cls.PARAMETER if is_inexact else cls.BUFFER
 
 
+_SAME = "Write an array of the same shape and dtype"
+
+
 @dataclass(frozen=True, eq=False)
 class Cell(ABC):
     """One array of the guest, in place: reading and writing reach the guest itself.
@@ -135,8 +138,10 @@ class Cell(ABC):
         self.check(value)
         self._put(value)
 
-    def check(self, value: Any) -> None:
+    def check(self, value: Any, remedy: str = _SAME) -> None:
         """Compare ``value`` with the guest's array.
+
+        ``remedy`` is what the caller can do about one that does not fit.
 
         Raises:
             ConversionError: ``value`` is no array, or has another shape or dtype. The leading
@@ -151,7 +156,7 @@ class Cell(ABC):
                 "the value does not fit",
                 path=path_text(self.path),
                 mismatched=[f"wanted {_described(old)}, got {_described(value)}"],
-                remedy="Write an array of the same shape and dtype",
+                remedy=remedy,
             )
 
 
@@ -210,6 +215,9 @@ class Probe:
 
     def get(self) -> Any:
         return self.value
+
+    def check(self, value: Any, remedy: str = _SAME) -> None:
+        pass
 
     def set(self, value: Any) -> None:
         self.value = value

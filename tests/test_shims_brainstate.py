@@ -97,6 +97,65 @@ def test_tracers_stay_in_the_state():
     assert_array_equal(layer.kernel[...], 2 * W)
 
 
+class Normalised(nnx.Module):
+    def __init__(self):
+        self.linear = nnx_linear()
+        self.norm = nnx.BatchNorm(4, momentum=0.9, use_fast_variance=False, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.norm(self.linear(x))
+
+
+def test_brainstates_vmap_maps_a_guest_that_has_members():
+    members = nnx.vmap(lambda _: Normalised())(jnp.arange(2))
+    members.linear.kernel.set_value(jnp.stack([W, 2 * W]))
+    shim = shims.FromNNX(members)
+    params, states = shim.states(brainstate.ParamState), shim.states()
+    mapped = brainstate.transform.vmap(shim, in_axes=None, in_states=states)
+    h = np.stack([X @ W + B, X @ (2 * W) + B])
+    mean, var = h.mean(1), h.var(1)
+    expected = (h - mean[:, None]) / np.sqrt(var[:, None] + 1e-5)
+    with brainstate.environ.context(fit=True):
+        for transform in (lambda f: f, brainstate.transform.jit):
+            assert_allclose(transform(lambda: mapped(X))(), expected, rtol=2e-5, atol=2e-5)
+        grads = brainstate.transform.grad(lambda: mapped(X)[1].sum(), params)()
+    # three training calls
+    assert_allclose(members.norm.mean[...], 0.271 * mean, rtol=1e-5, atol=1e-6)
+    assert_allclose(members.norm.var[...], 0.729 + 0.271 * var, rtol=1e-5)
+    assert_allclose(grads["norm", "bias"], [np.zeros(4), np.full(4, 5.0)])
+    shown = states["linear", "kernel"].value
+    assert shown is members.linear.kernel.get_value()
+    assert shown.shape == (2, 3, 4)
+
+
+def test_members_of_a_guest_without_them_are_refused_and_leave_nothing():
+    layer = nnx_linear()
+    shim = shims.FromNNX(layer)
+    stacked = {path: jnp.stack([state.value] * 3) for path, state in shim.states().items()}
+    with pytest.raises(interop.ConversionError, match=r"graph\.clone"):
+        shim.bias.value = stacked["bias",]
+
+    def scale(factor):
+        for state in (shim.bias, shim.kernel):
+            state.value = state.value * factor
+
+    vmap = brainstate.transform.vmap
+    with pytest.raises(interop.ConversionError, match=r"nnx\.vmap"):
+        vmap(scale, out_states=shim.states())(jnp.arange(3.0))
+    made = brainstate.transform.vmap_new_states(
+        lambda: shims.FromNNX(nnx_linear())(X), state_tag="new", axis_size=2
+    )
+    with pytest.raises(interop.ConversionError, match=r"nnx\.vmap"):
+        made()
+    assert_allclose(shim(X), X @ W + B, rtol=1e-5)
+    copied = brainstate.graph.clone(shim)
+    for path, state in copied.states().items():
+        state.value = stacked[path]
+    out = vmap(copied, in_axes=None, in_states=copied.states())(X)
+    assert_allclose(out, np.stack([X @ W + B] * 3), rtol=1e-5)
+    assert_array_equal(layer.kernel[...], W)
+
+
 COPIES = {"deepcopy": copy.deepcopy, "clone": brainstate.graph.clone}
 
 

@@ -8,6 +8,7 @@ States' values, so that BrainState's transformations see every read and write. P
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import weakref
@@ -54,6 +55,7 @@ from ...forwarding import (
 from ...materialization import materialize
 from ...report import LinkReport
 from .cells import CarryCell
+from .guest import is_outside_traces
 
 __all__ = ["FromEquinox", "FromLinen", "FromNNX", "Wrapped"]
 
@@ -67,24 +69,58 @@ _Base: Any = brainstate.State if TYPE_CHECKING else object
 class _View(_Base):
     """A State that can keep its value in a guest's cell.
 
-    While a transformation traces, the tracer stays in the State: the guest never sees one.
+    While a transformation runs, its values stay in the State: the guest never sees a tracer, or
+    the one member that stands for all while ``brainstate.transform.vmap`` looks for states.
     """
 
     @property
     def _value(self) -> Any:
         own = vars(self)
-        return own["_shim_own"] if "_shim_own" in own else own["_shim_cell"].get()
+        if "_shim_own" not in own or self._shim_is_left_over():
+            return own["_shim_cell"].get()
+        return own["_shim_own"]
 
     @_value.setter
     def _value(self, value: Any) -> None:
         own: Any = vars(self)
         cell = own.get("_shim_cell")
-        if cell is None or is_traced(value):
-            own["_shim_own"] = value
-            return
-        if value is not cell.get():
-            cell.set(value)
-        own.pop("_shim_own", None)
+        if cell is not None and not is_traced(value):
+            with contextlib.suppress(ConversionError):
+                if value is not cell.get():
+                    cell.set(value)
+                own.pop("_shim_own", None)
+                return
+        own["_shim_own"] = value
+
+    def _write_value(self, v):
+        """What ``state.value = v`` calls: a value that does not fit the guest is refused."""
+        if "_shim_own" not in vars(self) or self._shim_is_left_over():
+            self._shim_check(
+                v,
+                "Write an array of the same shape and dtype; or write to a copy of the shim, "
+                "brainstate.graph.clone(shim)",
+            )
+        super()._write_value(v)
+
+    def restore_value(self, v):
+        """What a transformation calls with the value that it leaves, which has to fit too."""
+        self._shim_check(
+            v,
+            "For an axis of members, as under brainstate.transform.vmap, wrap a module whose "
+            "arrays have it, as nnx.vmap makes it",
+        )
+        super().restore_value(v)
+
+    def _shim_is_left_over(self) -> bool:
+        """Whether the value is a tracer that a transformation has left here when it raised."""
+        own: Any = vars(self)
+        is_tracer = isinstance(own["_shim_own"], jax.core.Tracer)
+        return is_tracer and "_shim_cell" in own and is_outside_traces()
+
+    def _shim_check(self, value: Any, remedy: str) -> None:
+        cell = vars(self).get("_shim_cell")
+        if cell is not None and not is_traced(value) and value is not cell.get():
+            cell.check(value, remedy)
 
     def copy(self):
         return _detached(super().copy(), self._value)
