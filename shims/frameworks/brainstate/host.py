@@ -114,8 +114,7 @@ class _View(_Base):
     def _shim_is_left_over(self) -> bool:
         """Whether the value is a tracer that a transformation has left here when it raised."""
         own: Any = vars(self)
-        is_tracer = isinstance(own["_shim_own"], jax.core.Tracer)
-        return is_tracer and "_shim_cell" in own and is_outside_traces()
+        return "_shim_cell" in own and is_traced(own["_shim_own"]) and is_outside_traces()
 
     def _shim_check(self, value: Any, remedy: str) -> None:
         cell = vars(self).get("_shim_cell")
