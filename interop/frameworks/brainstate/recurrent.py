@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import brainstate
@@ -19,25 +20,54 @@ from .adapter import adapter, arrays_of, check_one_dtype
 # A cell's hidden state is made by init_state, and belongs to a run: it is not read.
 
 
-def _cell_parts(m: Any, ctx: Reading, *names: str) -> tuple[list[Any], list[Any], list[Any]]:
-    """The weights for the input, those for the state, and the biases of a cell's layers."""
-    parts: tuple[list[Any], list[Any], list[Any]] = [], [], []
-    for name in names:
+def _cell_arrays(m: Any, ctx: Reading, **layers: tuple[int, ...]) -> dict[str, Any]:
+    """The weights for the input, those for the state, and the biases, of a cell's layers.
+
+    ``layers`` says of each layer where its gates belong among those of the whole cell.
+    """
+    found: dict[int, tuple[Any, Any, Any]] = {}
+    for name, places in layers.items():
         linear = ctx.read(getattr(m, name), f"{ctx.path}.{name}")
         if type(linear) is not specs.Linear or linear.mask is not None:
             ctx.refuse(name, getattr(m, name), "only a Linear without a mask converts here")
-        arrays = linear.weight[: m.num_in], linear.weight[m.num_in :], linear.bias
-        for part, array in zip(parts, arrays, strict=True):
-            part.append(array)
-    return parts
+        gates = _cut(linear.weight, linear.bias, m.num_in, len(places))
+        found |= zip(places, gates, strict=True)
+    x, h, bias = zip(*(found[place] for place in range(len(found))), strict=True)
+    return {
+        "weight_x": _joined(x, ctx, "w_init"),
+        "weight_h": _joined(h, ctx, "w_init"),
+        "bias": _joined(bias, ctx, "b_init"),
+    }
 
 
-def _joined(arrays: list[Any], ctx: Reading, name: str = "b_init") -> Any:
-    """The arrays side by side; None where there is none."""
+@partial(jax.jit, static_argnums=(2, 3))
+def _cut(weight: Any, bias: Any, inputs: int, gates: int) -> list[tuple[Any, Any, Any]]:
+    """The rows for the input, those for the state, and the bias of each gate, in one copy."""
+    weights = [jnp.split(part, gates, axis=-1) for part in (weight[:inputs], weight[inputs:])]
+    biases = [None] * gates if bias is None else jnp.split(bias, gates)
+    return list(zip(*weights, biases, strict=True))
+
+
+def _joined(arrays: tuple[Any, ...], ctx: Reading, name: str) -> Any:
+    """The arrays of a cell's gates side by side; None where there is none."""
     if all(array is None for array in arrays):
         return None
     if len({array is None or array.dtype for array in arrays}) > 1:
         ctx.refuse(name, [type(array).__name__ for array in arrays], "only all alike convert")
+    return arrays[0] if len(arrays) == 1 else specs.Gates(arrays)
+
+
+def _packed(spec: Any, number: int, *gates: int) -> tuple[Any, Any]:
+    """The matrix for the input and the state, and the bias, of some of a cell's gates."""
+    x, h, bias = (
+        array if array is None else specs.Gates.split(array, number)
+        for array in (spec.weight_x, spec.weight_h, spec.bias)
+    )
+    weight = _side_by_side([jnp.concatenate([x[gate], h[gate]]) for gate in gates])
+    return weight, bias if bias is None else _side_by_side([bias[gate] for gate in gates])
+
+
+def _side_by_side(arrays: list[Any]) -> Any:
     return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=-1)
 
 
@@ -90,45 +120,30 @@ def _cell(make: Any, spec: Any, **options: Any) -> Any:
     )
 
 
-def _stacked(spec: Any) -> Any:
-    """The one matrix for the input and the state, side by side."""
-    return jnp.concatenate([spec.weight_x, spec.weight_h])
-
-
-def _swapped(array: Any) -> Any:
-    """The four gates with the second and third swapped; BrainState's order is i, g, f, o."""
-    if array is None:
-        return None
-    first, second, third, fourth = jnp.split(array, 4, axis=-1)
-    return jnp.concatenate([first, third, second, fourth], axis=-1)
-
-
 @adapter.reads(nn.ValinaRNNCell, specs.SimpleCell, state=("W", "h"))
 def read_simple_cell(m: nn.ValinaRNNCell, ctx: Reading) -> specs.SimpleCell:
-    (weight_x,), (weight_h,), (bias,) = _cell_parts(m, ctx, "W")
-    options = _cell_options(m, weight_h, ctx)
-    return specs.SimpleCell(weight_x=weight_x, weight_h=weight_h, bias=bias, **options)
+    arrays = _cell_arrays(m, ctx, W=(0,))
+    return specs.SimpleCell(**arrays, **_cell_options(m, arrays["weight_h"], ctx))
 
 
 @adapter.builds(specs.SimpleCell, carries=("activation", "carry_init"))
 def build_simple_cell(spec: specs.SimpleCell, ctx: Building) -> nn.ValinaRNNCell:
     check_one_dtype(spec.weight_h, spec.bias, ctx)
-    return _cell(nn.ValinaRNNCell, spec, w_init=_stacked(spec), b_init=spec.bias)
+    weight, bias = _packed(spec, 1, 0)
+    return _cell(nn.ValinaRNNCell, spec, w_init=weight, b_init=bias)
+
+
+_LSTM_GATES = (0, 2, 1, 3)  # BrainState's order is i, g, f, o
 
 
 @adapter.reads(nn.LSTMCell, specs.LSTMCell, state=("W", "h", "c"))
 def read_lstm_cell(m: nn.LSTMCell, ctx: Reading) -> specs.LSTMCell:
-    (weight_x,), (weight_h,), (bias,) = _cell_parts(m, ctx, "W")
-    return specs.LSTMCell(
-        weight_x=_swapped(weight_x),
-        weight_h=_swapped(weight_h),
-        bias=_swapped(bias),
-        forget_bias=1.0,
-        **_cell_options(m, weight_h, ctx),
-    )
+    arrays = _cell_arrays(m, ctx, W=_LSTM_GATES)
+    options = _cell_options(m, arrays["weight_h"], ctx)
+    return specs.LSTMCell(**arrays, forget_bias=1.0, **options)
 
 
-@adapter.builds(specs.LSTMCell, carries=("activation", "forget_bias", "carry_init"))
+@adapter.builds(specs.LSTMCell, carries=("activation", "forget_bias", "carry_init"), apart=True)
 def build_lstm_cell(spec: specs.LSTMCell, ctx: Building) -> nn.LSTMCell:
     check_one_dtype(spec.weight_h, spec.bias, ctx)
     if spec.forget_bias != 1.0:
@@ -139,18 +154,17 @@ def build_lstm_cell(spec: specs.LSTMCell, ctx: Building) -> nn.LSTMCell:
                 "BrainState adds 1 to a gate, and the bias cannot make up for it exactly",
             )
         spec = spec.with_forget_bias(1.0)
-    weight, bias = _swapped(_stacked(spec)), _swapped(spec.bias)
+    weight, bias = _packed(spec, 4, *_LSTM_GATES)
     return _cell(nn.LSTMCell, spec, w_init=weight, b_init=bias)
 
 
 @adapter.reads(nn.URLSTMCell, specs.URLSTMCell, state=("W", "bias", "h", "c"))
 def read_urlstm_cell(m: nn.URLSTMCell, ctx: Reading) -> specs.URLSTMCell:
-    (weight_x,), (weight_h,), (none,) = _cell_parts(m, ctx, "W")
-    if none is not None:
+    arrays = _cell_arrays(m, ctx, W=(0, 1, 2, 3))
+    if arrays["bias"] is not None:
         ctx.refuse("W", m.W, "the layer of this cell has no bias of its own")
-    bias = arrays_of(m, ctx, "bias", bias=(m.num_out,))["bias"]
-    options = _cell_options(m, weight_h, ctx)
-    return specs.URLSTMCell(weight_x=weight_x, weight_h=weight_h, bias=bias, **options)
+    arrays |= arrays_of(m, ctx, "bias", bias=(m.num_out,))
+    return specs.URLSTMCell(**arrays, **_cell_options(m, arrays["weight_h"], ctx))
 
 
 @adapter.builds(specs.URLSTMCell, carries=("activation", "carry_init"))
@@ -162,27 +176,24 @@ def build_urlstm_cell(spec: specs.URLSTMCell, ctx: Building) -> Any:
         del cell._forget_bias
         return cell
 
-    return _cell(make, spec, w_init=_stacked(spec))
+    return _cell(make, spec, w_init=_packed(spec, 1, 0)[0])
 
 
 @adapter.reads(nn.GRUCell, specs.GRUCell, state=("Wrz", "Wh", "h"))
 @adapter.reads(nn.MGUCell, specs.MGUCell, state=("Wf", "Wh", "h"))
 def read_gru_cell(m: nn.GRUCell | nn.MGUCell, ctx: Reading) -> specs.GRUCell | specs.MGUCell:
     is_gru = isinstance(m, nn.GRUCell)
-    x, h, bias = _cell_parts(m, ctx, "Wrz" if is_gru else "Wf", "Wh")
-    weight_h = _joined(h, ctx, "w_init")
-    return (specs.GRUCell if is_gru else specs.MGUCell)(
-        weight_x=_joined(x, ctx, "w_init"),
-        weight_h=weight_h,
-        bias=_joined(bias, ctx),
-        bias_n=None,
-        reset_first=True,
-        **_cell_options(m, weight_h, ctx),
-    )
+    if is_gru:
+        arrays = _cell_arrays(m, ctx, Wrz=(0, 1), Wh=(2,))
+    else:
+        arrays = _cell_arrays(m, ctx, Wf=(0,), Wh=(1,))
+    options = _cell_options(m, arrays["weight_h"], ctx)
+    cell = specs.GRUCell if is_gru else specs.MGUCell
+    return cell(**arrays, bias_n=None, reset_first=True, **options)
 
 
-@adapter.builds(specs.GRUCell, carries=("activation", "reset_first", "carry_init"))
-@adapter.builds(specs.MGUCell, carries=("activation", "reset_first", "carry_init"))
+@adapter.builds(specs.GRUCell, carries=("activation", "reset_first", "carry_init"), apart=True)
+@adapter.builds(specs.MGUCell, carries=("activation", "reset_first", "carry_init"), apart=True)
 def build_gru_cell(spec: specs.GRUCell | specs.MGUCell, ctx: Building) -> Any:
     if not spec.reset_first or spec.bias_n is not None:
         ctx.refuse(
@@ -192,14 +203,12 @@ def build_gru_cell(spec: specs.GRUCell | specs.MGUCell, ctx: Building) -> Any:
             "the weights",
         )
     check_one_dtype(spec.weight_h, spec.bias, ctx)
-    is_gru, at = isinstance(spec, specs.GRUCell), -spec.hidden
-    weight, bias = _stacked(spec), spec.bias
-    empty = {"w_init": jnp.zeros, "b_init": None if bias is None else jnp.zeros}
+    is_gru = isinstance(spec, specs.GRUCell)
+    empty = {"w_init": jnp.zeros, "b_init": None if spec.bias is None else jnp.zeros}
     cell = _cell(nn.GRUCell if is_gru else nn.MGUCell, spec, **empty)
-    for layer, part in (
-        (cell.Wrz if is_gru else cell.Wf, slice(at)),
-        (cell.Wh, slice(at, None)),
-    ):
-        arrays = {"weight": weight[:, part]}
-        layer.weight.value = arrays if bias is None else arrays | {"bias": bias[part]}
+    layers = ((cell.Wrz, 0, 1), (cell.Wh, 2)) if is_gru else ((cell.Wf, 0), (cell.Wh, 1))
+    for layer, *gates in layers:
+        weight, bias = _packed(spec, 3 if is_gru else 2, *gates)
+        arrays = {"weight": weight}
+        layer.weight.value = arrays if bias is None else arrays | {"bias": bias}
     return cell
