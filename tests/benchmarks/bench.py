@@ -10,6 +10,7 @@ file; names of groups as arguments run only those.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import gc
 import importlib.metadata
@@ -23,11 +24,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import partial, partialmethod
 from inspect import signature
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import brainstate
 import brainstate.interop as peer
@@ -116,23 +119,39 @@ class Row:
         return f"{value:.4g}"
 
 
+def arrays_of(model: Any) -> list[jax.Array]:
+    if isinstance(model, list):
+        return [array for part in model for array in arrays_of(part)]
+    if isinstance(model, brainstate.nn.Module):
+        model = [state.value for state in model.states().values()]
+    elif isinstance(model, nnx.Module):
+        model = nnx.state(model)
+    return [x for x in jax.tree.leaves(model) if isinstance(x, jax.Array)]
+
+
 def cpu_times(*jobs: Job, runs: int = 7, repeat: int = 1) -> list[float]:
     """The median CPU time of each job, all threads of this process, taken in turns."""
     for job in jobs:
-        jax.block_until_ready(job())
+        jax.block_until_ready(arrays_of(job()))
     taken: list[list[float]] = [[] for _ in jobs]
     gc.collect()
     gc.freeze()  # so that collecting looks at what a run has made, and takes no time
+    turns = list(zip(jobs, taken, strict=True))
     for _ in range(runs):
         gc.collect()
         gc.disable()
-        for job, found in zip(jobs, taken, strict=True):
+        turns.append(turns.pop(0))  # so that each comes after each other
+        for job, found in turns:
+            ctypes.CDLL(None).malloc_trim(0)  # so that none finds the memory of another
             start = time.process_time()
             for _ in range(repeat):
                 out = job()
-            jax.block_until_ready(out)
+            looking = time.thread_time()
+            arrays = arrays_of(out)
+            start += time.thread_time() - looking
+            jax.block_until_ready(arrays)
             found.append((time.process_time() - start) / repeat)
-            out = None
+            out = arrays = None
         gc.enable()
     gc.unfreeze()
     return [statistics.median(found) for found in taken]
@@ -183,32 +202,76 @@ def encoder() -> Any:
     )
 
 
-def arrays_of(model: Any) -> list[jax.Array]:
-    if isinstance(model, list):
-        return [array for part in model for array in arrays_of(part)]
-    if isinstance(model, brainstate.nn.Module):
-        model = [state.value for state in model.states().values()]
-    elif isinstance(model, nnx.Module):
-        model = nnx.state(model)
-    return [x for x in jax.tree.leaves(model) if isinstance(x, jax.Array)]
+def moves(models: dict[str, list[Any]], start: str, end: str) -> Job:
+    """Only what has to be done to the arrays, as one would write it by hand."""
+    source, target = models[start], models[end]
+    if any(isinstance(layer, brainstate.nn.LSTMCell) for layer in models["brainstate"]):
+        return lambda: [GATES[start, end](cell) for cell in source]
+    jobs: list[Job] = []
+    if "equinox" in (start, end):
+        back, forth = ((2, 3, 1, 0), (3, 2, 0, 1))
+        if start == "equinox":
+            back, forth = forth, back
+        shared = set(map(id, arrays_of(source)))
+        for x in arrays_of(target):
+            if x.ndim in (2, 4) and id(x) not in shared:  # a matrix, a kernel
+                there, here = (back, forth) if x.ndim == 4 else ((1, 0), (1, 0))
+                jobs.append(partial(jnp.transpose, jnp.transpose(x, there), here))
+    for x in arrays_of(models["brainstate"]):
+        if x.shape[:-1] == (1, 1):  # of a normalisation, with a 1 for each axis of space
+            flat = x.reshape(-1)
+            jobs.append(
+                partial(jnp.reshape, *((x, -1) if end != "brainstate" else (flat, x.shape)))
+            )
+    return lambda: [job() for job in jobs]
 
 
-def transposes(source: Any, target: Any) -> tuple[Job, int]:
-    """The copies alone, and how many: arrays of ``target`` not shared with ``source``.
+def from_gates(x: Any, h: Any, bias: Any) -> Any:
+    """BrainState's matrix and bias of the gates i, f, g, o."""
+    order = (0, 2, 1, 3)
+    weight = jnp.concatenate([jnp.concatenate([x[k], h[k]]) for k in order], axis=-1)
+    i, f, g, o = bias
+    return weight, jnp.concatenate([i, g, f - 1, o])
 
-    Matrices are transposed, and the channels of a convolution moved past its axes of space.
-    """
-    shared = set(map(id, arrays_of(source)))
-    copied = [x for x in arrays_of(target) if id(x) not in shared and x.ndim > 1]
-    to_first = isinstance(target[0], eqx.Module)
-    back, forth = ((2, 3, 1, 0), (3, 2, 0, 1)) if to_first else ((3, 2, 0, 1), (2, 3, 1, 0))
-    jobs = [
-        (jnp.transpose(x, back), forth)
-        if x.ndim == 4
-        else (x.T, tuple(reversed(range(x.ndim))))
-        for x in copied
-    ]
-    return lambda: [jnp.transpose(x, axes) for x, axes in jobs], len(jobs)
+
+def to_gates(cell: brainstate.nn.LSTMCell) -> Any:
+    """The gates i, f, g, o of BrainState's matrix and bias."""
+    weight, bias = cell.W.weight.value["weight"], cell.W.weight.value["bias"]
+    (i, g, f, o), parts = jnp.split(bias, 4), jnp.split(weight, [cell.num_in])
+    apart = [jnp.split(part, 4, axis=-1) for part in parts]
+    return *[[part[k] for k in (0, 2, 1, 3)] for part in apart], (i, f + 1, g, o)
+
+
+def gates_to_equinox(cell: brainstate.nn.LSTMCell) -> Any:
+    x, h, bias = to_gates(cell)
+    return *(jnp.concatenate(part, axis=-1).T for part in (x, h)), jnp.concatenate(bias)
+
+
+def gates_of_nnx(cell: nnx.LSTMCell) -> Any:
+    inputs, hidden = (cell.ii, cell.if_, cell.ig, cell.io), (cell.hi, cell.hf, cell.hg, cell.ho)
+    kernels = ([layer.kernel[...] for layer in layers] for layers in (inputs, hidden))
+    return from_gates(*kernels, [layer.bias[...] for layer in hidden])
+
+
+def gates_of_linen(pair: Any) -> Any:
+    params = pair[1]["params"]
+    kernels = ([params[f"{part}{gate}"]["kernel"] for gate in "ifgo"] for part in "ih")
+    return from_gates(*kernels, [params[f"h{gate}"]["bias"] for gate in "ifgo"])
+
+
+def gates_of_equinox(cell: eqx.nn.LSTMCell) -> Any:
+    arrays = cell.weight_ih.T, cell.weight_hh.T, cell.bias
+    return from_gates(*(jnp.split(array, 4, axis=-1) for array in arrays))
+
+
+GATES: dict[tuple[str, str], Callable[[Any], Any]] = {
+    ("brainstate", "nnx"): to_gates,
+    ("brainstate", "linen"): to_gates,
+    ("brainstate", "equinox"): gates_to_equinox,
+    ("nnx", "brainstate"): gates_of_nnx,
+    ("linen", "brainstate"): gates_of_linen,
+    ("equinox", "brainstate"): gates_of_equinox,
+}
 
 
 def again(part: Any) -> Any:
@@ -221,16 +284,28 @@ def again(part: Any) -> Any:
     return type(part)(map(again, part)) if isinstance(part, tuple | list) else part
 
 
-NATIVE = (
-    "; most of the rest is the target's own constructors, which the peer runs as well (one of "
-    "BrainState's convolutions traces its shape, one of Flax's checks each attribute)"
-)
-SHAPES = {
-    "BatchNorm": "; of a BatchNorm, BrainState has four arrays in another shape, and each "
-    "reshape is an operation of JAX",
-    "LSTMCell": "; BrainState packs the gates of a cell in one array, in another order "
-    "and with 1 added to a bias: each is sliced and joined by operations of JAX",
-}
+def in_constructors(job: Job, model: Any) -> float:
+    """The CPU time that a conversion to ``model`` spends in its layers' own constructors."""
+    taken, depth = 0.0, 0
+
+    def timed(init: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal taken, depth
+        depth, start = depth + 1, time.process_time()
+        init(*args, **kwargs)
+        depth -= 1
+        taken += 0.0 if depth else time.process_time() - start
+
+    with ExitStack() as patched:
+        for cls in set(map(type, layers_of(model))):
+            init = partialmethod(partial(timed, cls.__init__))
+            patched.enter_context(mock.patch.object(cls, "__init__", init))
+        job()
+    return taken
+
+
+def layers_of(models: list[Any]) -> list[Any]:
+    layers = [layer for model in models for layer in getattr(model, "layers", [model])]
+    return [x for x in layers if isinstance(x, brainstate.nn.Module | nnx.Module)]
 
 
 def conversions() -> Iterator[Row]:
@@ -264,15 +339,10 @@ def directions(name: str, source: list[Any], sample: Any = None) -> Iterator[Row
     def ours(start: str, end: str) -> Job:
         return lambda: converted(models[start], end, sample)
 
-    shapes = next((text for layer, text in SHAPES.items() if layer in name), "")
-
-    def why(start: str, rest: str = "") -> str:
-        (taken,) = cpu_times(lambda: list(map(specs_of, models[start])))
-        return (
-            f"each layer is first read into a spec and checked (its exact class, every option, "
-            f"ties, shapes; Equinox's weights are transposed there), {ms(taken)} of "
-            f"ours{rest}{shapes}"
-        )
+    def row(start: str, end: str, other: Job | None, against: str, target: float) -> Row:
+        taken, beside, why = limits(models, start, end, ours(start, end), other)
+        kind = "most" if "hand" in against else "faster"
+        return Row(f"{start} → {end}: {name}", taken, beside, against, target, kind, why)
 
     peers: list[tuple[str, str, Callable[[Any], Any], float]] = [
         ("brainstate", "nnx", peer.to_nnx, 20),
@@ -280,22 +350,17 @@ def directions(name: str, source: list[Any], sample: Any = None) -> Iterator[Row
         ("linen", "brainstate", lambda m: peer.from_linen(*m, **options), 150),
     ]
     for start, end, theirs, target in peers:
-        found = beside(ours(start, end), lambda s=start, t=theirs: list(map(t, models[s])))
-        what = f"{start} → {end}: {name}"
-        against = "`brainstate.interop`"
-        against = f"met: {against} refuses it" if found[1] is None else against
-        yield Row(what, *found, against, target, "faster", why(start, NATIVE))
+        other = unless_refused(partial(lambda f, m: list(map(f, m)), theirs, models[start]))
+        name_of_it = "`brainstate.interop`"
+        against = name_of_it if other else f"met: {name_of_it} refuses it"
+        yield row(start, end, other, against, target)
     for start, end in (("brainstate", "equinox"), ("equinox", "brainstate")):
-        limit, copies = transposes(models[start], models[end])
-        what, against = f"{start} → {end}: {name}", "its transposes alone"
-        if not copies:
-            (time_of_ours,) = cpu_times(ours(start, end))
-            yield Row(what, time_of_ours, None, "met: no array is copied", 1.3)
-            continue
-        yield Row(what, *cpu_times(ours(start, end), limit), against, 1.3, why=why(start))
-    found = cpu_times(ours("brainstate", "linen"), lambda: again(models["linen"]))
-    reason = why("brainstate")
-    yield Row(f"brainstate → linen: {name}", *found, "built by hand", 1.1, why=reason)
+        move = moves(models, start, end)
+        against = "its arrays moved by hand" if move() else "met: no array is copied"
+        yield row(start, end, move if move() else None, against, 1.3)
+    move = moves(models, "brainstate", "linen")
+    by_hand = partial(lambda: (again(models["linen"]), move()))
+    yield row("brainstate", "linen", by_hand, "built by hand", 1.1)
 
 
 def specs_of(model: Any) -> Any:
@@ -304,17 +369,37 @@ def specs_of(model: Any) -> Any:
     return Reading(adapter, registry).read(node, "model")
 
 
-def beside(ours: Job, theirs: Job) -> tuple[float, float | None]:
-    """Both times; None for an alternative that refuses the work."""
-    start = time.process_time()
+def limits(
+    models: dict[str, list[Any]], start: str, end: str, ours: Job, other: Job | None
+) -> tuple[float, float | None, str]:
+    """Our time, the other's, and in the same turns what no converter can save, in words."""
+    read, move = lambda: list(map(specs_of, models[start])), moves(models, start, end)
+    jobs = [ours, read, move, *([] if other is None else [other])]
+    taken, reading, moving, *others = cpu_times(*jobs, runs=3 if is_slow(other) else 7)
+    building = statistics.median(in_constructors(ours, models[end]) for _ in range(7))
+    parts = {
+        "the arrays moved by hand": moving,
+        f"the constructors of {end}": building,
+        "reading into specs (each exact class, every option, ties, shapes)": reading,
+    }
+    why = "of it, " + ", ".join(f"{k} {ms(t)}" for k, t in parts.items() if t > 1e-5)
+    return taken, others[0] if others else None, why
+
+
+def unless_refused(job: Job) -> Job | None:
     try:
-        theirs()
+        job()
     except Exception as e:
         print(f"  the alternative cannot: {type(e).__name__}: {e}"[:160])
-        return cpu_times(ours)[0], None
-    is_slow = time.process_time() - start > 3  # the first time it compiles
-    ours_time, their_time = cpu_times(ours, theirs, runs=3 if is_slow else 7)
-    return ours_time, their_time
+        return None
+    return job
+
+
+def is_slow(job: Job | None) -> bool:
+    start = time.process_time()
+    if job is not None:
+        job()
+    return time.process_time() - start > 3
 
 
 PEAK = """
