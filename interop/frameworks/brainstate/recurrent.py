@@ -59,12 +59,12 @@ def _joined(arrays: tuple[Any, ...], ctx: Reading, name: str) -> Any:
 
 def _packed(spec: Any, number: int, *gates: int) -> tuple[Any, Any]:
     """The matrix for the input and the state, and the bias, of some of a cell's gates."""
-    x, h, bias = (
-        array if array is None else specs.Gates.split(array, number)
-        for array in (spec.weight_x, spec.weight_h, spec.bias)
-    )
+    x, h = (specs.Gates.split(array, number) for array in (spec.weight_x, spec.weight_h))
     weight = _side_by_side([jnp.concatenate([x[gate], h[gate]]) for gate in gates])
-    return weight, bias if bias is None else _side_by_side([bias[gate] for gate in gates])
+    if spec.bias is None:
+        return weight, None
+    bias = specs.Gates.split(spec.bias, number)
+    return weight, _side_by_side([bias[gate] for gate in gates])
 
 
 def _side_by_side(arrays: list[Any]) -> Any:
