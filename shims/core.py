@@ -36,6 +36,7 @@ from jax.core import Tracer
 
 from interop.api import convert_with, no_module
 from interop.errors import ArgumentError, ConversionError, UnsupportedStructureError
+from interop.parameters import is_quantity
 from interop.partitioning import Partitioning
 from interop.programs import returned_as_given
 from interop.registry import registry
@@ -47,6 +48,7 @@ __all__ = [
     "Cell",
     "Guest",
     "Kind",
+    "LeafCell",
     "LiveGuest",
     "Noted",
     "Looks",
@@ -61,6 +63,7 @@ __all__ = [
     "check_copy",
     "check_guest",
     "check_kept",
+    "check_key",
     "check_partitionings",
     "check_places",
     "commit",
@@ -82,6 +85,8 @@ __all__ = [
     "report_of",
     "side_of",
 ]
+
+_tree_util: Any = jax.tree_util  # whose types are declared only in part
 
 Path = tuple[str | int, ...]
 """Where a value is in the guest: its attributes, keys and indices."""
@@ -119,7 +124,7 @@ class Cell(ABC):
 
     @property
     @abstractmethod
-    def identity(self) -> tuple[Any, int]:
+    def identity(self) -> tuple[Any, Hashable]:
         """The guest's container, and which of its arrays this is; ties have one identity."""
 
     @abstractmethod
@@ -160,6 +165,57 @@ class Cell(ABC):
             )
 
 
+@dataclass(frozen=True, eq=False)
+class LeafCell(Cell):
+    """One array of the tree that a container of the guest holds.
+
+    Attributes:
+        container: what holds the tree.
+        index: which of its leaves this is.
+        tree: its structure, of which the units of arrays are a part.
+    """
+
+    container: Any
+    index: int
+    tree: Any
+
+    @property
+    def identity(self) -> tuple[Any, Hashable]:
+        inner = self._inner()
+        which = self.index, str(self.tree)
+        return (self.container, which) if inner is None else inner.identity
+
+    @abstractmethod
+    def _inner(self) -> Cell | None:
+        """The cell that the container itself shows, if it does."""
+
+    @abstractmethod
+    def _held(self) -> Any: ...
+
+    @abstractmethod
+    def _hold(self, value: Any) -> None: ...
+
+    def get(self) -> Any:
+        value = self._held()
+        is_itself = isinstance(value, jax.Array) and self.tree.num_nodes == 1
+        return value if is_itself else self._flat(value)[self.index]
+
+    def _put(self, value: Any) -> None:
+        flat = self._flat(self._held())
+        flat[self.index] = value
+        self._hold(self.tree.unflatten(flat))
+
+    def _flat(self, value: Any) -> list[Any]:
+        flat, tree = _tree_util.tree_flatten(value)
+        if tree != self.tree:
+            raise ConversionError(
+                f"the value has become {tree}, it was {self.tree} when it was wrapped",
+                path=path_text(self.path),
+                remedy="Wrap the module again",
+            )
+        return flat
+
+
 _ARRAYS: tuple[type, ...] = (jax.Array, np.ndarray, np.generic)
 
 
@@ -184,7 +240,7 @@ class Views(Generic[View]):
         """``is_view`` tells a container of the host's own, which needs no view."""
         self._make, self._is_view, self._lock = make, is_view, threading.Lock()
         # A view keeps its container alive, so that an id in a key is that container's.
-        self._views: weakref.WeakValueDictionary[tuple[int, int], View]
+        self._views: weakref.WeakValueDictionary[tuple[int, Hashable], View]
         self._views = weakref.WeakValueDictionary()
 
     def of(self, cell: Cell) -> View:
@@ -427,11 +483,32 @@ def path_of(keys: Any) -> Path:
     return tuple(map(_part, keys))
 
 
-def leaves(path: Path, value: Any) -> list[tuple[Path, Any]]:
-    """The arrays of a container's value, a tree, with their paths."""
-    tree_util: Any = jax.tree_util
-    flat = tree_util.tree_leaves_with_path(value)
-    return [((*path, *path_of(keys)), leaf) for keys, leaf in flat]
+def leaves(
+    path: Path, value: Any, is_leaf: Callable[[Any], bool] = lambda _: False
+) -> list[tuple[Path, Any]]:
+    """The arrays of a container's value, a tree, with their paths.
+
+    A physical unit is part of the path of its array, so that no host, and no file, takes its
+    value for one in another unit.
+    """
+    if isinstance(value, jax.Array):
+        return [(path, value)]
+
+    def is_whole(x: Any) -> bool:
+        return is_quantity(x) or is_leaf(x)
+
+    whole = _tree_util.tree_leaves_with_path(value, is_whole)
+    found: list[tuple[Path, Any]] = []
+    for keys, leaf in whole:
+        here = (*path, *path_of(keys))
+        is_plain = not is_quantity(leaf)
+        found += [(here, leaf)] if is_plain else leaves((*here, _unit(leaf)), leaf.mantissa)
+    return found
+
+
+def _unit(quantity: Any) -> str:
+    """A unit as a part of a path: ``mV per ms``; hosts and files have uses for slashes."""
+    return str(quantity.unit).replace("/", "per")
 
 
 def nest(values: Mapping[tuple[Any, ...], Any]) -> dict[Any, Any]:
@@ -629,6 +706,19 @@ class Guest(ABC):
     @abstractmethod
     def values(self) -> dict[Path, Any]:
         """The arrays as they are now, each container once."""
+
+
+def check_key(key: Any) -> None:
+    """Refuse what is no random key.
+
+    Raises:
+        ArgumentError: ``key`` is neither None nor an array.
+    """
+    if not (key is None or isinstance(key, _ARRAYS)):
+        raise ArgumentError(
+            f"key must be a random key, got {type(key).__qualname__}",
+            remedy="Pass key=jax.random.key(seed)",
+        )
 
 
 def is_plain(fn: Any, *packages: str) -> bool:

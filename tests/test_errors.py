@@ -594,13 +594,17 @@ MISTAKES = {
     ),
     "one example for a batch": (
         lambda: shims.FromEquinox(eqx.nn.Linear(3, 4, key=KEY))(X[0]),
-        ValueError,
-        ["mapped over the 1 leading axes of (3,)", "examples of ()", "set batch_axes"],
+        interop.ArgumentError,
+        ["takes examples of 1 axes", "1 batch axes has the shape (3,)", "set batch_axes"],
     ),
     "channels last": (
         lambda: shims.FromEquinox(eqx.nn.Conv2d(3, 4, 3, key=KEY))(IMAGES),
         ValueError,
-        ["of (2, 8, 8, 3)", "examples of (8, 8, 3)", "channels first"],
+        [
+            "mapped over the 1 leading axes of (2, 8, 8, 3)",
+            "examples of (8, 8, 3)",
+            "channels first",
+        ],
     ),
     "one part of the variables written back": (
         lambda: shims.ToLinen(LINEAR).write_back(variables(weight={"bias": BIAS})),

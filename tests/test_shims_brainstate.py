@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.errors import FlaxError
 from numpy.testing import assert_allclose, assert_array_equal
 
 import interop
@@ -205,6 +206,42 @@ def test_the_guests_own_stream_advances():
     assert int(drop.rngs.count[...]) == 2
 
 
+class DrawsAndRaises(eqx.Module):
+    def __call__(self, x, key):
+        raise ValueError("no")
+
+
+class LinenDrawsAndRaises(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=True):
+        nn.Dropout(0.5, deterministic=not train)(x)
+        raise ValueError("no")
+
+
+class NnxDrawsAndRaises(nnx.Module):
+    def __call__(self, x, rngs):
+        rngs.dropout()
+        raise ValueError("no")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: shims.FromEquinox(DrawsAndRaises()),
+        lambda: shims.FromLinen(LinenDrawsAndRaises(), {}),
+        lambda: shims.FromNNX(NnxDrawsAndRaises()),
+    ],
+    ids=["equinox", "linen", "nnx"],
+)
+def test_a_call_that_raises_leaves_the_global_random_state_as_it_was(make):
+    shim = make()
+    with brainstate.random.seed_context(3), brainstate.environ.context(fit=True):
+        before = brainstate.random.DEFAULT.value
+        with pytest.raises(ValueError, match="no"):
+            shim(X)
+        assert brainstate.random.DEFAULT.value is before
+
+
 # -- transparency --
 
 
@@ -255,6 +292,127 @@ def test_an_input_with_too_few_axes_is_an_error():
         brainstate.environ.context(fit=True),
     ):
         shims.FromEquinox(layer, batch_axes=2)(X[0])
+
+
+class Normed(eqx.Module):
+    linear: eqx.nn.Linear
+    norm: eqx.nn.BatchNorm
+
+    def __init__(self, axis_name):
+        key = jax.random.key(0)
+        self.linear = eqx.nn.Linear(3, 4, key=key)
+        self.norm = eqx.nn.BatchNorm(4, axis_name, mode="ema", momentum=0.9, eps=1e-4)
+
+    def __call__(self, x, state, shift=0.0):
+        return self.norm(self.linear(x) + shift, state)
+
+
+def normed(axis_name, **options):
+    module, state = eqx.nn.make_with_state(Normed)(axis_name)
+    return shims.FromEquinox(module, state, **options), module
+
+
+@pytest.mark.parametrize(
+    "axis_name", ["batch", ("outer", "inner"), ["outer", "inner"]], ids=str
+)
+def test_statistics_over_two_batch_axes_are_those_of_all_examples(axis_name):
+    shim, module = normed(axis_name, batch_axes=2)
+    x = jnp.stack([X, 2 * X + 1])
+    shift = jnp.array([1.0, -1.0])  # one for each of the outer axis
+    call = brainstate.transform.jit(shim)
+    with brainstate.environ.context(fit=True):
+        out = call(x, shift=shift)
+        call(x, shift=shift)
+    h = x @ module.linear.weight.T + module.linear.bias + shift[:, None, None]
+    mean, var = h.mean((0, 1)), h.var((0, 1))
+    assert_allclose(out, (h - mean) / np.sqrt(var + 1e-4), rtol=1e-4, atol=1e-5)
+    with brainstate.environ.context(
+        fit=False
+    ):  # the first batch sets them, the second is equal
+        assert_allclose(shim(x, shift=shift), out, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_over_axes_that_nothing_maps_over_are_refused():
+    single, module = normed("batch", batch_axes=0)
+    several, _ = normed(("outer", "inner"))
+    twice, _ = normed("batch", batch_axes=2)
+    before = [jax.tree.leaves(s.value) for s in single.states().values()]
+    with brainstate.environ.context(fit=True):
+        with pytest.raises(interop.ArgumentError, match=r"name: batch\. Set batch_axes=1"):
+            single(X[0])
+        with pytest.raises(interop.ArgumentError, match=r"name: inner\. .* as many as"):
+            several(X)
+        with pytest.raises(interop.ArgumentError, match=r"are \(2, 5\), and .* \(5, 2\)"):
+            twice(jnp.stack([X, X]), shift=jnp.zeros((5, 2)))
+    after = [jax.tree.leaves(s.value) for s in single.states().values()]
+    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True))
+    with brainstate.environ.context(fit=False):
+        assert single(X[0]).shape == (4,)
+
+    class Misspelt(eqx.Module):
+        def __call__(self, x):
+            return x * weigth  # noqa: F821
+
+    with pytest.raises(NameError, match="weigth"):
+        shims.FromEquinox(Misspelt())(X)
+
+
+@pytest.mark.parametrize("x", [X[0], 1.0, X[None]], ids=np.ndim)
+def test_an_example_of_another_rank_is_refused(x):
+    layer = eqx.nn.Linear(3, 4, key=jax.random.key(0))
+    with pytest.raises(interop.ArgumentError, match="batch_axes"):
+        shims.FromEquinox(layer)(x)
+
+
+def test_a_state_of_another_module_is_refused():
+    _, of_norm = eqx.nn.make_with_state(eqx.nn.BatchNorm)(4, "batch", mode="ema")
+    (module, _), both = eqx.nn.make_with_state(lambda: (Normed("a"), Normed("b")))()
+    with pytest.raises(interop.ArgumentError, match=r"nothing for .*norm\.ema.*beside"):
+        shims.FromEquinox(module, of_norm)
+    with pytest.raises(interop.ArgumentError, match=r"more than BatchNorm has.*substate"):
+        shims.FromEquinox(module.norm, both)
+    with pytest.raises(interop.ArgumentError, match=r"more than Linear has.*Leave it out"):
+        shims.FromEquinox(module.linear, both)
+    assert shims.FromEquinox(module.norm, both.substate(module.norm)).unwrap()[0].eps == 1e-4
+
+
+def test_linen_variables_that_do_not_fit_are_one_error_with_all_paths():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=True):
+            x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
+            return nn.Dense(2)(x)
+
+    module = Block()
+    variables = module.init(jax.random.key(0), X)
+    shim = shims.FromLinen(module, variables)
+    with brainstate.environ.context(fit=False):
+        assert_allclose(shim(X), module.apply(variables, X, train=False), rtol=1e-6)
+        with pytest.raises(
+            interop.ConversionError, match=r"Dense_0.kernel is \[3, 4\], wanted"
+        ):
+            shim(X[:, :2])
+        with pytest.raises(TypeError, match="takes"):
+            shim(X, True, 3)
+    params = {**variables["params"], "Dense_1": {"kernel": jnp.ones((5, 2))}, "spare": W}
+    del params["Dense_0"]
+    bad = shims.FromLinen(module, {"params": params})
+    for call in (bad, brainstate.transform.jit(bad)):
+        with (
+            pytest.raises(interop.ConversionError) as error,
+            brainstate.environ.context(fit=False),
+        ):
+            call(X)
+        assert error.value.missing == (
+            "batch_stats.BatchNorm_0.mean",
+            "batch_stats.BatchNorm_0.var",
+            "params.Dense_0.bias",
+            "params.Dense_0.kernel",
+            "params.Dense_1.bias",
+        )
+        assert error.value.unexpected == ("params.spare",)
+        assert error.value.mismatched == ("params.Dense_1.kernel is [5, 2], wanted [4, 2]",)
+        assert isinstance(error.value.__cause__, FlaxError)
 
 
 def test_each_example_gets_a_key_of_its_own():

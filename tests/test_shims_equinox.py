@@ -2,6 +2,7 @@
 
 import brainstate
 import equinox as eqx
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -203,6 +204,71 @@ def test_a_named_axis_of_one_layer_excuses_no_other():
     shim, state = stateful(Two())
     with pytest.raises(interop.ArgumentError, match=r"statistics at plain\."):
         jax.vmap(lambda x: shim(x, state)[0], axis_name="batch")(X)
+
+
+def test_what_is_no_state_or_that_of_another_shim_is_refused():
+    guest = brainstate.nn.BatchNorm0d((3,))
+    shim, state = stateful(guest, batched=True)
+    _, other = stateful(brainstate.nn.BatchNorm0d((4,)), batched=True)
+    _, foreign = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, "batch", mode="batch")
+    for use in (lambda s: shim(X, state=s), shim.unwrap, shim.write_back, shim.materialize):
+        with pytest.raises(interop.ArgumentError, match=r"is an eqx\.nn\.State, got int"):
+            use(3)
+        with pytest.raises(
+            interop.ConversionError, match=r"running_mean is \[4\], wanted \[3\]"
+        ):
+            use(other)
+        with pytest.raises(interop.ConversionError, match="missing running_mean, running_var"):
+            use(foreign)
+    assert_array_equal(guest.running_mean.value, np.zeros(3))
+    layer = linear()
+    plain = shims.ToEquinox(layer)
+    for use in (plain.unwrap, plain.write_back):
+        with pytest.raises(interop.ArgumentError, match="has no state, and one was given"):
+            use(state)
+    _, after = shim(X, state)
+    members = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), after)
+    assert shim.unwrap(members).running_mean.value.shape == (2, 3)
+
+
+def test_what_is_no_key_is_refused():
+    shim = shims.ToEquinox(brainstate.nn.Dropout(0.5))
+    with pytest.raises(interop.ArgumentError, match="random key, got int"):
+        shim(X[0], key=3)
+    assert shim(X[0], key=jax.random.PRNGKey(0)).shape == (3,)
+    with pytest.raises(interop.ArgumentError, match="random key, got int"):
+        shims.FromEquinox(eqx.nn.Dropout(0.5))(X, key=3)
+
+
+class Normed(nn.Module):
+    """A Linen block, of whose layers only a call tells."""
+
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.Dense(4, kernel_init=lambda *_: W, bias_init=lambda *_: B)(x)
+        norm = nn.BatchNorm(axis_name=self.axis_name, momentum=0.9, epsilon=1e-4)
+        return norm(x, use_running_average=not train)
+
+
+def test_a_linen_layer_takes_its_statistics_over_a_named_axis():
+    module = Normed("batch")
+    variables = module.init(KEY, X, train=False)
+    shim, state = stateful(module, params=variables)
+    call = jax.vmap(shim, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+    h = X @ W + B
+    out, after = call(X, state)
+    assert_allclose(out, (h - h.mean(0)) / np.sqrt(h.var(0) + 1e-4), rtol=1e-4, atol=1e-5)
+    _, after = jax.jit(call)(2 * X, after)
+    g = 2 * X @ W + B
+    _, trained = shim.unwrap(after)
+    found = trained["batch_stats"]["BatchNorm_0"]
+    assert_allclose(found["mean"], 0.09 * h.mean(0) + 0.1 * g.mean(0), rtol=1e-4, atol=1e-6)
+    assert_allclose(found["var"], 0.81 + 0.09 * h.var(0) + 0.1 * g.var(0), rtol=1e-4)
+    plain, state = stateful(Normed(None), params=variables)
+    with pytest.raises(interop.ArgumentError, match=r"at batch_stats\.BatchNorm_0\.mean"):
+        plain(X[0], state)
 
 
 class Normalises(brainstate.nn.Module):

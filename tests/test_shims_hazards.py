@@ -189,12 +189,58 @@ def test_a_changed_unit_is_an_error_instead_of_a_factor_of_a_thousand():
     linen, equinox, shim = shims.ToLinen(guest), shims.ToEquinox(guest), shims.ToNNX(guest)
     variables = linen.init(KEY, X)
     guest.w.value = jnp.ones(4) * u.volt
-    with pytest.raises(interop.ConversionError, match="changed"):
+    with pytest.raises(interop.ConversionError, match="unexpected params/w/mV"):
         linen.write_back(variables)
     with pytest.raises(interop.ConversionError, match="changed"):
         equinox.write_back()
+    old = shim.w["mV"]
     with pytest.raises(interop.ConversionError, match="wrapped"):
-        next(iter(shim.w.values())).get_value()
+        old.get_value()
+    assert_array_equal(shim(X), 1000.0 * X)  # the module itself has changed, and shows it
+    assert_array_equal(shims.ToNNX(guest).w["V"].get_value(), jnp.ones(4))
+
+
+class Scaled(eqx.Module):
+    w: jax.Array
+
+    def __call__(self, x):
+        return x * self.w / u.mV
+
+
+def test_variables_in_one_unit_are_not_read_in_another():
+    guest = Unit()
+    variables = shims.ToLinen(guest).init(KEY, X)
+    assert_array_equal(shims.ToLinen(guest).apply(variables, X), X)
+    guest.w.value = jnp.ones(4) * u.volt
+    others = [guest, Scaled(jnp.ones(4) * u.volt), Scaled(jnp.ones(4))]
+    fits = r"missing params/w.*; unexpected params/w/mV\. .* as it is now"
+    for shim in map(shims.ToLinen, others):
+        for call in (shim.apply, shim.unwrap):
+            with pytest.raises(interop.ConversionError, match=fits):
+                call(variables, X) if call == shim.apply else call(variables)
+    assert_array_equal(
+        shims.ToLinen(guest).apply({"params": {"w": {"V": jnp.ones(4)}}}, X), 1000 * X
+    )
+    rate = Scaled(jnp.ones(4) * u.mV / u.ms)
+    assert jax.tree.leaves(shims.ToLinen(rate).init(KEY, X)["params"]["w"]["mV per ms"])
+
+
+def test_a_state_of_brainstate_shows_no_value_in_another_unit():
+    class Held(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jnp.ones(4) * u.mV)
+
+        def __call__(self, x):
+            return x * self.w[...] / u.mV
+
+    guest = Held()
+    shim = shims.FromNNX(guest)
+    old = shim.w["mV"]
+    guest.w.set_value(jnp.ones(4) * u.volt)
+    with pytest.raises(interop.ConversionError, match=r"w\.mV: .* become"):
+        old.value = jnp.zeros(4)
+    assert_array_equal(shim(X), 1000.0 * X)
+    assert_array_equal(shim.w["V"].value, jnp.ones(4))
 
 
 def test_random_streams_of_a_guest_need_batches_in_equinox():

@@ -216,3 +216,11 @@ def test_signature_and_names():
     with pytest.raises(interop.ArgumentError, match="class, not an instance"):
         shims.ToLinen(nnx.Linear)
     assert "Linear" in repr(shims.ToLinen(linear()))
+
+
+def test_variables_that_are_none_are_refused_by_name():
+    shim = shims.ToLinen(linear())
+    calls = [lambda: shim.apply(3, X), lambda: shim.unwrap(3), lambda: shim.write_back(3)]
+    for call in calls:
+        with pytest.raises(interop.ArgumentError, match="mapping of collections, got int"):
+            call()

@@ -34,6 +34,7 @@ from ...core import (
     Call,
     Cell,
     Kind,
+    LeafCell,
     Looks,
     Path,
     Structure,
@@ -56,34 +57,15 @@ def _kind(state: brainstate.State, leaf: Any) -> Kind:
     return Kind.HIDDEN if isinstance(state, brainstate.ShortTermState) else Kind.BUFFER
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _StateCell(Cell):
-    state: brainstate.State
-    index: int
-    tree: Any
+class _StateCell(LeafCell):
+    def _inner(self) -> Cell | None:
+        return vars(self.container).get("_shim_cell")  # the state shows another's array
 
-    @property
-    def identity(self) -> tuple[Any, int]:
-        inner = vars(self.state).get("_shim_cell")  # the state itself shows another's array
-        return (self.state, self.index) if inner is None else inner.identity
+    def _held(self) -> Any:
+        return self.container.value
 
-    def get(self) -> Any:
-        value = self.state.value
-        if isinstance(value, jax.Array):
-            return value
-        flat, tree = jax.tree.flatten(value)
-        if tree != self.tree:  # units are part of the tree
-            raise ConversionError(
-                f"the value has become {tree}, it was {self.tree} when it was wrapped",
-                path=path_text(self.path),
-                remedy="Wrap the module again",
-            )
-        return flat[self.index]
-
-    def _put(self, value: Any) -> None:
-        flat, tree = jax.tree.flatten(self.state.value)
-        flat[self.index] = value
-        self.state.value = jax.tree.unflatten(tree, flat)
+    def _hold(self, value: Any) -> None:
+        self.container.value = value
 
 
 def forward_of(cls: type[brainstate.nn.Module]) -> Callable[..., Any]:

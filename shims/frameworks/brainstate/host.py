@@ -12,7 +12,7 @@ import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Self
 
@@ -268,6 +268,25 @@ def _drawn_key() -> jax.Array:
         ) from e
 
 
+@contextlib.contextmanager
+def _drawing() -> Iterator[Callable[[], jax.Array]]:
+    """Draws keys for one call. One that raises leaves the global state as it was before."""
+    before: list[Any] = []
+
+    def draw() -> jax.Array:
+        value = brainstate.random.DEFAULT.value
+        key = _drawn_key()
+        before.append(value)
+        return key
+
+    try:
+        yield draw
+    except BaseException:
+        if before:
+            brainstate.random.DEFAULT.value = before[0]
+        raise
+
+
 def _cell_class(cls: type[Wrapped]) -> type[Wrapped]:
     """The class of cells that belongs to a class of shims."""
     if cls not in _cell_classes:
@@ -417,15 +436,10 @@ class Wrapped(brainstate.nn.Module):
         self._shim_refresh()
         states = self._shim_states()
         values = {path: state.value for path, state in states.items()}
-        call = Call(
-            method,
-            args,
-            kwargs,
-            training=brainstate.environ.get("fit", None),
-            key=_drawn_key,
-        )
-        structure = self._shim_structure
-        out, new, _ = (structure.step if is_step else structure.run)(values, call)
+        structure, training = self._shim_structure, brainstate.environ.get("fit", None)
+        with _drawing() as draw:
+            call = Call(method, args, kwargs, training=training, key=draw)
+            out, new, _ = (structure.step if is_step else structure.run)(values, call)
         for path, state in states.items():
             if new.get(path, values[path]) is not values[path]:
                 state.value = new[path]
@@ -512,7 +526,8 @@ class WrappedCell(CarryCell, Wrapped):
         features = size or (_UnknownSize(),) * (structure.feature_axes or 0)
         size_known = (*batch, *features)
         try:
-            return structure.initial_carry(self._shim_values(), size_known, _drawn_key)
+            with _drawing() as draw:
+                return structure.initial_carry(self._shim_values(), size_known, draw)
         except _SizeWantedError as e:
             raise ArgumentError(
                 f"{self._shim_name} starts by the size of its input, which is not known",
@@ -573,7 +588,9 @@ class FromLinen(Wrapped):
 
     Args:
         module: a ``flax.linen.Module`` instance.
-        params: its variables, ``{"params": ..., "batch_stats": ...}``.
+        params: its variables, ``{"params": ..., "batch_stats": ...}``. Which shapes it wants
+            depends on its input: the first call that they do not fit raises a
+            ``ConversionError`` with all that is missing or has another shape.
         copy: start from copies of them; otherwise donating the States' values deletes them.
 
     Example:
@@ -598,8 +615,9 @@ class FromEquinox(Wrapped):
         module: an ``eqx.Module`` instance.
         state: what ``eqx.nn.make_with_state`` returned beside a stateful module.
         batch_axes: leading axes that the module is mapped over.
-        axis_name: the name of the first of them, by default as the module's own batch
-            normalisations say.
+        axis_name: the name of these axes together, by default as the module's own batch
+            normalisations say: their statistics are those of the whole batch. A tuple has one
+            name for each.
         carry: what one example starts from, for a recurrent cell of your own: it is called
             ``module(x, carry)`` and returns ``(carry, output)``.
             Its input has one feature axis, or ``module.num_feature_axes``.

@@ -7,6 +7,7 @@ argument, splits the key, and keeps one state for the batch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -20,13 +21,12 @@ import numpy as np
 from interop.errors import ArgumentError, MissingKeyError
 from interop.frameworks.equinox.adapter import is_index
 
-from ...core import Call, Guest, Kind, Path, Structure, is_plain, leaves, path_of
+from ...core import Call, Guest, Kind, Path, Structure, check_key, is_plain, leaves, path_of
 
 
 def _flatten(module: Any) -> tuple[list[tuple[Path, Any]], Any]:
     """The leaves of a module with their paths, state indices whole, and its structure."""
-    flat, tree = jax.tree_util.tree_flatten_with_path(module, is_leaf=is_index)
-    return [(path_of(keys), leaf) for keys, leaf in flat], tree
+    return leaves((), module, is_index), jax.tree.structure(module, is_leaf=is_index)
 
 
 def _kind(leaf: Any) -> Kind:
@@ -54,7 +54,7 @@ class EquinoxGuest(Guest):
         module: eqx.Module,
         state: eqx.nn.State | None = None,
         batch_axes: int = 1,
-        axis_name: str | None = None,
+        axis_name: Any = None,
         carry: Any = None,
     ):
         if state is not None and not isinstance(state, eqx.nn.State):
@@ -64,6 +64,8 @@ class EquinoxGuest(Guest):
                 f"{type(module).__qualname__} is stateful, and its state was not given",
                 remedy="Pass state=, what eqx.nn.make_with_state returned beside the module",
             )
+        if state is not None:
+            _check_state(module, state)
         if not isinstance(batch_axes, int) or batch_axes < 0:
             raise ArgumentError(f"batch_axes must be 0 or more, got {batch_axes!r}")
         self.native: Any = module if state is None else (module, state)
@@ -72,7 +74,7 @@ class EquinoxGuest(Guest):
             module,
             state,
             batch_axes,
-            axis_name or _axis_name(module),
+            _names(axis_name) or _own_names(module),
             jax.tree.map(np.asarray, carry),
         )
 
@@ -83,20 +85,48 @@ class EquinoxGuest(Guest):
         return self._structure.values_of(self._module, self._state)
 
 
-def _axis_name(module: eqx.Module) -> str | None:
-    """The axis that the module's own batch normalisations reduce over."""
+def _check_state(module: eqx.Module, state: eqx.nn.State) -> None:
+    """Refuse a state that is not the module's own.
+
+    Raises:
+        ArgumentError: it lacks what the module looks up, or holds more.
+    """
+    name = type(module).__qualname__
+    try:
+        own = state.substate(module)
+    except KeyError as e:
+        raise ArgumentError(
+            f"the state is that of another module: it has nothing for {e.args[0]} of {name}",
+            remedy="Pass what eqx.nn.make_with_state returned beside the module",
+        ) from e
+    if len(jax.tree.leaves(own)) != len(jax.tree.leaves(state)):
+        raise ArgumentError(
+            f"the state holds more than {name} has",
+            remedy="Leave it out for a module without state; of that of a whole model pass "
+            "state.substate(module)",
+        )
+
+
+def _own_names(module: eqx.Module) -> tuple[Any, ...]:
+    """The axes that the module's own batch normalisations reduce over."""
 
     def is_norm(x: Any) -> bool:
         return isinstance(x, eqx.nn.BatchNorm)
 
     found = jax.tree.leaves(module, is_leaf=is_norm)
-    names = {norm.axis_name for norm in found if is_norm(norm)}
+    names = {_names(norm.axis_name) for norm in found if is_norm(norm)}
     if len(names) > 1:
         raise ArgumentError(
-            f"the module's layers name their batch axis differently: {sorted(map(str, names))}",
+            f"the module's layers name their batch axes differently: {sorted(map(str, names))}",
             remedy="Give all of them one axis_name",
         )
-    return names.pop() if names else None
+    return names.pop() if names else ()
+
+
+def _names(axis_name: Any) -> tuple[Any, ...]:
+    if isinstance(axis_name, list | tuple):
+        return tuple(axis_name)
+    return () if axis_name is None else (axis_name,)
 
 
 class EquinoxStructure(Structure):
@@ -107,7 +137,7 @@ class EquinoxStructure(Structure):
         module: eqx.Module,
         state: eqx.nn.State | None,
         batch_axes: int,
-        axis_name: str | None,
+        names: tuple[Any, ...],
         carry: Any = None,
     ):
         self.guest_type: type = type(module)
@@ -115,7 +145,7 @@ class EquinoxStructure(Structure):
         self.forward: Callable[..., Any] = type(module).__call__
         self.fills: frozenset[str] = frozenset(("key", "state", "inference", "deterministic"))
         self.batch_axes: int = batch_axes
-        self._axis_name = axis_name
+        self._names = names
         flat, self._tree = _flatten(module)
         self._leaves = [(path, None if eqx.is_array(leaf) else leaf) for path, leaf in flat]
         self._is_array = [eqx.is_array(leaf) for _, leaf in flat]
@@ -142,7 +172,7 @@ class EquinoxStructure(Structure):
             self._state_tree,
             tuple(self.kinds),
             batch_axes,
-            axis_name,
+            names,
             _contents(carry),
         )
         self._own_carry = carry is not None
@@ -154,7 +184,7 @@ class EquinoxStructure(Structure):
         return type(other) is EquinoxStructure and (self is other or self._key == other._key)
 
     def __hash__(self) -> int:
-        return hash((self.guest_type, tuple(self.kinds), self.batch_axes, self._axis_name))
+        return hash((self.guest_type, tuple(self.kinds), self.batch_axes, self._names))
 
     def values_of(self, module: eqx.Module, state: eqx.nn.State | None) -> dict[Path, Any]:
         """The arrays of a module and a state of this structure, by path."""
@@ -266,19 +296,40 @@ class EquinoxStructure(Structure):
 
         kwargs = dict(call.kwargs)
         key = kwargs.pop("key", None)
+        check_key(key)
         if key is None and "key" in parameters and self._draws[call.training]:
             key = _key(call)
-        mapped = self._mapped(one_example, axes)
-        keys = self._split(key, call.args, axes)
-        try:
+        batch = self._batch((call.args, kwargs), axes)
+        keys = key if key is None or not axes else jax.random.split(key, batch)
+        mapped = self._mapped(one_example, batch)
+        with self._explaining(call.args, axes):
             out, state = mapped(call.args, kwargs, keys, state)
-        except (TypeError, ValueError) as e:
-            e.add_note(self._seen(call.args, axes))
-            raise
         new = dict(values)
         if state is not None:
             new |= zip(self._state_paths, jax.tree.leaves(state), strict=True)
         return out, new, self
+
+    @contextlib.contextmanager
+    def _explaining(self, args: Any, axes: int) -> Iterator[None]:
+        """Say of a call that fails how the module was mapped.
+
+        Raises:
+            ArgumentError: it reduces over an axis by a name that no axis has.
+        """
+        try:
+            yield
+        except NameError as e:
+            if "unbound axis name" not in str(e):
+                raise
+            raise ArgumentError(
+                f"{self.guest_type.__qualname__} reduces over an axis that nothing maps over: "
+                f"{str(e).partition('.')[0]}",
+                remedy="Set batch_axes=1, or as many as its layers have names, and axis_name= "
+                "as they say; or map the shim itself: jax.vmap(..., axis_name=...)",
+            ) from e
+        except (TypeError, ValueError) as e:
+            e.add_note(self._seen(args, axes))
+            raise
 
     def _seen(self, args: Any, axes: int) -> str:
         """For the traceback of a call that failed: what the module was given."""
@@ -295,41 +346,40 @@ class EquinoxStructure(Structure):
         """Refuse an input that Equinox would take for a matrix, without a word.
 
         Raises:
-            ArgumentError: an example has more axes than the first layer takes.
+            ArgumentError: an example has more or fewer axes than the first layer takes.
         """
         if self._example_rank is None or call.method != "__call__" or not call.args:
             return
         shape = jax.numpy.shape(call.args[0])
-        if len(shape) - axes > self._example_rank:
+        if len(shape) - axes != self._example_rank:
             raise ArgumentError(
                 f"{self.guest_type.__qualname__} takes examples of {self._example_rank} axes, "
                 f"and its input of {axes} batch axes has the shape {shape}",
-                remedy="Set batch_axes",
+                remedy="Give it a batch, or set batch_axes",
             )
 
-    def _mapped(self, function: Callable[..., Any], axes: int) -> Callable[..., Any]:
-        each: Any = _leading_axis
-        name: Any = self._axis_name
-        for axis in reversed(range(axes)):
-            function = eqx.filter_vmap(
-                function,
-                in_axes=(each, each, each, None),
-                out_axes=(eqx.if_array(0), None),
-                **({"axis_name": name} if axis == 0 and name else {}),
-            )
-        return function
+    def _batch(self, arguments: Any, axes: int) -> tuple[int, ...]:
+        """The sizes of the batch axes.
 
-    def _split(self, key: Any, args: Any, axes: int) -> Any:
-        if key is None or not axes:
-            return key
-        first = next((a for a in jax.tree.leaves(args) if eqx.is_array_like(a)), None)
-        if first is None or jax.numpy.ndim(first) < axes:
+        Raises:
+            ArgumentError: no array has so many axes.
+        """
+        arrays = [x for x in jax.tree.leaves(arguments) if eqx.is_array_like(x)]
+        shapes = [shape for x in arrays if len(shape := jax.numpy.shape(x)) >= axes]
+        if axes and not shapes:
             raise ArgumentError(
                 f"{self.guest_type.__qualname__} is mapped over {axes} leading "
                 f"axes, and its input has fewer",
                 remedy="Give it a batch, or set batch_axes",
             )
-        return jax.random.split(key, jax.numpy.shape(first)[:axes])
+        return shapes[0][:axes] if axes else ()
+
+    def _mapped(self, function: Callable[..., Any], batch: tuple[int, ...]) -> Any:
+        """``function`` of one example as one of batches."""
+        names, axes = self._names, len(batch)
+        if len(names) == 1 and axes > 1:
+            return _merged(_vmapped(function, names), batch)
+        return _vmapped(function, (*names, *(None,) * axes)[:axes])
 
     def module(self, native: Any) -> Any:
         return native if self._state_tree is None else native[0]
@@ -369,6 +419,45 @@ def _tree(value: Any) -> Any:
 
 def _leading_axis(leaf: Any) -> int | None:
     return 0 if eqx.is_array(leaf) and leaf.ndim else None
+
+
+def _vmapped(function: Callable[..., Any], names: tuple[Any, ...]) -> Callable[..., Any]:
+    """``function`` of arguments, keywords, key and state over leading axes of these names."""
+    each: Any = _leading_axis
+    for name in reversed(names):
+        function = eqx.filter_vmap(
+            function,
+            in_axes=(each, each, each, None),
+            out_axes=(eqx.if_array(0), None),
+            **({} if name is None else {"axis_name": name}),
+        )
+    return function
+
+
+def _merged(function: Callable[..., Any], batch: tuple[int, ...]) -> Callable[..., Any]:
+    """``function`` of one leading axis as one of several, which have one name together."""
+    axes = len(batch)
+
+    def merge(x: Any) -> Any:
+        if not eqx.is_array(x) or not x.ndim:
+            return x
+        if x.shape[:axes] != batch[: x.ndim]:
+            raise ArgumentError(
+                f"the batch axes are {batch}, and those of another input {x.shape[:axes]}",
+                remedy="Give all of them the same",
+            )
+        rest = x.shape[axes:]
+        full = x.reshape(x.shape + (1,) * (axes - x.ndim))
+        return jax.numpy.broadcast_to(full, (*batch, *rest)).reshape(-1, *rest)
+
+    def split(x: Any) -> Any:
+        return x.reshape(*batch, *x.shape[1:]) if eqx.is_array(x) else x
+
+    def call(args: Any, kwargs: Any, keys: Any, state: Any) -> Any:
+        out, state = function(*jax.tree.map(merge, (args, kwargs, keys)), state)
+        return jax.tree.map(split, out), state
+
+    return call
 
 
 def _state_paths(flat: list[tuple[Path, Any]], tree: Any) -> list[Path]:

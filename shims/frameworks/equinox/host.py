@@ -17,6 +17,7 @@ import jax
 
 from interop.errors import (
     ArgumentError,
+    ConversionError,
     MissingKeyError,
     UnsupportedStructureError,
 )
@@ -32,6 +33,7 @@ from ...core import (
     changed_parameters,
     check_alive,
     check_kept,
+    check_key,
     check_places,
     commit,
     first_values,
@@ -128,7 +130,8 @@ _DOC = """A live ``eqx.Module`` around a module of another framework.
     ``eqx.Module``.
 
     Leaves, state and carries hold values with physical units without them, in the units that
-    the guest has; arguments and results of calls keep theirs.
+    the guest had when it was wrapped, and a unit is the last part of its value's path,
+    ``params["V"]["mV"]``; arguments and results of calls keep theirs.
 
     Recurrent state is per example, and so an explicit carry: a guest that is a recurrent cell,
     or that has hidden state, is called ``carry, out = shim(x, carry)``, with its input first
@@ -174,6 +177,7 @@ class ToEquinox(eqx.nn.StatefulLayer):
     inference: bool
     batched: bool = eqx.field(static=True)
     _shim_structure: Structure = eqx.field(static=True)
+    _shim_shapes: tuple[tuple[int, ...], ...] = eqx.field(static=True, repr=False)
     _shim_link: _Link = eqx.field(static=True, repr=False)
 
     def __init__(
@@ -209,6 +213,7 @@ class ToEquinox(eqx.nn.StatefulLayer):
         self.batched = batched
         self._shim_structure = structure
         others = tuple(values[path] for path in self._shim_others)
+        self._shim_shapes = tuple(map(jax.numpy.shape, others))
         self.buffers = eqx.nn.StateIndex(others) if others else None
         self._shim_link = _Link(guest if isinstance(guest, LiveGuest) else None)
 
@@ -297,7 +302,7 @@ class ToEquinox(eqx.nn.StatefulLayer):
         training, draw = not self.inference, _key_source(key)
         call = Call(method, args, kwargs, training=training, key=draw)
         run = structure.step if is_step else structure.run
-        out, new, structure_after = run(values, call)
+        out, new, structure_after = run(values, call)  # which may know more of the layers
         check_kept(structure, structure_after, new, call)
         if written := changed_parameters(structure, values, new, run, call):
             raise UnsupportedStructureError(
@@ -311,7 +316,7 @@ class ToEquinox(eqx.nn.StatefulLayer):
         after = tuple(new.get(path, values[path]) for path in others)
         if all(a is values[path] for path, a in zip(others, after, strict=True)):
             return out, state
-        self._shim_check_statistics(values, new)
+        self._shim_check_statistics(structure_after, values, new)
         return out, state.set(self.buffers, after)
 
     def initialize_carry(
@@ -435,9 +440,37 @@ class ToEquinox(eqx.nn.StatefulLayer):
         trainable = _paths(structure, trainable=True)
         values = {path: at(self.params, _place(path)) for path in trainable}
         if self.buffers is not None:
-            values |= zip(self._shim_others, state.get(self.buffers), strict=True)
+            values |= _ToEquinox._shim_from_state(self, self.buffers, state)
         check_alive(values)
         return values
+
+    def _shim_from_state(self, index: eqx.nn.StateIndex[Any], state: Any) -> dict[Path, Any]:
+        """The values that stand in a ``State``; of several members they have leading axes."""
+        name = self._shim_structure.guest_type.__qualname__
+        if not isinstance(state, eqx.nn.State):
+            raise ArgumentError(
+                f"the state of {name} is an eqx.nn.State, got {type(state).__qualname__}",
+                remedy="Pass what eqx.nn.make_with_state, or the last call, returned",
+            )
+        try:
+            given = state.get(index)
+        except KeyError:
+            given = ()
+        found = dict(zip(self._shim_others, given, strict=False))
+        kinds = self._shim_structure.kinds
+        mismatched = [
+            f"{path_text(path)} is {list(jax.numpy.shape(found[path]))}, wanted {list(shape)}"
+            for path, shape in zip(self._shim_others, self._shim_shapes, strict=True)
+            if path in found and not _ends_with(found[path], shape, kinds[path])
+        ]
+        if mismatched or len(given) != len(self._shim_shapes):
+            raise ConversionError(
+                f"the state is not that of {name}",
+                missing=[path_text(path) for path in self._shim_others if path not in found],
+                mismatched=mismatched,
+                remedy="Pass the state that was made with this shim",
+            )
+        return found
 
     @property
     def _shim_others(self) -> list[Path]:
@@ -447,6 +480,8 @@ class ToEquinox(eqx.nn.StatefulLayer):
         return [p for p in _paths(structure, trainable=False) if p not in carried]
 
     def _shim_current(self, state: Any) -> dict[Path, Any]:
+        if state is not None:
+            self._shim_check_state(state)
         guest = self._shim_link.guest
         own = {} if guest is None else guest.values()
         if self.buffers is None or state is not None:
@@ -491,16 +526,15 @@ class ToEquinox(eqx.nn.StatefulLayer):
                 "state=",
             )
         raise ArgumentError(
-            f"{name} has no state, and the call was given one",
+            f"{name} has no state, and one was given",
             remedy="Leave state= out; is_stateful() tells",
         )
 
     def _shim_check_statistics(
-        self, values: Mapping[Path, Any], new: Mapping[Path, Any]
+        self, structure: Structure, values: Mapping[Path, Any], new: Mapping[Path, Any]
     ) -> None:
         if self.batched:
             return
-        structure = self._shim_structure
         for path, value in values.items():
             is_own = structure.kinds[path] is Kind.STATISTIC and path not in structure.named
             if is_own and new.get(path, value) is not value:
@@ -521,7 +555,16 @@ def _batch_wanted(structure: Structure, path: Path) -> ArgumentError:
     )
 
 
+def _ends_with(value: Any, shape: tuple[int, ...], kind: Kind) -> bool:
+    """Whether an array has ``shape``; of hidden state the batch may be another."""
+    own, start = jax.numpy.shape(value), 1 if kind is Kind.HIDDEN else 0
+    left = len(own) - len(shape)
+    return left >= 0 and own[left:][start:] == shape[start:]
+
+
 def _key_source(key: Any) -> Callable[[], jax.Array]:
+    check_key(key)
+
     def draw() -> jax.Array:
         if key is None:
             raise MissingKeyError(

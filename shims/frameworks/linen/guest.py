@@ -19,8 +19,15 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from flax.errors import FlaxError
 
-from interop.errors import ArgumentError, MissingKeyError, UnsupportedStructureError
+from interop.errors import (
+    ArgumentError,
+    ConversionError,
+    MissingKeyError,
+    UnsupportedStructureError,
+)
 from interop.frameworks.linen.adapter import boxed, is_box, partitioning_of
 from interop.partitioning import Partitioning
 
@@ -33,10 +40,13 @@ from ...core import (
     check_partitionings,
     is_plain,
     leaves,
+    named_paths,
     path_of,
+    path_text,
 )
 from ...forwarding import parameter_names
 
+_FAILURES = (FlaxError, TypeError, ValueError)
 _RESULTS = ("intermediates", "perturbations")
 _TRAINING = ("train", "training", "is_training")
 _EVALUATION = ("deterministic", "use_running_average")
@@ -85,11 +95,10 @@ class LinenGuest(Guest):
 
 def _leaves(variables: Mapping[str, Any]) -> list[tuple[Path, Any]]:
     """The arrays with their paths, in the order of the tree; a box is its array."""
-    flat: Any = jax.tree_util.tree_leaves_with_path(variables, is_leaf=is_box)
     return [
         pair
-        for keys, leaf in flat
-        for pair in leaves(path_of(keys), leaf.value if is_box(leaf) else leaf)
+        for path, leaf in leaves((), variables, is_box)
+        for pair in (leaves(path, leaf.value) if is_box(leaf) else [(path, leaf)])
     ]
 
 
@@ -152,17 +161,69 @@ class LinenStructure(Structure):
     ) -> tuple[Any, dict[Path, Any], Structure]:
         variables = self._unflatten(values)
         method = getattr(type(self._module), call.method)
-        with nn.intercept_methods(functools.partial(_check_mode, call)):
-            out, changed = self._module.apply(
-                variables,
-                *call.args,
-                method=method,
-                mutable=[name for name in variables if name != "params"],
-                rngs=_rngs(call) if self._draws else {},
-                **(_mode(self._module, method, call) | dict(call.kwargs)),
+        layers: list[tuple[Path, nn.Module]] = []
+        given = _mode(self._module, method, call) | dict(call.kwargs)
+        try:
+            with nn.intercept_methods(functools.partial(_check_layer, call, layers)):
+                out, changed = self._module.apply(
+                    variables,
+                    *call.args,
+                    method=method,
+                    mutable=[name for name in variables if name != "params"],
+                    rngs=_rngs(call) if self._draws else {},
+                    **given,
+                )
+        except _FAILURES as e:
+            misfit = self._misfit(
+                values, lambda rngs: self._module.init(rngs, *call.args, method=method, **given)
             )
+            if misfit is None:
+                raise
+            raise misfit from e
         _check_grown(variables, changed)
-        return out, dict(_leaves({**variables, **changed})), self
+        return out, dict(_leaves({**variables, **changed})), self._with_named(layers)
+
+    def _with_named(self, layers: list[tuple[Path, nn.Module]]) -> Structure:
+        """The same, with what only a call tells: which of its ``layers`` name an axis."""
+        named = named_paths(layers, self.kinds)
+        if not named:
+            return self
+        other = copy.copy(self)
+        other.named = named
+        return other
+
+    def _misfit(
+        self, values: Mapping[Path, Any], init: Callable[..., Any]
+    ) -> ConversionError | None:
+        """What keeps a call that failed from fitting what ``init`` makes for its input.
+
+        What it has beyond that, or of another dtype, alone is no error: Linen takes both.
+        """
+        rngs = dict.fromkeys(("params", "dropout"), jax.random.key(0))
+        try:
+            wanted = dict(_leaves(jax.eval_shape(init, rngs)))
+        except _FAILURES:  # then it is not the variables' fault, or not theirs alone
+            return None
+        missing = wanted.keys() - values.keys()
+        shapes = {
+            path: (jnp.shape(values[path]), wanted[path].shape)
+            for path in wanted
+            if path in values
+        }
+        mismatched = [
+            f"{path_text(path)} is {list(found)}, wanted {list(shape)}"
+            for path, (found, shape) in shapes.items()
+            if found != shape
+        ]
+        if not missing and not mismatched:
+            return None
+        return ConversionError(
+            f"the variables do not fit {self.guest_type.__qualname__} and its input",
+            missing=sorted(map(path_text, missing)),
+            unexpected=sorted(map(path_text, values.keys() - wanted.keys())),
+            mismatched=mismatched,
+            remedy="Pass params=, what module.init returned for such an input",
+        )
 
     def initial_carry(
         self,
@@ -212,20 +273,34 @@ def _mode(module: nn.Module, method: Any, call: Call) -> dict[str, bool]:
     }
 
 
-def _check_mode(call: Call, run: Any, args: Any, kwargs: Any, context: Any) -> Any:
+def _check_layer(
+    call: Call,
+    layers: list[tuple[Path, nn.Module]],
+    run: Any,
+    args: Any,
+    kwargs: Any,
+    context: Any,
+) -> Any:
+    """Note a layer of the wrapped module that is called, by the path of its statistics."""
+    if context.method_name == "__call__":
+        layers.append((("batch_stats", *context.module.path), context.module))
+        _check_mode(call, args, kwargs, context.module)
+    return run(*args, **kwargs)
+
+
+def _check_mode(call: Call, args: Any, kwargs: Any, layer: Any) -> None:
     """Refuse a layer that trains while the host evaluates: the module fixes its mode."""
-    flag = _FLAGS.get(type(context.module))
-    if call.training is False and flag is not None and context.method_name == "__call__":
+    flag = _FLAGS.get(type(layer))
+    if call.training is False and flag is not None:
         given = kwargs.get(flag, args[1] if len(args) > 1 else None)
-        value = getattr(context.module, flag) if given is None else given
-        if value is False and getattr(context.module, "rate", 1.0) != 0.0:
+        value = getattr(layer, flag) if given is None else given
+        if value is False and getattr(layer, "rate", 1.0) != 0.0:
             raise ArgumentError(
-                f"the host evaluates, and a {type(context.module).__name__} of the wrapped "
+                f"the host evaluates, and a {type(layer).__name__} of the wrapped "
                 f"module has {flag}=False",
                 remedy="Give the module's call an argument 'train' or 'deterministic', and "
                 "pass it on to its layers",
             )
-    return run(*args, **kwargs)
 
 
 def _draws(part: Any) -> bool:

@@ -122,8 +122,9 @@ _DOC = """A live ``flax.linen.Module`` around a module of another framework.
     Under ``nn.vmap`` and ``nn.scan`` with split parameters all members start out identical,
     as there is nothing random in handing out weights.
 
-    Variables and carries hold values with physical units without them, in the units that the
-    guest has; arguments and results of calls keep theirs.
+    Variables and carries hold values with physical units without them, and a unit is the last
+    part of its value's path, ``params/V/mV``: variables in another unit do not fit. Arguments
+    and results of calls keep theirs.
 
     Args:
         module: the guest, a module instance.
@@ -131,7 +132,8 @@ _DOC = """A live ``flax.linen.Module`` around a module of another framework.
         params: the variables of a Linen guest.
         state: the ``eqx.nn.State`` of a stateful Equinox guest.
         batch_axes: leading axes that an Equinox guest is mapped over, 1 by default.
-        axis_name: the name of the first of them.
+        axis_name: the name of these axes together, by default as the guest's own layers say:
+            their statistics are those of the whole batch. A tuple has one name for each.
         carry: what one example starts from, for an Equinox guest that is a recurrent cell of
             your own: it is called ``guest(x, carry)`` and returns ``(carry, output)``.
             Its input has one feature axis, or ``guest.num_feature_axes``.
@@ -276,6 +278,12 @@ class ToLinen(nn.Module):
         )
 
     @nn.nowrap
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """``nn.Module.apply``, and an ``ArgumentError`` for variables that are no mapping."""
+        _check_variables(variables)
+        return super().apply(variables, *args, **kwargs)
+
+    @nn.nowrap
     def unwrap(self, variables: Mapping[str, Any] | None = None) -> Any:
         """The guest; with ``variables``, a new one that holds them.
 
@@ -320,11 +328,7 @@ class ToLinen(nn.Module):
                 f"{self._shim_structure.guest_type.__qualname__} cannot change in place",
                 remedy="shim.unwrap(variables) makes a new one that holds them",
             )
-        if not isinstance(variables, Mapping):
-            raise ArgumentError(
-                f"variables must be a mapping of collections, got {type(variables).__name__}",
-                remedy='Pass what apply takes: {"params": ..., ...}',
-            )
+        _check_variables(variables)
         commit(guest, self.module.structure, self._shim_given(variables))
 
     # -- private: every name has the prefix _shim_ --
@@ -379,6 +383,7 @@ class ToLinen(nn.Module):
         structure, own = self._shim_structure, self._shim_guest.values()
         if variables is None:
             return own
+        _check_variables(variables)
         carried = () if COLLECTIONS[Kind.HIDDEN] in variables else structure.carried
         wanted = {path: value for path, value in own.items() if path not in carried}
         return own | _values(structure, variables, wanted)
@@ -483,6 +488,14 @@ def _check_params(structure: Structure) -> None:
         )
 
 
+def _check_variables(variables: Any) -> None:
+    if not isinstance(variables, Mapping):
+        raise ArgumentError(
+            f"variables must be a mapping of collections, got {type(variables).__name__}",
+            remedy='Pass what init returned: {"params": ..., ...}',
+        )
+
+
 def _no_key() -> jax.Array:
     raise MissingKeyError(
         "the wrapped layer draws random numbers, and the shim has no key for it",
@@ -545,7 +558,7 @@ def _values(
             missing=sorted("/".join(p) for p in places.keys() - given.keys()),
             unexpected=sorted("/".join(p) for p in given.keys() - places.keys()),
             mismatched=mismatched,
-            remedy="Pass all collections that init returned",
+            remedy="Pass all collections that init returned, of the module as it is now",
         )
     return {path: given[place] for place, path in places.items()}
 

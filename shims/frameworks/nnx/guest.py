@@ -29,6 +29,7 @@ from ...core import (
     Call,
     Cell,
     Kind,
+    LeafCell,
     Looks,
     Path,
     Structure,
@@ -83,6 +84,10 @@ def _facts(variable: nnx.Variable) -> Any:
     return layout(variable.get_raw_value()), *metadata, *map(Same, metadata.values())
 
 
+def _tree(variable: nnx.Variable) -> Any:
+    return jax.tree.structure(variable.get_raw_value())
+
+
 def _leaves(variables: list[tuple[Path, nnx.Variable]]) -> dict[Path, Any]:
     return {
         leaf_path: leaf
@@ -91,25 +96,16 @@ def _leaves(variables: list[tuple[Path, nnx.Variable]]) -> dict[Path, Any]:
     }
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _VariableCell(Cell):
-    variable: nnx.Variable
-    index: int
+class _VariableCell(LeafCell):
+    def _inner(self) -> Cell | None:
+        return cell_of(self.container)  # the Variable itself shows another's array
 
-    @property
-    def identity(self) -> tuple[Any, int]:
-        inner = cell_of(self.variable)  # the Variable itself shows another's array
-        return (self.variable, self.index) if inner is None else inner.identity
+    def _held(self) -> Any:
+        return self.container.get_raw_value()
 
-    def get(self) -> Any:
-        value = self.variable.get_raw_value()
-        return value if isinstance(value, jax.Array) else jax.tree.leaves(value)[self.index]
-
-    def _put(self, value: Any) -> None:
-        flat, tree = jax.tree.flatten(self.variable.get_raw_value())
-        flat[self.index] = value
+    def _hold(self, value: Any) -> None:
         # The value is concrete, whatever trace is being built around the call.
-        _store(self.variable, jax.tree.unflatten(tree, flat))
+        _store(self.container, value)
 
 
 def _store(variable: nnx.Variable, value: Any) -> None:
@@ -140,7 +136,7 @@ class NnxGuest(WatchedGuest):
     def _look(self) -> tuple[Watch | None, Looks]:
         watch, _ = _watched(self.native)
         cells = [
-            _VariableCell(leaf_path, _kind(variable, leaf), variable, index)
+            _VariableCell(leaf_path, _kind(variable, leaf), variable, index, _tree(variable))
             for path, variable in _variables(self.native)
             for index, (leaf_path, leaf) in enumerate(leaves(path, variable.get_raw_value()))
         ]
@@ -223,10 +219,7 @@ class NnxStructure(Structure):
         self.fills: frozenset[str] = frozenset(("deterministic", "rngs"))
         self._definition, state = nnx.split(_without_results(module))
         flat: Any = nnx.to_flat_state(state)
-        self._makers = {
-            path: (type(v), v.get_metadata(), jax.tree.structure(v.get_raw_value()))
-            for path, v in flat
-        }
+        self._makers = {path: (type(v), v.get_metadata(), _tree(v)) for path, v in flat}
         has_streams = any(issubclass(cls, nnx.RngState) for cls, _, _ in self._makers.values())
         modules: Any = nnx.iter_modules(module)
         self._waits = not has_streams or any(_waits_for_stream(part) for _, part in modules)

@@ -146,8 +146,8 @@ _DOC = """A live ``nnx.Module`` around a module of another framework.
     ``model.train()`` and ``model.eval()`` reach the guest, as does a call's
     ``deterministic=``. A guest that draws random numbers, in training or evaluation, gets a
     fresh key from ``rngs`` at each call that draws. Variables and carries hold values with
-    physical units without them, in the units that the guest has; arguments and results of
-    calls keep theirs.
+    physical units without them, and a unit is the last part of its value's path,
+    ``shim.V["mV"]``; arguments and results of calls keep theirs.
 
     A function that closes over a shim sees what one that closes over a native NNX module
     sees: the values at trace time, as constants, and a stream that cannot advance. In a
@@ -163,7 +163,8 @@ _DOC = """A live ``nnx.Module`` around a module of another framework.
         params: the variables of a Linen guest.
         state: the ``eqx.nn.State`` of a stateful Equinox guest.
         batch_axes: leading axes that an Equinox guest is mapped over, 1 by default.
-        axis_name: the name of the first of them, by default as the guest's own layers say.
+        axis_name: the name of these axes together, by default as the guest's own layers say:
+            their statistics are those of the whole batch. A tuple has one name for each.
         carry: what one example starts from, for an Equinox guest that is a recurrent cell of
             your own: it is called ``guest(x, carry)`` and returns ``(carry, output)``.
             Its input has one feature axis, or ``guest.num_feature_axes``.
