@@ -22,7 +22,7 @@ from . import formulas, specs
 from .errors import InteropError
 from .layout import Flow, leaves_of
 
-__all__ = ["Mixing", "mixing"]
+__all__ = ["Mixing", "is_local", "mixing"]
 
 ROWS = 3
 # Where nothing tells the shape of an example: sizes that most functions can divide.
@@ -140,6 +140,30 @@ def _outcome(leaf: specs.Function, batch: Any) -> _Outcome:
         return _Outcome(ran=True, is_independent=False, is_silent=False)
     same = all(_same(whole, i, row) for i, row in enumerate(rows))
     return _Outcome(ran=True, is_independent=same, is_silent=not same, batch=whole)
+
+
+def is_local(fn: Any, number: int) -> bool:
+    """Whether a function of so many arrays uses their last axis only, however many there are.
+
+    One that cannot be traced counts as such.
+    """
+    arrays = [
+        np.random.default_rng(i).standard_normal((3, 4, 12), np.float32) for i in range(number)
+    ]
+    try:  # abstractly at first, which draws nothing from a random state
+        jax.eval_shape(fn, *arrays)
+    except Exception:
+        return True
+    try:
+        with jax.ensure_compile_time_eval():
+            whole = np.asarray(fn(*arrays))
+            parts = [(i, np.asarray(fn(*[array[i] for array in arrays]))) for i in (1, (2, 1))]
+    except Exception:
+        return False
+    return all(
+        whole[i].shape == part.shape and np.allclose(whole[i], part, 1e-3, 1e-4, equal_nan=True)
+        for i, part in parts
+    )
 
 
 def _same(whole: Any, i: int, row: Any) -> bool:

@@ -24,7 +24,7 @@ from .errors import (
     UnsupportedLayerError,
     UnsupportedStructureError,
 )
-from .independence import Mixing, mixing
+from .independence import Mixing, is_local, mixing
 from .layout import Crossed, Flow, leaves_of, several_axes
 from .parameters import is_quantity, leaves_by_name
 from .progress import advance
@@ -131,6 +131,8 @@ class Reading:
         """The spec that ``rule`` makes of the layer being read."""
         self._check_fixed(self.adapter.module(node), rule)
         spec = self._remember(self._spec_by(rule, node), self.path, self._found)
+        if self.adapter.per_example:
+            _check_functions(spec, self)
         if mismatched := spec.mismatches() or _not_inexact(spec):
             raise ConversionError(
                 f"the arrays of {self._found.__qualname__} do not fit",
@@ -323,7 +325,7 @@ class Building:
             if isinstance(spec, specs.Function):
                 self._check_independence(spec, self._there.spec)
             else:
-                self._check_functions(spec)
+                _check_functions(spec, self)
         try:
             rule = self.adapter.builder(spec, self.found, self.path)
             self._check_options(spec, rule)
@@ -503,18 +505,6 @@ class Building:
                 f"Pass one example as the model takes it, {order}without its batch axis",
             )
 
-    def _check_functions(self, spec: specs.Spec) -> None:
-        """Refuse a layer that holds a function which mixes the examples of a batch."""
-        for name in spec.functions:
-            fn: Any = getattr(spec, name, None)
-            if fn is None or formulas.activation_name(fn) is not None:
-                continue
-            if mixing(specs.Function(fn=fn, per_example=False), (12,), channels_first=False):
-                reason = "it mixes the examples of a batch"
-                self.refuse(name, fn, f"{reason}, and {self.adapter.name} sees one")
-        for part in spec.inner().values():
-            self._check_functions(part)
-
     def _check_independence(self, spec: specs.Function, root: specs.Spec) -> None:
         """Refuse a function in a stack that mixes the examples of a batch."""
         if spec.per_example:
@@ -559,6 +549,26 @@ class Building:
                     f"{self.adapter.name} has no counterpart",
                     "Leave the option at its default, or wrap the layer live with shims.wrap",
                 )
+
+
+def _check_functions(spec: specs.Spec, ctx: Reading | Building) -> None:
+    """Refuse a layer that holds a function which does not treat each example by itself.
+
+    With a batch it would compute something else than with the examples of it.
+    """
+    for name, number in spec.functions.items():
+        fn: Any = getattr(spec, name, None)
+        if fn is None or formulas.activation_name(fn) is not None or is_local(fn, number):
+            continue
+        ctx.refuse(
+            name,
+            fn,
+            f"it mixes the examples of a batch, or counts axes from the first, and "
+            f"{ctx.adapter.name} sees one example",
+            "Count axes from the last, of which it may use that one",
+        )
+    for part in spec.inner().values():
+        _check_functions(part, ctx)
 
 
 def _one_switch(found: type, problem: str, path: str) -> UnsupportedStructureError:

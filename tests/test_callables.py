@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import interop
+from interop.composites import equinox as composites
 from interop.composites.brainstate import Lambda
 
 from .cases import BIAS, WEIGHT, X, array
@@ -144,6 +145,47 @@ def test_a_function_that_mixes_the_batch_within_a_layer_is_refused():
     model, x = layer(shifted), array(2, 5, 3)
     converted = interop.convert(model, to="equinox", sample_input=(5, 3))
     np.testing.assert_allclose(jax.vmap(converted)(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [
+        lambda a, b: a - b.mean(0),
+        lambda a, b: a - b.mean(1, keepdims=True),
+        lambda a, b: jnp.concatenate([a, b], axis=2),
+        lambda a, b: a - b.mean(-2, keepdims=True),  # the batch, where time comes first
+    ],
+)
+def test_a_merge_of_both_directions_that_uses_other_axes_than_the_last_is_refused(merge):
+    """An example has one axis less: such a function would use other axes, or fail."""
+    model = bidirectional(merge)
+    with pytest.raises(interop.UnsupportedLayerError, match="mixes the examples") as e:
+        interop.convert(model, to="equinox", sample_input=(5, 3))
+    assert (e.value.option, e.value.path) == ("merge", "model")
+    assert e.value.remedy.startswith("Count axes from the last")
+
+
+def bidirectional(merge):
+    cells = [nnx.SimpleCell(3, 4, rngs=nnx.Rngs(seed)) for seed in (0, 1)]
+    parts = [nnx.RNN(cell, rngs=nnx.Rngs(0)) for cell in cells]
+    return nnx.Bidirectional(*parts, merge_fn=merge, rngs=nnx.Rngs(0))
+
+
+def test_a_merge_of_both_directions_may_use_the_last_axis():
+    model = bidirectional(lambda a, b: a - b.sum(-1, keepdims=True))
+    x = array(2, 5, 3)
+    first, second = model.forward_rnn(x), model.backward_rnn(x, reverse=True, keep_order=True)
+    wanted = np.asarray(first) - np.asarray(second).sum(-1, keepdims=True)
+    converted = interop.convert(model, to="equinox", sample_input=(5, 3))
+    np.testing.assert_allclose(jax.vmap(converted)(x), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_function_of_one_example_within_a_layer_is_refused_for_batches():
+    """Written for Equinox, ``x.mean()`` is over features; of a batch, it is over all of it."""
+    cell = composites.SimpleCell(3, 4, activation=lambda x: x - x.mean(), key=jax.random.key(0))
+    with pytest.raises(interop.UnsupportedLayerError, match="mixes the examples") as e:
+        interop.convert(cell, to="nnx")
+    assert e.value.option == "activation"
 
 
 def test_trying_functions_draws_no_random_number():

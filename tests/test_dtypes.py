@@ -1,5 +1,6 @@
 """Parameters and inputs in float32 and half precision: dtypes and values of the output."""
 
+import brainstate
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +53,20 @@ def test_layer_norm_keeps_the_output_dtype_except_in_equinox(
         (target, target.call(converted, x)),
     ):
         assert y.dtype == (inputs if framework.name == "equinox" else promoted)
+
+
+@pytest.mark.parametrize("goal", ["equinox", "linen", "nnx"])
+def test_a_group_norm_without_weights_returns_what_brainstate_does(goal):
+    """Statistics are float32 at least, and BrainState leaves the result in their dtype."""
+    source, target = Framework("brainstate"), Framework(goal)
+    model = brainstate.nn.GroupNorm(4, num_groups=2, use_scale=False, use_bias=False)
+    x = array(5, 4, dtype=jnp.bfloat16)
+    y = target.call(target.convert_from(source, model), x)
+    groups = np.float64(x).reshape(5, 2, 2)
+    normal = groups - groups.mean(-1, keepdims=True)
+    wanted = normal / np.sqrt(groups.var(-1, keepdims=True) + 1e-6)
+    assert y.dtype == (x.dtype if goal == "equinox" else jnp.float32)
+    np.testing.assert_allclose(y, wanted.reshape(5, 4), rtol=0, atol=1e-2)
 
 
 @mixes

@@ -610,3 +610,13 @@ def test_a_general_layer_that_becomes_a_plain_one_is_mapped():
     layer = nnx.LinearGeneral(3, 4, rngs=nnx.Rngs(0))
     for name in ("brainstate", "equinox"):
         assert len(interop.mapping(layer, interop.convert(layer, to=name))) == 2
+
+
+def test_a_general_layer_may_contract_no_axis(target):
+    layer = nnx.LinearGeneral((), 4, axis=(), rngs=nnx.Rngs(0))
+    layer.bias.set_value(BIAS)
+    if target.name == "nnx":
+        pytest.skip("nothing to convert")
+    converted = target.convert_from(Framework("nnx"), layer, sample_input=(3,))
+    wanted = np.asarray(X)[..., None] * np.asarray(layer.kernel) + np.asarray(BIAS)
+    np.testing.assert_allclose(target.call(converted, X), wanted, rtol=1e-6, atol=1e-6)

@@ -144,7 +144,8 @@ def test_instance_norm_is_a_group_norm_of_single_features(framework, target):
         model.scale.set_value(scale)
         model.bias.set_value(bias)
     else:
-        model = nn.InstanceNorm(epsilon=EPSILON), {"params": {"scale": scale, "bias": bias}}
+        params = {"scale": scale, "bias": bias}
+        model = nn.InstanceNorm(epsilon=EPSILON, feature_axes=(-1,)), {"params": params}
     converted = target.convert_from(source, model, sample_input=(3, 5, 4))
     found = target.to_channels_last(target.call(converted, target.from_channels_last(x)))
     wanted = normal(x, (1, 2), scale, bias)

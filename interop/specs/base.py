@@ -135,8 +135,8 @@ class Spec:
     """Whether its inputs are indices."""
     counts_axes: ClassVar[bool] = False
     """Whether the result depends on the order of the axes, and ``moved`` changes that."""
-    functions: ClassVar[tuple[str, ...]] = ()
-    """Fields, of some of its classes, that hold functions of data with batch axes."""
+    functions: ClassVar[Mapping[str, int]] = {}
+    """Fields, of some of its classes, that hold functions of data; of how many arrays."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)

@@ -130,8 +130,7 @@ class LinearGeneral(Spec):
 
     @property
     def in_features(self) -> int | None:
-        is_last = max(self.axes) == -1
-        return self.in_shape[-1] if is_last else None
+        return self.in_shape[-1] if -1 in self.axes else None
 
     def output_shape(self, shape: Shape | None) -> Shape | None:
         if shape is None or self.mixes_examples():

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, cast
 
@@ -82,7 +82,7 @@ class Cell(Spec):
 
     carry: ClassVar[tuple[str, ...]] = ("h",)
     """The names of the arrays of the state."""
-    functions: ClassVar[tuple[str, ...]] = ("activation", "gate")
+    functions: ClassVar[Mapping[str, int]] = {"activation": 1, "gate": 1}
 
     @property
     def feature_axes(self) -> int:
@@ -741,8 +741,8 @@ class RNN(Spec):
 class Bidirectional(Spec):
     """``merge(forward_rnn(x), backward_rnn(x))``, the second from the sequence's end.
 
-    Shapes as of :class:`RNN`. Both outputs are in the order of the input. ``merge`` is an
-    elementwise function of both; None means that they are concatenated on their last axis.
+    Shapes as of :class:`RNN`. Both outputs are in the order of the input. ``merge`` is a
+    function of both at each time; None means that they are concatenated on their last axis.
     With ``return_carry``, the result is the pair of the last states, and the outputs.
 
     A call takes a pair as ``initial_carry``, ``seq_lengths``, and the options ``time_major``
@@ -766,6 +766,7 @@ class Bidirectional(Spec):
     return_carry: bool = False
 
     children: ClassVar[tuple[str, ...]] = ("forward_rnn", "backward_rnn")
+    functions: ClassVar[Mapping[str, int]] = {"merge": 2}
     takes_examples = True
     least_axes = 2
 

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import brainstate
+import jax
 import jax.numpy as jnp
 import numpy as np
 from brainstate import nn
@@ -163,8 +164,13 @@ def read_group_norm(m: nn.GroupNorm, ctx: Reading) -> specs.GroupNorm:
     if axes is not None and axes[-1] != -1:
         ctx.refuse("reduction_axes", axes, "the last one must be -1, that of the features")
     arrays = arrays_of(m, ctx, scale=(features,), bias=(features,))
+    fields = _norm_fields(m, arrays)
+    if not arrays and m.dtype is None:  # it then has that of the statistics
+        if jax.config.jax_enable_x64:
+            ctx.refuse("dtype", None, "the result is float32 or wider", "Give it a dtype")
+        fields["output_dtype"] = jnp.dtype(jnp.float32)
     return specs.GroupNorm(
-        **_norm_fields(m, arrays),
+        **fields,
         num_groups=m.num_groups,
         features=features,
         reduction_axes=None if axes is None else tuple(axes[:-1]),

@@ -8,7 +8,7 @@ import flax.linen as nn
 
 from ... import specs
 from ...walk import Building, Reading
-from ..nnx.norms import group_axes
+from ..nnx.norms import check_last, group_axes
 from .adapter import Node, adapter, node_of
 from .variables import axes_of
 
@@ -116,8 +116,9 @@ def read_group_norm(node: Node, ctx: Reading) -> specs.GroupNorm:
     )
 
 
-@adapter.reads(nn.InstanceNorm, specs.GroupNorm, fixed={"feature_axes": -1})
+@adapter.reads(nn.InstanceNorm, specs.GroupNorm)
 def read_instance_norm(node: Node, ctx: Reading) -> specs.GroupNorm:
+    check_last(node.module.feature_axes, ctx)
     (features,) = _shape(node) or (0,)
     if not features:
         ctx.refuse("use_scale, use_bias", False, "without them the features are not known")

@@ -156,13 +156,19 @@ def build_group_norm(spec: specs.GroupNorm, ctx: Building) -> nnx.GroupNorm:
     )
 
 
+def check_last(axes: Any, ctx: Reading) -> None:
+    """Refuse the feature axes of an InstanceNorm but for the last one."""
+    if axes not in (-1, (-1,), [-1]):
+        ctx.refuse("feature_axes", axes, "only -1 converts")
+
+
 @adapter.reads(
     nnx.InstanceNorm,
     specs.GroupNorm,
     state=("scale", "bias"),
-    fixed={"feature_axes": -1},
 )
 def read_instance_norm(m: nnx.InstanceNorm, ctx: Reading) -> specs.GroupNorm:
+    check_last(m.feature_axes, ctx)
     return specs.GroupNorm(
         **_norm_fields(m, ctx), num_groups=m.num_features, features=m.num_features
     )
