@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 import brainstate
-import jax
 import jax.numpy as jnp
 import numpy as np
 from brainstate import nn
@@ -166,7 +165,7 @@ def read_group_norm(m: nn.GroupNorm, ctx: Reading) -> specs.GroupNorm:
     arrays = arrays_of(m, ctx, scale=(features,), bias=(features,))
     fields = _norm_fields(m, arrays)
     if not arrays and m.dtype is None:  # it then has that of the statistics
-        if jax.config.jax_enable_x64:
+        if jnp.result_type(float) != jnp.float32:
             ctx.refuse("dtype", None, "the result is float32 or wider", "Give it a dtype")
         fields["output_dtype"] = jnp.dtype(jnp.float32)
     return specs.GroupNorm(
