@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import brainstate
@@ -21,13 +23,29 @@ from .live import X
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}  # float32 sums in another order
 XS = jnp.stack([X, X + 1, 2 * X])
 
-CASES: dict[str, Callable[[Any, Any], None]] = {}
-"""By the name that the README has for it: a check of a source's block in a host."""
+BOTH, EVALUATION = (True, False), (False,)
 
 
-def case(name: str) -> Callable[[Callable[[Any, Any], None]], Callable[[Any, Any], None]]:
-    def add(check: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-        CASES[name] = check
+@dataclass(frozen=True)
+class Case:
+    """A check of a source's block in a host: ``check(source, host, train)``.
+
+    Attributes:
+        check: the check.
+        modes: what ``train`` is: where the mode is none of the check's business, ``False``.
+    """
+
+    check: Callable[[Any, Any, bool], None]
+    modes: tuple[bool, ...]
+
+
+CASES: dict[str, Case] = {}
+"""By the name that the README has for it."""
+
+
+def case(name: str, modes: tuple[bool, ...] = BOTH):
+    def add(check: Callable[[Any, Any, bool], None]) -> Callable[[Any, Any, bool], None]:
+        CASES[name] = Case(check, modes)
         return check
 
     return add
@@ -48,76 +66,108 @@ def assert_same_arrays(arrays, expected):
         rest.pop(found[0])
 
 
-def evaluates(call):
-    expected, _ = live.truth(live.PARAMS, live.STATS, X, False)
-    for _ in range(2):
-        assert_allclose(call(X), expected, **TOLERANCE)
-
-
-@case("eager evaluation")
-def eager_evaluation(source, host):
-    evaluates(host.call)
-
-
-@case("compiled evaluation")
-def compiled_evaluation(source, host):
-    evaluates(host.jit)
-
-
-def trains(source, host, call):
-    """Normalises by the batch, moves the statistics, and evaluates with them."""
-    stats = live.STATS
-    for x in XS:
-        expected, stats = live.truth(live.PARAMS, stats, x, True)
-        assert_allclose(call(x, train=True), expected, **TOLERANCE)
+def assert_arrays(source, host, expected):
+    """The guest, as its own framework has it, holds the arrays that plain JAX has."""
     arrays = source.block_arrays(host.unwrap())
-    assert_allclose(arrays["mean"], stats["mean"], **TOLERANCE)
-    assert_allclose(arrays["var"], stats["var"], **TOLERANCE)
-    expected, _ = live.truth(live.PARAMS, stats, X, False)
-    assert_allclose(host.call(X), expected, **TOLERANCE)
+    for name, array in expected.items():
+        assert_allclose(arrays[name], array, **TOLERANCE, err_msg=name)
 
 
-@case("eager training calls")
-def eager_training(source, host):
-    trains(source, host, host.call)
+def assert_fresh(masks):
+    """No two calls have dropped the same units, and all together about as many as they must."""
+    for one, other in itertools.combinations(masks, 2):
+        assert not np.array_equal(one, other)
+    assert abs(1 - np.mean(masks) - live.RATE) < 0.25
 
 
-@case("compiled training calls")
-def compiled_training(source, host):
-    trains(source, host, host.jit)
+def follow(outs, xs, train, params=live.PARAMS, stats=live.STATS):
+    """Compare the outputs of calls one after the other with plain JAX.
+
+    Returns:
+        The statistics afterwards, and what dropout has kept in each call, or None.
+    """
+    masks = []
+    for out, x in zip(outs, xs, strict=True):
+        masks.append(live.mask_of(out, params, stats, x) if train else None)
+        expected, stats = live.truth(params, stats, x, train, masks[-1])
+        assert_allclose(out, expected, **TOLERANCE)
+    return stats, masks
 
 
-@case("gradients")
-def gradients(source, host):
-    *_, grads = live.trained(1)
-    assert_same_arrays(host.gradients(X), grads.values())
+def runs(source, host, outs, train):
+    """``outs``, of calls with ``XS`` in turn, are right, and so is what the calls leave."""
+    stats, masks = follow(outs, XS, train)
+    if train:
+        assert_fresh(masks)
+    assert_arrays(source, host, live.PARAMS | stats)
+    follow([host.call(X)], [X], False, stats=stats)
+
+
+@case("eager calls")
+def eager(source, host, train):
+    runs(source, host, [host.call(x, train) for x in XS], train)
+
+
+@case("compiled calls")
+def compiled(source, host, train):
+    runs(source, host, [host.jit(x, train) for x in XS], train)
+
+
+@case("scan over time")
+def scan(source, host, train):
+    runs(source, host, host.scan(XS, train), train)
+
+
+def derives(source, host, train, *, remat):
+    stats, masks = live.STATS, []
+    for x in XS[:2]:
+        loss, out, grads = host.gradients(x, train, remat)
+        masks.append(live.mask_of(out, live.PARAMS, stats, x) if train else None)
+        (value, (expected, stats)), wanted = live.graded(
+            live.PARAMS, stats, x, train, masks[-1]
+        )
+        assert_allclose(loss, value, **TOLERANCE)
+        assert_allclose(out, expected, **TOLERANCE)
+        assert_same_arrays(grads, wanted.values())
+    if train:
+        assert_fresh(masks)
+    assert_arrays(source, host, live.PARAMS | stats)
+
+
+@case("values and gradients")
+def gradients(source, host, train):
+    derives(source, host, train, remat=False)
 
 
 @case("checkpointing")
-def checkpointing(source, host):
-    *_, grads = live.trained(1)
-    assert_same_arrays(host.remat_gradients(X), grads.values())
+def checkpointing(source, host, train):
+    derives(source, host, train, remat=True)
 
 
 def descends(source, host, *, compiled):
     """Training in the host is training of the guest."""
-    losses, params, stats, _ = live.trained(3)
-    assert_allclose([float(host.step(X, compiled)) for _ in range(3)], losses, **TOLERANCE)
-    trained = host.unwrap()
-    for name, array in source.block_arrays(trained).items():
-        assert_allclose(array, (params | stats)[name], **TOLERANCE)
+    params, stats, masks = live.PARAMS, live.STATS, []
+    for _ in range(3):
+        loss, out = host.step(X, compiled)
+        masks.append(live.mask_of(out, params, stats, X))
+        (value, (expected, stats)), grads = live.graded(params, stats, X, True, masks[-1])
+        params = jax.tree.map(lambda p, g: p - live.STEP * g, params, grads)
+        assert_allclose(loss, value, **TOLERANCE)
+        assert_allclose(out, expected, **TOLERANCE)
+    assert_fresh(masks)
+    assert_arrays(source, host, params | stats)
     expected, _ = live.truth(params, stats, X, False)
-    assert_allclose(source.block_output(trained, X), expected, **TOLERANCE)
+    assert_allclose(source.block_output(host.unwrap(), X), expected, **TOLERANCE)
     assert_allclose(host.call(X), expected, **TOLERANCE)
 
 
-@case("eager train steps")
-def eager_steps(source, host):
+@case("eager train steps", (True,))
+def eager_steps(source, host, train):
     descends(source, host, compiled=False)
 
 
-@case("compiled train steps with one compilation")
-def compiled_steps(source, host):
+@case("compiled train steps with one compilation", (True,))
+def compiled_steps(source, host, train):
     descends(source, host, compiled=True)
     assert _compiled  # the listener works
     before = len(_compiled)
@@ -140,61 +190,59 @@ def _run_over_time(host_type, static, state, xs):
 
 
 @case("jax.jit and jax.lax.scan of the split state with one trace for equal shims")
-def split_state(source, host):
-    static, state = host.split(train=True)
-    state, outs = _run_over_time(type(host), static, state, XS)
-    stats = live.STATS
-    for x, out in zip(XS, outs, strict=True):
-        expected, stats = live.truth(live.PARAMS, stats, x, True)
-        assert_allclose(out, expected, **TOLERANCE)
+def split_state(source, host, train):
+    static, state = host.split(train)
+    after, outs = _run_over_time(type(host), static, state, XS)
     before = len(_traced)
-    _run_over_time(type(host), host.again().split(train=True)[0], state, XS)
+    _run_over_time(type(host), host.again().split(train)[0], after, XS)
     assert len(_traced) == before
-    host.join(state)
-    arrays = source.block_arrays(host.unwrap())
-    for name in stats:
-        assert_allclose(arrays[name], stats[name], **TOLERANCE)
+    host.join(after)
+    runs(source, host, outs, train)
 
 
-@case("vmap over ensembles of weights")
-def ensembles(source, host):
-    def doubled(a):
-        is_inexact = jnp.issubdtype(a.dtype, jnp.inexact)
-        return jnp.stack([a, 2 * a if is_inexact else a])
+@case("vmap over ensembles of weights and data")
+def ensembles(source, host, train):
+    """Each member has weights, statistics, keys and data of its own."""
 
-    static, state = host.split(train=False)
-    outs = jax.vmap(lambda state: host.run(static, state, X)[0])(jax.tree.map(doubled, state))
-    for factor, out in zip((1, 2), outs, strict=True):
-        params, stats = jax.tree.map(lambda a, f=factor: f * a, (live.PARAMS, live.STATS))
-        assert_allclose(out, live.truth(params, stats, X, False)[0], **TOLERANCE)
+    def members(a):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            return jax.random.split(a, 2)
+        return jnp.stack([a, 2 * a if jnp.issubdtype(a.dtype, jnp.inexact) else a])
+
+    static, state = host.split(train)
+    run = jax.vmap(functools.partial(type(host).run, static))
+    outs, states = run(jax.tree.map(members, state), XS[:2])
+    kept = []
+    for i, out in enumerate(outs):
+        params, stats = jax.tree.map(lambda a, f=i + 1: f * a, (live.PARAMS, live.STATS))
+        stats, masks = follow([out], [XS[i]], train, params, stats)
+        kept += masks
+        host.join(jax.tree.map(lambda a, i=i: a[i], states))
+        assert_arrays(source, host, params | stats)
+    if train:
+        assert_fresh(kept)
 
 
-@case("vmap over data")
-def vmap(source, host):
+@case("vmap over data", EVALUATION)
+def vmap(source, host, train):
     expected = [live.truth(live.PARAMS, live.STATS, x, False)[0] for x in XS]
     assert_allclose(host.vmap(XS), jnp.stack(expected), **TOLERANCE)
 
 
-@case("scan over time")
-def scan(source, host):
-    stats, expected = live.STATS, []
-    for x in XS:
-        out, stats = live.truth(live.PARAMS, stats, x, True)
-        expected.append(out)
-    assert_allclose(host.scan(XS), jnp.stack(expected), **TOLERANCE)
-    assert_allclose(source.block_arrays(host.unwrap())["var"], stats["var"], **TOLERANCE)
-
-
 @case("abstract evaluation of shapes")
-def shapes(source, host):
-    assert host.shape(X) == (6, 2)
-    static, state = host.split(train=False)
+def shapes(source, host, train):
+    assert host.shape(X, train) == (6, 2)
+    static, state = host.split(train)
     weights = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)
-    assert jax.eval_shape(lambda state: host.run(static, state, X)[0], weights).shape == (6, 2)
+    out, after = jax.eval_shape(functools.partial(type(host).run, static), weights, X)
+    assert out.shape == (6, 2)
+    assert [a.shape for a in jax.tree.leaves(after)] == [
+        a.shape for a in jax.tree.leaves(state)
+    ]
 
 
-@case("other methods")
-def methods(source, host):
+@case("other methods", EVALUATION)
+def methods(source, host, train):
     host.step(X)
     trained = source.block_arrays(host.unwrap())
     expected = 2 * (X @ trained["w1"] + trained["b1"])
@@ -203,8 +251,8 @@ def methods(source, host):
     assert host.shim.label == "a block"
 
 
-@case("many threads")
-def threads(source, host):
+@case("many threads", EVALUATION)
+def threads(source, host, train):
     """One shim, called and compiled, another of its guest, and the guest itself, at once."""
     expected, _ = live.truth(live.PARAMS, live.STATS, X, False)
     guest, other = host.unwrap(), host.again()
@@ -224,16 +272,27 @@ def threads(source, host):
     with ThreadPoolExecutor(4) as pool:
         outs = [out for found in pool.map(work, calls) for out in found]
     assert_allclose(outs, [expected] * len(outs), **TOLERANCE)
-    evaluates(host.call)
+    follow([host.call(X)], [X], False)
 
 
 @case("an exception in the guest")
-def exception(source, host):
+def exception(source, host, train):
     """Leaves every value as it was, also what the guest had written before it raised."""
-    before = source.block_arrays(host.unwrap())
-    for compiled in (False, True):
-        with pytest.raises(Exception, match=r"."):
-            host.step(X[:, :2], compiled)
+    before, xs = source.block_arrays(host.unwrap()), XS[:, :5]  # no program knows this batch
+    attempts: list[Callable[[], Any]] = [
+        lambda: host.call(xs[0], train),
+        lambda: host.jit(xs[0], train),
+        lambda: host.scan(xs, train),
+        lambda: host.gradients(xs[0], train),
+        lambda: host.gradients(xs[0], train, remat=True),
+    ]
+    if train:
+        attempts += [lambda: host.step(xs[0], False), lambda: host.step(xs[0])]
+    else:
+        attempts += [lambda: host.vmap(xs), lambda: host.shape(xs[0], train)]
+    for attempt in attempts:
+        with live.failing(), pytest.raises(live.BrokenError):
+            attempt()
         after = source.block_arrays(host.unwrap())
         jax.tree.map(np.testing.assert_array_equal, after, before)
-    evaluates(host.call)
+    runs(source, host, [host.call(x, train) for x in XS], train)

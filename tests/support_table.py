@@ -16,7 +16,11 @@ FILES = (ROOT / "README.md", ROOT / "docs" / "kinds.md")
 
 def covered() -> str:
     """Markdown: what the tests run for every pair, from the table that they are made of."""
-    text = f"For each of them the tests run, against plain JAX: {', '.join(CASES)}."
+    what = "a model with batch normalisation and dropout, in training and evaluation"
+    how = "in Equinox with batches and with single examples"
+    text = (
+        f"For each of them the tests run, against plain JAX, {what}, {how}: {', '.join(CASES)}."
+    )
     return f"{textwrap.fill(text, 96)}\n"
 
 

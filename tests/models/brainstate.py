@@ -759,25 +759,28 @@ class Block(nn.Module):
 
     label = "a block"
 
-    def __init__(self, rate):
+    def __init__(self, rate, axis_name):
         super().__init__()
         p, s = live.PARAMS, live.STATS
         self.inp = linear(p["w1"], p["b1"])
         stats = s["mean"], s["var"], live.EPSILON, live.MOMENTUM
         self.norm = batch_norm(p["scale"], p["shift"], *stats)
+        self.norm.axis_name = axis_name
         self.drop = dropout(rate)
         self.out = linear(p["w2"], p["b2"])
 
     def update(self, x):
         h = self.inp(x)
-        return self.out(self.drop(jnp.tanh(self.norm(h)))) + h.sum(-1, keepdims=True)
+        y = self.drop(jnp.tanh(self.norm(h)))
+        live.passed()
+        return self.out(y) + h.sum(-1, keepdims=True)
 
     def encode(self, x, *, gain=1.0):
         return {"code": gain * self.inp(x)}
 
 
-def block(rate=0.0):
-    return Block(rate)
+def block(rate=0.0, axis_name=None):
+    return Block(rate, axis_name)
 
 
 def block_output(model, x):
@@ -829,60 +832,85 @@ class Host:
         for state in self._params.values():
             state.value = jax.tree.map(lambda p: 2 * p, state.value)
 
-    def _loss(self, x, call):
-        return brainstate.transform.grad(
-            lambda: (call(x) ** 2).mean(), self._params, return_value=True
-        )()
+    def gradients(self, x, train, remat=False):
+        """Loss, output and gradients."""
 
-    def gradients(self, x):
-        return list(self._loss(x, lambda x: self.call(x, True))[0].values())
+        def call(x):
+            return self.call(x, train)
+
+        if remat:
+            call = brainstate.transform.checkpoint(call)
+        grads, loss, out = self._graded(x, call)
+        return loss, out, list(grads.values())
+
+    def _graded(self, x, call):
+        def loss():
+            out = call(x)
+            return (out**2).mean(), out
+
+        return brainstate.transform.grad(loss, self._params, has_aux=True, return_value=True)()
 
     def _step(self, x):
-        grads, loss = self._loss(x, lambda x: self.call(x, True))
+        grads, loss, out = self._graded(x, lambda x: self.call(x, True))
         for path, state in self._params.items():
             state.value = state.value - live.STEP * grads[path]
-        return loss
+        return loss, out
 
     def step(self, x, compiled=True):
         return (self._compiled if compiled else self._step)(x)
 
     def split(self, train):
-        """What is static of the shim, and its state, for ``run``."""
+        """What is static of the shim, and its state and a key, for ``run``."""
         definition, states = brainstate.graph.treefy_split(self.shim)
-        return (definition, train), states
+        return (definition, train), (states, jax.random.key(5))
 
     @staticmethod
     def run(static, state, x):
         """The output, and the state afterwards."""
-        definition, train = static
-        shim = brainstate.graph.treefy_merge(definition, state)
-        with brainstate.environ.context(fit=train):
-            out = shim(x)
+        (definition, train), (before, key) = static, state
+        shim = brainstate.graph.treefy_merge(definition, before)
+        key, now = jax.random.split(key)
+        out = _with_key(now, shim, x, train)
         after = jax.tree.leaves(brainstate.graph.treefy_split(shim)[1])
         # BrainState notes beside the values which of them were written.
-        return out, jax.tree.unflatten(jax.tree.structure(state), after)
+        return out, (jax.tree.unflatten(jax.tree.structure(before), after), key)
 
     def join(self, state):
         """Give the shim a state."""
         states = self.shim.states()
-        for path, ref in state.to_flat().items():
+        for path, ref in state[0].to_flat().items():
             states[path].value = ref.value
 
     def vmap(self, xs):
         return brainstate.transform.vmap(lambda x: self.call(x))(xs)
 
-    def scan(self, xs):
-        return brainstate.transform.for_loop(lambda x: self.call(x, True), xs)
+    def scan(self, xs, train):
+        return brainstate.transform.for_loop(lambda x: self.call(x, train), xs)
 
-    def remat_gradients(self, x):
-        call = brainstate.transform.checkpoint(lambda x: self.call(x, True))
-        return list(self._loss(x, call)[0].values())
-
-    def shape(self, x):
-        return brainstate.transform.eval_shape(lambda x: self.call(x), x).shape
+    def shape(self, x, train):
+        return brainstate.transform.eval_shape(lambda x: self.call(x, train), x).shape
 
     def unwrap(self):
         return self.shim.unwrap()
 
     def materialize(self):
         return self.shim.materialize()
+
+
+def _with_key(key, module, x, train):
+    """A call in a transformation of JAX, which draws from a key of ours: the random state is
+    taken in and out as any other."""
+
+    def call(x):
+        with brainstate.environ.context(fit=train):
+            return module(x)
+
+    pure = brainstate.transform.StatefulFunction(call).make_jaxpr(x)
+    states = pure.get_states(x)
+    is_random = [state is brainstate.random.DEFAULT for state in states]
+    values = [key if r else s.value for s, r in zip(states, is_random, strict=True)]
+    after, out = pure.jaxpr_call(values, x)
+    for state, value, r in zip(states, after, is_random, strict=True):
+        if value is not None and not r:  # None: it was only read
+            state.restore_value(value)
+    return out

@@ -584,7 +584,9 @@ class Block(eqx.Module):
     def __call__(self, x, state, key=None):
         h = self.inp(x)
         y, state = self.norm(h, state)
-        return self.out(self.drop(jnp.tanh(y), key=key)) + h.sum(keepdims=True), state
+        y = self.drop(jnp.tanh(y), key=key)
+        live.passed()
+        return self.out(y) + h.sum(keepdims=True), state
 
     def encode(self, x, state, *, gain=1.0):
         return {"code": gain * self.inp(x)}, state
@@ -615,12 +617,15 @@ def block_arrays(model):
 
 
 class Host:
-    """A shim whose host is this framework, called with batches, and its current state."""
+    """A shim whose host is this framework, called with batches, and its current state.
 
-    def __init__(self, module, keyed=True, **keywords):
-        self.again = functools.partial(Host, module, keyed, **keywords)
+    One that takes whole batches, or with ``batched=False`` one example, which is mapped here.
+    """
+
+    def __init__(self, module, keyed=True, batched=True, **keywords):
+        self.again = functools.partial(Host, module, keyed, batched, **keywords)
         make = eqx.nn.make_with_state(shims.ToEquinox)
-        self.shim, self.state = make(module, batched=True, **keywords)
+        self.shim, self.state = make(module, batched=batched, **keywords)
         self._keys = iter(range(1000)) if keyed else None
 
     def _key(self):
@@ -635,17 +640,17 @@ class Host:
     def call(self, x, train=False):
         if not self.shim.is_stateful():
             return self._mode(train)(x, key=self._key())
-        out, self.state = self._mode(train)(x, state=self.state, key=self._key())
+        out, self.state = _apply(self._mode(train), x, self.state, self._key())
         return out
 
     def jit(self, x, train=False):
-        out, self.state = _apply(self._mode(train), x, self.state, self._key())
+        out, self.state = _compiled_apply(self._mode(train), x, self.state, self._key())
         return out
 
     def method(self, name, x, **options):
         @eqx.filter_jit
         def call(shim, x, state):
-            return getattr(shim, name)(x, state=state, **options)
+            return _apply(shim, x, state, None, name, **options)
 
         return call(self._mode(False), x, self.state)[0]
 
@@ -656,13 +661,17 @@ class Host:
         """Change the weights."""
         self.shim = eqx.apply_updates(self.shim, eqx.filter(self.shim, eqx.is_inexact_array))
 
-    def gradients(self, x):
-        return jax.tree.leaves(_loss(self._mode(True), self._copy(), x, self._key())[1])
+    def gradients(self, x, train, remat=False):
+        """Loss, output and gradients."""
+        call = eqx.filter_checkpoint(_apply) if remat else _apply
+        arguments = self._mode(train), self.state, x, self._key(), call
+        (loss, (out, self.state)), grads = _graded(*arguments)
+        return loss, out, jax.tree.leaves(grads)
 
     def step(self, x, compiled=True):
         step = _compiled_step if compiled else _step
-        loss, self.shim, self.state = step(self._mode(True), self.state, x, self._key())
-        return loss
+        loss, out, self.shim, self.state = step(self._mode(True), self._copy(), x, self._key())
+        return loss, out
 
     def split(self, train):
         """What is static of the shim, and its state, for ``run``."""
@@ -675,7 +684,8 @@ class Host:
         """The output, and the state afterwards."""
         (leaves, tree), (arrays, state, key) = static, state
         shim = eqx.combine(arrays, jax.tree.unflatten(tree, leaves))
-        out, state = shim(x, state=state, key=key)
+        key, now = jax.random.split(key)
+        out, state = _apply(shim, x, state, now)
         return out, (arrays, state, key)
 
     def join(self, state):
@@ -685,27 +695,22 @@ class Host:
 
     def vmap(self, xs):
         shim, state = self._mode(False), self.state
-        return jax.vmap(lambda x: shim(x, state=state)[0])(xs)
+        return jax.vmap(lambda x: _apply(shim, x, state, None)[0])(xs)
 
-    def scan(self, xs):
-        shim = self._mode(True)
+    def scan(self, xs, train):
+        shim = self._mode(train)
 
-        def body(state, x):
-            out, state = shim(x, state=state, key=self._key())
+        def body(state, step):
+            out, state = _apply(shim, step[0], state, step[1])
             return state, out
 
-        self.state, outs = jax.lax.scan(body, self.state, xs)
+        keys = jax.random.split(self._key(), len(xs))
+        self.state, outs = jax.lax.scan(body, self._copy(), (xs, keys))
         return outs
 
-    def remat_gradients(self, x):
-        call = eqx.filter_checkpoint(_block_call)
-        return jax.tree.leaves(_loss(self._mode(True), self._copy(), x, self._key(), call)[1])
-
-    def shape(self, x):
-        shim = self._mode(False)
-        return eqx.filter_eval_shape(
-            lambda s, x, st: s(x, state=st)[0], shim, x, self._copy()
-        ).shape
+    def shape(self, x, train):
+        arguments = self._mode(train), x, self._copy(), self._key()
+        return eqx.filter_eval_shape(_apply, *arguments)[0].shape
 
     def unwrap(self):
         return self.shim.unwrap(self._copy())
@@ -714,26 +719,34 @@ class Host:
         return self.shim.materialize(self._copy())
 
 
-@eqx.filter_jit
-def _apply(shim, x, state, key):
-    return shim(x, state=state, key=key)
+def _apply(shim, x, state, key, method="__call__", **options):
+    """Call a shim with a batch; one that takes an example once for each, as users do."""
+
+    def call(x, state, key):
+        return getattr(shim, method)(x, state=state, **options, key=key)
+
+    if shim.batched:
+        return call(x, state, key)
+    keys = None if key is None else jax.random.split(key, len(x))
+    each = jax.vmap(call, (0, None, 0), (0, None), axis_name="batch")
+    return each(x, state, keys)
 
 
-def _block_call(shim, x, state, key):
-    return shim(x, state=state, key=key)
+_compiled_apply = eqx.filter_jit(_apply)
 
 
-def _loss(shim, state, x, key, call=_block_call):
+def _graded(shim, state, x, key, call):
     def loss(shim):
         out, after = call(shim, x, state, key)
-        return (out**2).mean(), after
+        return (out**2).mean(), (out, after)
 
     return eqx.filter_value_and_grad(loss, has_aux=True)(shim)
 
 
 def _step(shim, state, x, key):
-    (loss, state), grads = _loss(shim, state, x, key)
-    return loss, eqx.apply_updates(shim, jax.tree.map(lambda g: -live.STEP * g, grads)), state
+    (loss, (out, state)), grads = _graded(shim, state, x, key, _apply)
+    updates = jax.tree.map(lambda g: -live.STEP * g, grads)
+    return loss, out, eqx.apply_updates(shim, updates), state
 
 
 _compiled_step = eqx.filter_jit(_step)

@@ -649,6 +649,7 @@ class Block(nn.Module):
 
     label: ClassVar = "a block"
     rate: float
+    axis_name: str | None
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -658,9 +659,11 @@ class Block(nn.Module):
             epsilon=live.EPSILON,
             momentum=live.MOMENTUM,
             use_fast_variance=False,
+            axis_name=self.axis_name,
             name="norm",
         )
         y = nn.Dropout(self.rate, deterministic=not train)(jnp.tanh(norm(h)))
+        live.passed()
         return nn.Dense(2, name="out")(y) + h.sum(-1, keepdims=True)
 
     def encode(self, x, *, gain=1.0):
@@ -668,14 +671,14 @@ class Block(nn.Module):
         return {"code": gain * (h + self.get_variable("params", "inp")["bias"])}
 
 
-def block(rate=0.0):
+def block(rate=0.0, axis_name=None):
     p = live.PARAMS
     params = {
         "inp": {"kernel": p["w1"], "bias": p["b1"]},
         "norm": {"scale": p["scale"], "bias": p["shift"]},
         "out": {"kernel": p["w2"], "bias": p["b2"]},
     }
-    return Block(rate), {"params": params, "batch_stats": {"norm": dict(live.STATS)}}
+    return Block(rate, axis_name), {"params": params, "batch_stats": {"norm": dict(live.STATS)}}
 
 
 def block_output(model, x):
@@ -744,28 +747,31 @@ class Host:
         params = jax.tree.map(lambda p: 2 * p, self.variables["params"])
         self.variables = {**self.variables, "params": params}
 
-    def _loss(self, variables, rngs, x, apply):
+    def _graded(self, variables, rngs, x, apply):
         def loss(params):
             out, after = apply({**variables, "params": params}, rngs, x)
-            return (out**2).mean(), after
+            return (out**2).mean(), (out, after)
 
         return jax.value_and_grad(loss, has_aux=True)(variables["params"])
 
-    def _train(self, variables, rngs, x):
-        return self._apply(variables, rngs, x, True)
-
-    def gradients(self, x):
-        return jax.tree.leaves(self._loss(self.variables, self._rngs(), x, self._train)[1])
+    def gradients(self, x, train, remat=False):
+        """Loss, output and gradients."""
+        apply = functools.partial(self._apply, train=train)
+        apply = jax.checkpoint(apply) if remat else apply
+        (loss, (out, after)), grads = self._graded(self.variables, self._rngs(), x, apply)
+        self.variables = {**self.variables, **{name: after[name] for name in self._mutable}}
+        return loss, out, jax.tree.leaves(grads)
 
     def _step(self, variables, rngs, x):
-        (loss, after), grads = self._loss(variables, rngs, x, self._train)
+        train = functools.partial(self._apply, train=True)
+        (loss, (out, after)), grads = self._graded(variables, rngs, x, train)
         params = jax.tree.map(lambda p, g: p - live.STEP * g, variables["params"], grads)
-        return loss, {**after, "params": params}
+        return loss, out, {**after, "params": params}
 
     def step(self, x, compiled=True):
         step = self._compiled if compiled else self._step
-        loss, self.variables = step(self.variables, self._rngs(), x)
-        return loss
+        loss, out, self.variables = step(self.variables, self._rngs(), x)
+        return loss, out
 
     def split(self, train):
         """What is static of the shim, and its state, for ``run``."""
@@ -774,10 +780,12 @@ class Host:
     @staticmethod
     def run(static, state, x):
         """The output, and the state afterwards."""
-        variables, rngs = state
+        variables, keys = state
         mutable = [name for name in variables if name != "params"]
+        split = {name: jax.random.split(key) for name, key in keys.items()}
+        rngs = {name: key for name, (_, key) in split.items()}
         out, after = static.apply(variables, x, rngs=rngs, mutable=mutable)
-        return out, ({**variables, **after}, rngs)
+        return out, ({**variables, **after}, {name: key for name, (key, _) in split.items()})
 
     def join(self, state):
         """Give the shim a state."""
@@ -786,8 +794,8 @@ class Host:
     def vmap(self, xs):
         return jax.vmap(lambda x: self._apply(self.variables, {}, x, False)[0])(xs)
 
-    def scan(self, xs):
-        shim, mutable = self.shim.clone(deterministic=False), self._mutable
+    def scan(self, xs, train):
+        shim, mutable = self.shim.clone(deterministic=not train), self._mutable
 
         class OverTime(nn.Module):
             @nn.compact
@@ -805,14 +813,9 @@ class Host:
         self.variables |= {k: tree["inner"] for k, tree in after.items()}
         return outs
 
-    def remat_gradients(self, x):
-        apply = jax.checkpoint(self._train)
-        return jax.tree.leaves(self._loss(self.variables, self._rngs(), x, apply)[1])
-
-    def shape(self, x):
-        return jax.eval_shape(
-            lambda v, x: self._apply(v, {}, x, False)[0], self.variables, x
-        ).shape
+    def shape(self, x, train):
+        apply = functools.partial(self._apply, train=train)
+        return jax.eval_shape(apply, self.variables, self._rngs(), x)[0].shape
 
     def unwrap(self):
         return self.shim.unwrap(self.variables)

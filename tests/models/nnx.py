@@ -756,24 +756,28 @@ class Block(nnx.Module):
 
     label = "a block"
 
-    def __init__(self, rate):
+    def __init__(self, rate, axis_name):
         p, s = live.PARAMS, live.STATS
         self.inp = linear(p["w1"], p["b1"])
         stats = s["mean"], s["var"], live.EPSILON, live.MOMENTUM
         self.norm = batch_norm(p["scale"], p["shift"], *stats)
-        self.drop = nnx.Dropout(rate, rngs=nnx.Rngs(7))
+        self.norm.axis_name = axis_name
+        # A stream of its own is for a whole batch: the one example of an axis is given its key.
+        self.drop = nnx.Dropout(rate, rngs=None if axis_name else nnx.Rngs(7))
         self.out = linear(p["w2"], p["b2"])
 
-    def __call__(self, x):
+    def __call__(self, x, rngs=None):
         h = self.inp(x)
-        return self.out(self.drop(jnp.tanh(self.norm(h)))) + h.sum(-1, keepdims=True)
+        y = self.drop(jnp.tanh(self.norm(h)), rngs=rngs)
+        live.passed()
+        return self.out(y) + h.sum(-1, keepdims=True)
 
     def encode(self, x, *, gain=1.0):
         return {"code": gain * self.inp(x)}
 
 
-def block(rate=0.0):
-    return Block(rate)
+def block(rate=0.0, axis_name=None):
+    return Block(rate, axis_name)
 
 
 def block_output(model, x):
@@ -820,9 +824,11 @@ class Host:
         params = nnx.state(self.shim, nnx.Param)
         nnx.update(self.shim, jax.tree.map(lambda p: 2 * p, params))
 
-    def gradients(self, x):
-        _switch(self.shim, True)
-        return jax.tree.leaves(nnx.grad(lambda m: (m(x) ** 2).mean())(self.shim))
+    def gradients(self, x, train, remat=False):
+        """Loss, output and gradients."""
+        _switch(self.shim, train)
+        loss, out, grads = _graded(self.shim, x, nnx.remat(_call) if remat else _call)
+        return loss, out, jax.tree.leaves(grads)
 
     def step(self, x, compiled=True):
         _switch(self.shim, True)
@@ -845,21 +851,16 @@ class Host:
 
     def vmap(self, xs):
         _switch(self.shim, False)
-        return nnx.vmap(lambda m, x: m(x), in_axes=(None, 0))(self.shim, xs)
+        return nnx.vmap(_call, in_axes=(None, 0))(self.shim, xs)
 
-    def scan(self, xs):
-        _switch(self.shim, True)
+    def scan(self, xs, train):
+        _switch(self.shim, train)
         scan = nnx.scan(lambda m, x: (m, m(x)), in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
         return scan(self.shim, xs)[1]
 
-    def remat_gradients(self, x):
-        _switch(self.shim, True)
-        grads = nnx.grad(lambda m: (nnx.remat(lambda m, x: m(x))(m, x) ** 2).mean())(self.shim)
-        return jax.tree.leaves(grads)
-
-    def shape(self, x):
-        _switch(self.shim, False)
-        return nnx.eval_shape(lambda m, x: m(x), self.shim, x).shape
+    def shape(self, x, train):
+        _switch(self.shim, train)
+        return nnx.eval_shape(_call, self.shim, x).shape
 
     def unwrap(self):
         return self.shim.unwrap()
@@ -868,11 +869,24 @@ class Host:
         return self.shim.materialize()
 
 
+def _call(shim, x):
+    return shim(x)
+
+
+def _graded(shim, x, call):
+    def loss(shim):
+        out = call(shim, x)
+        return (out**2).mean(), out
+
+    (value, out), grads = nnx.value_and_grad(loss, has_aux=True)(shim)
+    return value, out, grads
+
+
 def _step(shim, x):
-    loss, grads = nnx.value_and_grad(lambda m: (m(x) ** 2).mean())(shim)
+    loss, out, grads = _graded(shim, x, _call)
     params = nnx.state(shim, nnx.Param)
     nnx.update(shim, jax.tree.map(lambda p, g: p - live.STEP * g, params, grads))
-    return loss
+    return loss, out
 
 
 _compiled_step = nnx.jit(_step)
