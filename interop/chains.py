@@ -18,6 +18,7 @@ import functools
 import inspect
 import itertools
 import re
+import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
@@ -52,10 +53,12 @@ class Chain:
         steps: in the order of their calls.
         modes: the arguments of the mode that the method takes, and their defaults; ``...``
             for one without.
+        other: what else the method does, where it does; there are no steps then.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[Step, ...] = ()
     modes: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    other: str | None = None
 
 
 MODES = {
@@ -98,7 +101,7 @@ def steps_of(
     module: Any,
     is_layer: Callable[[Any], bool],
     contents: Callable[[Any], Any] = lambda value: value,
-) -> Chain | None:
+) -> Chain:
     """The layers and functions that a module's method applies, in order.
 
     Args:
@@ -109,22 +112,35 @@ def steps_of(
         contents: a container of the framework as a list or dict; other values as they are.
 
     Returns:
-        None if the method does anything else, in training or in evaluation, or if that cannot
-        be told.
+        No steps, and why, if the method does anything else, in training or in evaluation, or
+        if that cannot be told.
     """
-    if not isinstance(method, types.FunctionType) or not _is_plain(method.__code__):
-        return None
+    if not isinstance(method, types.FunctionType):
+        return Chain(other="it is no plain function")
+    if not _is_plain(method.__code__):
+        return Chain(other="it catches errors, sets a global or compares by identity")
     try:
         traces = [_Trace(module, is_layer, contents, train) for train in (False, True)]
         found = [trace.run(method) for trace in traces]
-    except Exception:  # of whatever kind: the code was not written for stand-ins
-        return None
+    except Exception as e:  # of whatever kind: the code was not written for stand-ins
+        return Chain(other=_line(method, e) or str(e) or None)
     if not all(a.is_same(b) for a, b in itertools.zip_longest(*found, fillvalue=_NOTHING)):
-        return None
+        return Chain(other="it does not apply the same in training and in evaluation")
     steps = tuple(Step(call.callable, call.path, call.modes) for call in found[0])
     _, _, *rest = inspect.signature(method).parameters.values()
     unset, modes = inspect.Parameter.empty, [p for p in rest if p.name in MODES]
     return Chain(steps, {p.name: ... if p.default is unset else p.default for p in modes})
+
+
+def _line(method: types.FunctionType, error: Exception) -> str | None:
+    """The line of a method, or of a function within, that an error comes from."""
+    file = method.__code__.co_filename
+    lines = [
+        f"{file}:{number}: {text}"
+        for where, number, _, text in traceback.extract_tb(error.__traceback__)
+        if where == file
+    ]
+    return lines[-1] if lines else None
 
 
 def mode_of(given: Mapping[str, Any]) -> str | None:
@@ -274,11 +290,11 @@ class _Trace:
         kinds = (data.POSITIONAL_ONLY, data.POSITIONAL_OR_KEYWORD)
         left_out = [p for p in rest if p.name not in MODES]
         if data.kind not in kinds or any(p.default is not None for p in left_out):
-            raise _OtherError
+            raise _OtherError("it takes more than the data, modes and what is None by default")
         options = {p.name: self._mode(p.name) if p.name in MODES else self._none for p in rest}
         out = run(_Names(self._attribute), self._latest, **options)
         if out is not self._latest or not self._steps:
-            raise _OtherError
+            raise _OtherError("it does not return what its last layer or function gives")
         return self._steps
 
     def _mode(self, name: str) -> bool:

@@ -278,10 +278,11 @@ class Adapter(abc.ABC):
         """
         bases = cast(Any, type(self.module(node))).__mro__
         is_known = any(base in self.readers for base in bases)
-        return None if is_known else self.chain(node)
+        chain = None if is_known else self.chain(node)
+        return chain if chain and chain.steps else None
 
     def chain(self, node: Any) -> Chain | None:
-        """:meth:`steps` of a module without a rule."""
+        """:meth:`steps` of a module without a rule, or why there are none."""
         return None
 
     def mode(self, node: Any) -> str | None:
@@ -396,9 +397,11 @@ class Adapter(abc.ABC):
             return UnmappedLayerError(cls, self.name, path=path, verb="read", remedy=remedy)
         is_users = _package(cls) != _package(self.module_type)
         if is_users and self.has_children(module):
+            chain = self.chain(module)
+            other = f" ({chain.other})" if chain and chain.other else ""
             return UnsupportedStructureError(
                 f"cannot convert {cls.__qualname__} ({self.name}): its forward logic is its "
-                f"own, and only stacks of known layers can be rebuilt",
+                f"own{other}, and only stacks of known layers can be rebuilt",
                 path=path,
                 remedy=f"Wrap it live: {_live(path)}; or convert its parts one by one",
             )

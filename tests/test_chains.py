@@ -434,7 +434,7 @@ def test_weights_that_the_call_does_not_use_are_not_lost():
         def __call__(self, x):
             return self.a(x)
 
-    with pytest.raises(interop.UnsupportedStructureError, match="forward logic"):
+    with pytest.raises(interop.UnsupportedStructureError, match="does not use all"):
         interop.from_nnx(Unused())
 
 
@@ -591,3 +591,38 @@ def test_flags_that_may_be_modes_are_no_constants(name):
         return
     with pytest.raises(interop.UnsupportedStructureError, match="forward logic"):
         interop.convert(Flagged(), to="equinox")
+
+
+def _added(self, x):
+    return self.b(x + self.a(x))
+
+
+def _wrapped(self, x):
+    return (self.a(x),)
+
+
+def _several(self, x, y):
+    return self.a(x)
+
+
+def _swapped(self, x, train=False):
+    return self.b(self.a(x)) if train else self.a(self.b(x))
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (_added, r"test_chains.py:\d+: return self.b\(x \+ self.a\(x\)\)"),
+        (_wrapped, "does not return what its last layer"),
+        (_several, "takes more than the data"),
+        (_handled, "catches errors"),
+        (_swapped, "the same in training and in evaluation"),
+        (OTHER["a compiled call"], "no plain function|is decorated"),
+    ],
+)
+def test_a_refusal_of_forward_logic_tells_what_it_does(call, says):
+    linen, other = _with_call(call)
+    params = {k: {"kernel": SQUARE[:3, :3], "bias": BIAS[:3]} for k in ("a", "b")}
+    for model, keywords in (linen, {"params": {"params": params}}), (other, {}):
+        with pytest.raises(interop.UnsupportedStructureError, match=says):
+            interop.convert(model, to="brainstate", **keywords)

@@ -177,10 +177,9 @@ class Linen(Adapter):
         return _fields(type(module)) - _fields(rule.layer_type)
 
     def chain(self, node: Any) -> Chain | None:
-        found = chain_of(self.module(node))
-        if found is None or not isinstance(node, Node):
-            return found and found[0]
-        chain, places = found
+        chain, places = chain_of(self.module(node))
+        if not isinstance(node, Node):
+            return chain
         nodes = {
             id(step.part): Node(step.part, within(node.variables, names))
             for step, names in zip(chain.steps, places, strict=True)

@@ -310,7 +310,7 @@ def leaves_of(
     if isinstance(module, nn.Sequential):
         parts = [(layer, (f"layers_{i}",)) for i, layer in enumerate(module.layers)]
     elif isinstance(module, nn.Module) and adapter.steps(module):
-        chain, places = chain_of(module) or (Chain(()), [])
+        chain, places = chain_of(module)
         parts = [(step.part, names) for step, names in zip(chain.steps, places, strict=True)]
     else:
         if isinstance(module, nn.Module):
@@ -323,22 +323,21 @@ def leaves_of(
             yield from leaves_of(adapter, layer, (*scope, *names), module)
 
 
-def chain_of(module: nn.Module) -> tuple[Chain, list[Key]] | None:
+def chain_of(module: nn.Module) -> tuple[Chain, list[Key]]:
     """What a module with ``setup`` comes to, if it applies layers and functions in order.
 
     Returns:
         Its steps, each layer by itself, and the names of the place of each one's variables.
+        No steps if it does anything else.
     """
     method = getattr(type(module).__call__, "__wrapped__", None)  # by Flax's own wrapper
     if hasattr(method, "__wrapped__") or getattr(method, "compact", False):
-        return None
+        return Chain(other="it is decorated, as by nn.compact"), []
     try:
         bound = module.bind({})
     except Exception:
-        return None
+        return Chain(other="it has parts that cannot be set up alone"), []
     chain = steps_of(method, bound, lambda value: isinstance(value, nn.Module))
-    if chain is None:
-        return None
     alone: dict[int, Any] = {}
     steps: list[Step] = []
     places: list[Key] = []

@@ -47,8 +47,10 @@ class Nnx(Adapter):
             return None
         call = inspect.getattr_static(cls, "__call__", None)
         chain = steps_of(call, node, _is_layer, _contents)
-        used = {id(v) for step in (chain.steps if chain else ()) for v in _held(step.part)}
-        return chain if used == {id(v) for v in _held(node)} else None
+        used = {id(v) for step in chain.steps for v in _held(step.part)}
+        if chain.steps and used != {id(v) for v in _held(node)}:
+            return Chain(other="it does not use all that the module holds")
+        return chain
 
     def has_children(self, module: Any) -> bool:
         return any(path for path, _ in nnx.iter_modules(module))
