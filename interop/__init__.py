@@ -6,19 +6,12 @@ goes from any framework to any other. Importing this package imports no framewor
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from . import api as _api
 from . import specs
 from .api import supported_layers
-from .comparison import (
-    Comparison,
-    Difference,
-    LayerDifference,
-    assert_equivalent,
-    compare,
-)
-from .correspondence import WeightMapping, mapping
 from .errors import (
     ArgumentError,
     BrokenDependencyError,
@@ -32,25 +25,34 @@ from .errors import (
     UnsupportedLayerError,
     UnsupportedStructureError,
 )
-from .exporting import export
-from .files import load, save
-from .named_weights import load_weights, weights
-from .onnx import to_onnx
-from .registration import (
-    LayerContext,
-    LayerMapping,
-    register_builder,
-    register_layer_mapping,
-    register_reader,
-    registered,
-)
-from .report import Report, Row, explain
 
 if TYPE_CHECKING:
     import brainstate
     import equinox
     import flax.linen
     import flax.nnx
+
+    from .comparison import (
+        Comparison,
+        Difference,
+        LayerDifference,
+        assert_equivalent,
+        compare,
+    )
+    from .correspondence import WeightMapping, mapping
+    from .exporting import export
+    from .files import load, save
+    from .named_weights import load_weights, weights
+    from .onnx import to_onnx
+    from .registration import (
+        LayerContext,
+        LayerMapping,
+        register_builder,
+        register_layer_mapping,
+        register_reader,
+        registered,
+    )
+    from .report import Report, Row, explain
 
 DISTRIBUTION = "brainstate-shims"
 """The name that this package is installed by."""
@@ -99,6 +101,33 @@ __all__ = [
     "to_onnx",
     "weights",
 ]
+
+
+# What is beside the conversion itself is imported at first use.
+_FILES = {
+    "Comparison": "comparison",
+    "Difference": "comparison",
+    "LayerContext": "registration",
+    "LayerDifference": "comparison",
+    "LayerMapping": "registration",
+    "Report": "report",
+    "Row": "report",
+    "WeightMapping": "correspondence",
+    "assert_equivalent": "comparison",
+    "compare": "comparison",
+    "explain": "report",
+    "export": "exporting",
+    "load": "files",
+    "load_weights": "named_weights",
+    "mapping": "correspondence",
+    "register_builder": "registration",
+    "register_layer_mapping": "registration",
+    "register_reader": "registration",
+    "registered": "registration",
+    "save": "files",
+    "to_onnx": "onnx",
+    "weights": "named_weights",
+}
 
 
 @overload
@@ -347,3 +376,15 @@ def from_equinox(
     return _api.convert_from(
         "equinox", model, to="brainstate", state=state, sample_input=sample_input
     )
+
+
+if not TYPE_CHECKING:  # where names that are not in it would count as known
+
+    def __getattr__(name: str) -> Any:
+        if name not in _FILES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f".{_FILES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

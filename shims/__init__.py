@@ -10,11 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from . import api as _api
-from . import saving as _saving
 from .api import explain
-from .materialization import materialize
 from .report import ArrayRow, LinkReport
-from .saving import save_traced
 
 if TYPE_CHECKING:
     import os
@@ -28,6 +25,8 @@ if TYPE_CHECKING:
     from .frameworks.equinox import ToEquinox
     from .frameworks.linen import ToLinen
     from .frameworks.nnx import ToNNX
+    from .materialization import materialize
+    from .saving import save_traced
 
 __all__ = [
     "ArrayRow",
@@ -45,13 +44,17 @@ __all__ = [
     "wrap",
 ]
 
-_FILES = {
+_HOSTS = {
     "FromEquinox": "brainstate",
     "FromLinen": "brainstate",
     "FromNNX": "brainstate",
     "ToEquinox": "equinox",
     "ToLinen": "linen",
     "ToNNX": "nnx",
+}
+_FILES = {name: f"frameworks.{host}" for name, host in _HOSTS.items()} | {
+    "materialize": "materialization",
+    "save_traced": "saving",
 }
 
 
@@ -229,16 +232,21 @@ def load_traced(path: str | os.PathLike[str], into: str) -> Any:
         >>> bool(jnp.allclose(module(x), traced(x)))
         True
     """
-    return _saving.load_into(path, into)
+    from .saving import load_into
+
+    return load_into(path, into)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _FILES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from interop.registry import registry
+if not TYPE_CHECKING:  # where names that are not in it would count as known
 
-    registry.adapter(_FILES[name])  # says which package is missing or broken
-    return getattr(import_module(f".frameworks.{_FILES[name]}", __name__), name)
+    def __getattr__(name: str) -> Any:
+        if name not in _FILES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name in _HOSTS:
+            from interop.registry import registry
+
+            registry.adapter(_HOSTS[name])  # says which package is missing or broken
+        return getattr(import_module(f".{_FILES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

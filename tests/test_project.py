@@ -99,10 +99,17 @@ def test_the_search_for_names_would_find_them():
 def test_importing_the_library_imports_no_framework_and_nothing_slow():
     code = (
         "import sys, interop, shims; "
-        "slow = {'interop.specs.linear', 'rich'}; "
+        "slow = {'interop.specs.linear', 'interop.comparison', 'shims.program', 'rich'}; "
         "print(({'brainstate', 'brainunit', 'equinox', 'flax'} | slow) & sys.modules.keys())"
     )
     assert run_python("-c", code, cwd=ROOT) == "set()\n"
+
+
+@pytest.mark.parametrize("package", [interop, shims])
+def test_every_public_name_can_be_imported(package):
+    assert dir(package) == sorted(package.__all__)
+    assert all(hasattr(package, name) for name in package.__all__)
+    assert not hasattr(package, "no_such_name")
 
 
 def test_conversions_do_not_depend_on_live_shims():

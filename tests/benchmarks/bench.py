@@ -764,7 +764,7 @@ def imports() -> Iterator[Row]:
             cpu(code)
         found = [[cpu(code) for code in codes] for _ in range(15)]
         ours, alone = (statistics.median(times) for times in zip(*found, strict=True))
-    why = "half of it is some forty dataclasses, whose methods Python compiles at import"
+    why = "half of it is some twenty dataclasses, whose methods Python compiles at import"
     yield Row("import interop, shims", ours, alone, "`import jax`", 0.05, "above", why)
 
 
