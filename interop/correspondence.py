@@ -587,7 +587,7 @@ def _match(first: _Numbered, second: _Numbered) -> tuple[dict[Path, Any], dict[P
         for key, (ids_b, shift_b) in b.items():
             ids_a, shift_a = a[key]
             ids[ids_b.ravel()] = ids_a.ravel()
-            shifts[ids_b.ravel()] = (shift_a - shift_b).ravel()
+            shifts[ids_b.ravel()] = shift_a.ravel() - shift_b.ravel()
     used = first.frozen.copy()
     used[ids[ids >= 0]] = True
     missing = [name(path) for path, part in second.ids.items() if (ids[part] < 0).any()]
@@ -610,8 +610,6 @@ def _check_layers(first: _Numbered, second: _Numbered) -> None:
         return layer[1], {key: ids.shape for key, (ids, _) in sorted(layer[2].items())}
 
     a, b = list(map(facts, first.layers)), list(map(facts, second.layers))
-    if a == b:
-        return
     if len(a) != len(b):
         raise ConversionError(
             f"the models do not correspond: {first.adapter.name} has {len(a)} layers with "
@@ -620,13 +618,25 @@ def _check_layers(first: _Numbered, second: _Numbered) -> None:
             path="model",
             remedy=_PAIR,
         )
-    i = next(i for i in range(len(a)) if a[i] != b[i])
+    i = next((i for i in range(len(a)) if not _is_alike(a[i], b[i])), None)
+    if i is None:
+        return
     here, there = ", ".join(map(str, a[i])), ", ".join(map(str, b[i]))
     raise ConversionError(
         f"the models do not correspond: {here} in {first.adapter.name}, {there} at "
         f"{second.layers[i][0]} in {second.adapter.name}",
         path=first.layers[i][0],
         remedy=_PAIR,
+    )
+
+
+def _is_alike(a: tuple[str, dict[str, Any]], b: tuple[str, dict[str, Any]]) -> bool:
+    """Whether two layers are of one kind and sizes; an array of several axes may be one row."""
+    (kind, shapes), (other, others) = a, b
+    return (kind, shapes.keys()) == (other, others.keys()) and all(
+        shape == others[key]
+        or (1 in (len(shape), len(others[key])) and math.prod(shape) == math.prod(others[key]))
+        for key, shape in shapes.items()
     )
 
 

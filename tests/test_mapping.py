@@ -512,3 +512,21 @@ def test_states_averages_and_masks_move_between_any_two(source, target):
     jax.tree.map(np.testing.assert_array_equal, moved, expected)
     assert {type(leaf) for leaf in jax.tree.leaves(moved["frozen"])} == {bool}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(moved["signs"])} == {"bool"}
+
+
+@pytest.mark.parametrize("name", ["brainstate", "equinox", "linen"])
+def test_the_one_row_of_a_normalisation_over_several_axes_is_mapped(name):
+    """NNX keeps the weights of several axes in one row, the others by axes."""
+    axes = (-2, -1)
+    native = nnx.LayerNorm(12, reduction_axes=axes, feature_axes=axes, rngs=nnx.Rngs(0))
+    scale, bias = array(12), array(12, seed=1)
+    native.scale.set_value(scale)
+    native.bias.set_value(bias)
+    keywords = {"to": name, "sample_input": (3, 4)}
+    mapping = interop.mapping(native, interop.convert(native, **keywords))
+    moved = jax.tree.leaves(mapping.apply(nnx.state(native, nnx.Param)))
+    found = {np.asarray(a).tobytes(): a.shape for a in moved}
+    assert found == {np.asarray(a).tobytes(): (3, 4) for a in (scale, bias)}
+    other = nnx.LayerNorm(10, reduction_axes=axes, feature_axes=axes, rngs=nnx.Rngs(0))
+    with pytest.raises(interop.ConversionError, match="do not correspond"):
+        interop.mapping(other, interop.convert(native, **keywords))
