@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from functools import partial, partialmethod
@@ -483,24 +483,25 @@ class Pair:
     guest_host: str
 
 
-def pairs(layer: Any, size: int = 16) -> list[Pair]:
+def pairs(layer: Any, size: int = 16, names: Iterable[str] = HOSTS) -> list[Pair]:
     """Each of the six shims around a BrainState model, or around what it converts to."""
     native = {name: converted([layer], name)[0] for name in FRAMEWORKS}
-    linen = shims.ToLinen(layer)
+    linen = shims.ToLinen(layer, deterministic=True)
     args = (jnp.zeros((4, size)),)
     if hasattr(linen, "initialize_carry"):
         args = (linen.initialize_carry(jax.random.key(0), (4, 16)), *args)
-    made = {
-        "ToNNX": (shims.ToNNX(layer), "brainstate"),
-        "ToLinen": ((linen, linen.init(jax.random.key(0), *args)), "brainstate"),
-        "ToEquinox": (shims.ToEquinox(layer), "brainstate"),
-        "FromNNX": (shims.FromNNX(native["nnx"]), "nnx"),
-        "FromLinen": (shims.FromLinen(*native["linen"]), "linen"),
-        "FromEquinox": (shims.FromEquinox(native["equinox"]), "equinox"),
+    made: dict[str, tuple[Job, str]] = {
+        "ToNNX": (lambda: shims.ToNNX(layer), "brainstate"),
+        "ToLinen": (lambda: (linen, linen.init(jax.random.key(0), *args)), "brainstate"),
+        "ToEquinox": (lambda: shims.ToEquinox(layer), "brainstate"),
+        "FromNNX": (lambda: shims.FromNNX(native["nnx"]), "nnx"),
+        "FromLinen": (lambda: shims.FromLinen(*native["linen"]), "linen"),
+        "FromEquinox": (lambda: shims.FromEquinox(native["equinox"]), "equinox"),
     }
     return [
-        Pair(name, HOSTS[name], shim, native[HOSTS[name]], native[guest], guest)
-        for name, (shim, guest) in made.items()
+        Pair(name, HOSTS[name], made[name][0](), native[HOSTS[name]], native[guest], guest)
+        for name in names
+        for guest in [made[name][1]]
     ]
 
 
@@ -509,6 +510,14 @@ def perceptron(n: int, size: int = 16) -> Any:
     for _ in range(n):
         layers += [brainstate.nn.Linear(size, size), brainstate.nn.Tanh()]
     return brainstate.nn.Sequential(*layers)
+
+
+def normalised() -> Any:
+    """A model with statistics and dropout, in evaluation."""
+    bnn = brainstate.nn
+    return bnn.Sequential(
+        bnn.Linear(16, 8), bnn.BatchNorm0d(8), bnn.Tanh(), bnn.Dropout(0.3), bnn.Linear(8, 16)
+    )
 
 
 def evaluating(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -552,15 +561,25 @@ def instructions(function: Callable[..., Any], *args: Any) -> int:
     return len(re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = ", program, re.MULTILINE))
 
 
+def programs(pair: Pair, host: str, other: Any, against: str) -> Iterator[Row]:
+    """The shim's programs beside those of another model."""
+    for what, of in (("forward", functional), ("train step", training)):
+        counts = [
+            instructions(function, values, X)
+            for values, function in (of(pair.host, pair.shim), of(host, other))
+        ]
+        row = f"{pair.name}: instructions of the compiled {what}"
+        yield Row(row, *counts, against, 0, "same", unit="")
+
+
 def compiled() -> Iterator[Row]:
     for pair in pairs(perceptron(4)):
-        for what, of in (("forward", functional), ("train step", training)):
-            counts = [
-                instructions(function, values, X)
-                for values, function in (of(pair.host, m) for m in (pair.shim, pair.native))
-            ]
-            row = f"{pair.name}: instructions of the compiled {what}"
-            yield Row(row, *counts, "native", 0, "same", unit="")
+        yield from programs(pair, pair.host, pair.native, "native")
+    # BatchNorm is not written alike in any two frameworks, so that the guest is what to equal.
+    for pair in pairs(normalised(), names=("ToNNX", "ToLinen", "FromNNX", "FromLinen")):
+        if pair.host == "nnx":
+            pair.shim.eval()
+        yield from programs(pair, pair.guest_host, pair.guest, "the guest alone, BatchNorm")
     layer = interop.to_equinox(perceptron(4))
     inner = brainstate.nn.Sequential(shims.FromEquinox(layer))
     through = [shims.ToNNX(inner), shims.ToNNX(layer)]
