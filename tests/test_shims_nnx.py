@@ -312,6 +312,22 @@ def test_a_call_can_choose_the_mode():
     assert_array_equal(view(X), X)
 
 
+def test_a_view_has_one_mode():
+    norm = bnn.BatchNorm0d((3,))
+    model = nnx.Sequential(shims.ToNNX(norm), nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    for wrong in ({"deterministic": False}, {}):
+        with pytest.raises(interop.ArgumentError, match="one mode"):
+            nnx.view(model, use_running_average=True, **wrong)
+    view = nnx.view(model, use_running_average=True, deterministic=True)
+    assert_allclose(view(X), X / (1 + 1e-5), rtol=1e-5)
+    assert_array_equal(norm.running_mean.value, np.zeros(3))
+    traced = model.layers[0].materialize(method="trace", sample_input=X, train=True)
+    with pytest.raises(interop.ArgumentError, match="one mode"):
+        nnx.view(traced, use_running_average=True)
+    plain = nnx.Sequential(shims.ToNNX(bnn.Linear(3, 3)), model.layers[1])
+    assert nnx.view(plain, use_running_average=True).layers[0].deterministic is False
+
+
 @pytest.mark.parametrize("jit", [False, True])
 def test_each_training_call_draws_a_fresh_mask_and_evaluation_none(jit):
     model = nnx.Sequential(shims.ToNNX(bnn.Dropout(0.7), rngs=nnx.Rngs(3)))

@@ -49,6 +49,7 @@ from ...forwarding import (
 )
 from ...materialization import materialize
 from ...report import LinkReport
+from .modes import viewed
 from .streams import drawing, first_carry, named_streams, stream_of
 from .views import check_link, owned, view_of
 
@@ -251,14 +252,22 @@ class ToNNX(nnx.Module):
     ) -> Any:
         return self._shim_run("__call__", args, kwargs, rngs, deterministic)
 
-    def set_view(self, deterministic: bool | None = None) -> None:
+    def set_view(
+        self, deterministic: bool | None = None, use_running_average: bool | None = None
+    ) -> None:
         """Set the mode, for ``nnx.view``.
 
         Args:
             deterministic: True for evaluation, False for training, None to leave it.
+            use_running_average: the same, or None.
+
+        Raises:
+            ArgumentError: the two differ, and the guest keeps running statistics.
         """
-        if deterministic is not None:
-            self.deterministic = deterministic
+        kinds = self._shim_first.kinds.values()
+        self.deterministic = viewed(
+            self.deterministic, deterministic, use_running_average, kinds
+        )
 
     def refresh(self) -> None:
         """Show the guest's arrays as they are now.

@@ -12,6 +12,7 @@ from interop.errors import ArgumentError
 
 from ...core import Kind, Path, at, attribute_path, nest
 from ...program import Program
+from .modes import viewed
 from .streams import drawing, first_carry, stream_of
 from .views import Buffer, HiddenState
 
@@ -71,10 +72,18 @@ class Traced(nnx.Module):
             self._variable(path).set_value(value)
         return out
 
-    def set_view(self, deterministic: bool | None = None) -> None:
-        """Set the mode, for ``nnx.view``: True for evaluation, False for training."""
-        if deterministic is not None:
-            self.deterministic = deterministic
+    def set_view(
+        self, deterministic: bool | None = None, use_running_average: bool | None = None
+    ) -> None:
+        """Set the mode, for ``nnx.view``: True for evaluation, False for training.
+
+        Raises:
+            ArgumentError: the two differ, and the module keeps running statistics.
+        """
+        kinds = {value.kind for value in self.program.values}
+        self.deterministic = viewed(
+            self.deterministic, deterministic, use_running_average, kinds
+        )
 
     def values(self) -> dict[Path, Any]:
         """The arrays by the wrapped module's paths."""
