@@ -78,6 +78,7 @@ __all__ = [
     "materialize_structure",
     "named_paths",
     "nest",
+    "no_batch",
     "noting",
     "path_of",
     "path_text",
@@ -706,6 +707,17 @@ class Guest(ABC):
     @abstractmethod
     def values(self) -> dict[Path, Any]:
         """The arrays as they are now, each container once."""
+
+
+def no_batch(layer: str, path: Path, shape: Iterable[int]) -> ArgumentError:
+    """The error for a layer that would take its statistics from one example alone."""
+    where = path_text(path) or "its root"
+    return ArgumentError(
+        f"{layer} takes batch statistics at {where}, and its input of shape {list(shape)} has "
+        f"no batch axis",
+        remedy="Call it with a batch (a shim that sees one example takes batched=True), or "
+        "give the layer an axis_name",
+    )
 
 
 def check_key(key: Any) -> None:

@@ -269,6 +269,8 @@ def test_a_module_of_another_framework_is_refused_by_name():
         shims.FromEquinox(eqx.nn.Linear)
     with pytest.raises(interop.ArgumentError, match="params="):
         shims.FromLinen(nn.Dense(3), None)
+    with pytest.raises(interop.ArgumentError, match=r"no array: params\.bias, params\.kernel"):
+        shims.FromLinen(nn.Dense(3), {"params": {"kernel": "w", "bias": object()}})
     with pytest.raises(interop.ArgumentError, match="state="):
         shims.FromEquinox(eqx.nn.BatchNorm(3, "batch", mode="batch"))
 

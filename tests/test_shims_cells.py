@@ -613,6 +613,25 @@ def test_a_spiking_neuron_with_units_is_a_cell(host):
     assert_allclose(carry[name], after, rtol=1e-4, atol=1e-3)
 
 
+def test_init_state_leaves_no_tracer_in_a_module_that_is_closed_over():
+    cell = brainstate.nn.LSTMCell(3, 4)
+    cell.init_state(2)
+    shim = shims.ToNNX(cell)
+    before = cell.h
+    for jit in (jax.jit, brainstate.transform.jit):
+        with pytest.raises(interop.ArgumentError, match="closes over.*Call it before"):
+            jit(lambda x: (shim.init_state(5), x))(XS[0])
+    assert cell.h is before
+    assert shim(XS[0, :2]).shape == (2, 4)
+
+    @nnx.jit
+    def run(shim, x):
+        shim.init_state(5)
+        return shim(x)
+
+    assert run(shim, XS[0]).shape == (5, 4)
+
+
 # -- what is no cell --
 
 

@@ -202,8 +202,11 @@ def test_a_named_axis_of_one_layer_excuses_no_other():
             return self.plain(self.named(x))
 
     shim, state = stateful(Two())
+    call = jax.vmap(lambda x: shim(x, state)[0], axis_name="batch")
+    with pytest.raises(interop.ArgumentError, match=r"statistics at plain, .* no batch axis"):
+        call(X)
     with pytest.raises(interop.ArgumentError, match=r"statistics at plain\."):
-        jax.vmap(lambda x: shim(x, state)[0], axis_name="batch")(X)
+        call(jnp.stack([X, X]))
 
 
 def test_what_is_no_state_or_that_of_another_shim_is_refused():
@@ -267,8 +270,10 @@ def test_a_linen_layer_takes_its_statistics_over_a_named_axis():
     assert_allclose(found["mean"], 0.09 * h.mean(0) + 0.1 * g.mean(0), rtol=1e-4, atol=1e-6)
     assert_allclose(found["var"], 0.81 + 0.09 * h.var(0) + 0.1 * g.var(0), rtol=1e-4)
     plain, state = stateful(Normed(None), params=variables)
-    with pytest.raises(interop.ArgumentError, match=r"at batch_stats\.BatchNorm_0\.mean"):
+    with pytest.raises(interop.ArgumentError, match=r"at BatchNorm_0, .* no batch axis"):
         plain(X[0], state)
+    with pytest.raises(interop.ArgumentError, match=r"at batch_stats\.BatchNorm_0\.mean"):
+        plain(X, state)  # an example of two axes, as an image without channels
 
 
 class Normalises(brainstate.nn.Module):

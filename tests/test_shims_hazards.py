@@ -1071,3 +1071,83 @@ def test_a_guest_that_has_sown_by_itself_is_wrapped_without_what_it_has_sown(int
             found = jax.vmap(shim)(x) if into == "equinox" else shim(x)
         assert_allclose(found, wanted, rtol=1e-6)
         guest(x)
+
+
+class LinenNormed(nn.Module):
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        norm = nn.BatchNorm(axis_name=self.axis_name, name="norm")
+        return norm(nn.Dense(4)(x), use_running_average=not train)
+
+
+class NnxNormed(nnx.Module):
+    def __init__(self, axis_name=None):
+        rngs = nnx.Rngs(0)
+        self.dense = nnx.Linear(4, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, axis_name=axis_name, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.dense(x))
+
+
+def brainstate_normed(axis_name=None):
+    norm = bnn.BatchNorm0d((4,), axis_name=axis_name)
+    return bnn.Sequential(bnn.Linear(4, 4), norm)
+
+
+NORMED = {
+    "brainstate": ("layers[1]", brainstate_normed),
+    "linen": ("norm", LinenNormed),
+    "nnx": ("norm", NnxNormed),
+}
+
+
+def normed_in(host, guest, *, train, **options):
+    """Calls of a shim, eager and compiled."""
+    module = NORMED[guest][1](**options)
+    given = {}
+    if guest == "linen":
+        given["params"] = module.init(KEY, X, train=False)
+    if host == "nnx":
+        shim = shims.ToNNX(module, **given)
+        (shim.train if train else shim.eval)()
+        return [shim, lambda x: nnx.jit(lambda m, x: m(x))(shim, x)]
+    if host == "linen":
+        linen = shims.ToLinen(module, deterministic=not train, **given)
+        variables = linen.init(KEY, X)
+        return [lambda x: linen.apply(variables, x, mutable=["batch_stats"])[0]]
+    if host == "equinox":
+        make = eqx.nn.make_with_state(shims.ToEquinox)
+        layer, state = make(module, batched=True, inference=not train, **given)
+        return [lambda x: layer(x, state)[0]]
+    wrapped = shims.wrap(module, into=host, **given)
+
+    def call(x):
+        with brainstate.environ.context(fit=train):
+            return wrapped(x)
+
+    return [call, brainstate.transform.jit(call)]
+
+
+@pytest.mark.parametrize(
+    ("guest", "host"),
+    [(g, h) for g in NORMED for h in ("brainstate", "equinox", "linen", "nnx") if g != h],
+)
+def test_batch_statistics_of_one_example_are_refused(guest, host):
+    path = NORMED[guest][0].replace("[", r"\[").replace("]", r"\]")
+    for call in normed_in(host, guest, train=True):
+        with pytest.raises(interop.ArgumentError, match=rf"at {path}, .* \[4\] has no batch"):
+            call(X[0])
+        assert_allclose(call(X).mean(0), np.zeros(4), atol=1e-5)
+    for call in normed_in(host, guest, train=False):
+        assert_allclose(call(X[0]), call(X)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("guest", NORMED)
+def test_one_example_is_enough_for_statistics_over_a_named_axis(guest):
+    (call,) = normed_in("equinox", guest, train=True, axis_name="batch")
+    out = jax.vmap(call, axis_name="batch")(X)
+    assert_allclose(out.mean(0), np.zeros(4), atol=1e-5)
+    assert_allclose(out.var(0), np.ones(4), rtol=1e-3)

@@ -42,6 +42,7 @@ from ...core import (
     is_traced,
     leaves,
     named_paths,
+    no_batch,
     path_text,
 )
 from ...watching import Same, Watch, WatchedGuest, held, layout
@@ -162,7 +163,9 @@ def _invoke(module: brainstate.nn.Module, call: Call) -> Any:
     method = getattr(module, call.method)
     if call.training is not None:
         with brainstate.environ.context(fit=call.training):
+            _check_batch(module, call)
             return finished(call, method(*call.args, **call.kwargs))
+    _check_batch(module, call)
     try:
         return finished(call, method(*call.args, **call.kwargs))
     except Exception as e:
@@ -173,6 +176,18 @@ def _invoke(module: brainstate.nn.Module, call: Call) -> Any:
             f"the host gives no mode",
             remedy="Pass deterministic=True or False, to the shim or to the call",
         ) from e
+
+
+def _check_batch(module: Any, call: Call) -> None:
+    """Refuse one example where batch statistics are taken. Its rank is that of ``in_size``:
+    of a module without one, the layers take an example for what it is, and say nothing."""
+    first, size = next(iter(call.args), None), module.in_size
+    shape = getattr(first, "shape", ())
+    is_example = call.method == "__call__" and size is not None and len(shape) == len(size)
+    if is_example and brainstate.environ.get("fit", None):
+        for path, node in module.nodes().items():
+            if isinstance(node, _BATCH_NORMS) and node.axis_name is None:
+                raise no_batch(type(node).__name__, path, shape)
 
 
 def _misses_fit(error: BaseException | None) -> bool:

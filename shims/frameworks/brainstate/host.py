@@ -247,9 +247,11 @@ _SHARED = """
 
     Raises:
         ArgumentError: ``module`` is a class, or of another framework; a name of the guest
-            collides with one of the shim's; weights or state are missing.
+            collides with one of the shim's; weights or state are missing, or those of another
+            module; (calls) the input has too few axes, or batch statistics would be taken over
+            no batch.
         ConversionError: arrays of the guest were donated; (writes) a value of another shape
-            or dtype.
+            or dtype; (calls) variables of a Linen guest do not fit the input.
     """
 
 

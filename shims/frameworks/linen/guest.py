@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.errors import FlaxError
 
 from interop.errors import (
@@ -41,6 +42,7 @@ from ...core import (
     is_plain,
     leaves,
     named_paths,
+    no_batch,
     path_of,
     path_text,
 )
@@ -83,6 +85,12 @@ class LinenGuest(Guest):
         self._variables = {
             str(name): tree for name, tree in params.items() if name not in _RESULTS
         }
+        strange = [path_text(p) for p, leaf in _leaves(self._variables) if not _is_array(leaf)]
+        if strange:
+            raise ArgumentError(
+                f"params holds what is no array: {', '.join(strange)}",
+                remedy="Pass what module.init(...) returned",
+            )
         self.native: Any = (module, self._variables)
 
     def structure(self) -> Structure:
@@ -91,6 +99,10 @@ class LinenGuest(Guest):
 
     def values(self) -> dict[Path, Any]:
         return dict(_leaves(self._variables))
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "dtype") or isinstance(value, bool | int | float | complex)
 
 
 def _leaves(variables: Mapping[str, Any]) -> list[tuple[Path, Any]]:
@@ -282,25 +294,40 @@ def _check_layer(
     context: Any,
 ) -> Any:
     """Note a layer of the wrapped module that is called, by the path of its statistics."""
+    layer = context.module
     if context.method_name == "__call__":
-        layers.append((("batch_stats", *context.module.path), context.module))
-        _check_mode(call, args, kwargs, context.module)
+        layers.append((("batch_stats", *layer.path), layer))
+        _check_mode(call, layer, args, kwargs)
+        if isinstance(layer, nn.BatchNorm):
+            _check_batch(layer, args, kwargs)
     return run(*args, **kwargs)
 
 
-def _check_mode(call: Call, args: Any, kwargs: Any, layer: Any) -> None:
+def _flag(name: str, layer: Any, args: Any, kwargs: Any) -> Any:
+    given = kwargs.get(name, args[1] if len(args) > 1 else None)
+    return getattr(layer, name) if given is None else given
+
+
+def _check_mode(call: Call, layer: Any, args: Any, kwargs: Any) -> None:
     """Refuse a layer that trains while the host evaluates: the module fixes its mode."""
     flag = _FLAGS.get(type(layer))
-    if call.training is False and flag is not None:
-        given = kwargs.get(flag, args[1] if len(args) > 1 else None)
-        value = getattr(layer, flag) if given is None else given
-        if value is False and getattr(layer, "rate", 1.0) != 0.0:
-            raise ArgumentError(
-                f"the host evaluates, and a {type(layer).__name__} of the wrapped "
-                f"module has {flag}=False",
-                remedy="Give the module's call an argument 'train' or 'deterministic', and "
-                "pass it on to its layers",
-            )
+    if call.training is not False or flag is None:
+        return
+    if _flag(flag, layer, args, kwargs) is False and getattr(layer, "rate", 1.0) != 0.0:
+        raise ArgumentError(
+            f"the host evaluates, and a {type(layer).__name__} of the wrapped "
+            f"module has {flag}=False",
+            remedy="Give the module's call an argument 'train' or 'deterministic', and "
+            "pass it on to its layers",
+        )
+
+
+def _check_batch(layer: nn.BatchNorm, args: Any, kwargs: Any) -> None:
+    """Refuse a training input that has feature axes alone."""
+    shape = jnp.shape(args[0] if args else kwargs["x"])
+    is_training = _flag("use_running_average", layer, args, kwargs) is False
+    if is_training and layer.axis_name is None and len(shape) == np.size(layer.axis):
+        raise no_batch(type(layer).__name__, layer.path, shape)
 
 
 def _draws(part: Any) -> bool:

@@ -144,7 +144,8 @@ _DOC = """A live ``flax.linen.Module`` around a module of another framework.
 
     Raises:
         ArgumentError: ``module`` is a class, or not a module; a name of the guest collides
-            with one of the shim's; (calls) the guest needs a mode and there is none.
+            with one of the shim's; (calls) the guest needs a mode and there is none, or batch
+            statistics would be taken over no batch.
         ConversionError: (``apply``) variables are missing or unexpected, or of another shape
             or dtype; all are reported together. (``init``) The guest's arrays were donated.
         MissingKeyError: (``apply``) the guest draws random numbers, and ``rngs`` has no

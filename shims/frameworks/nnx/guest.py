@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx import graphlib
 from flax.nnx.pytreelib import PytreeState
@@ -37,6 +40,7 @@ from ...core import (
     finished,
     leaves,
     named_paths,
+    no_batch,
     path_text,
 )
 from ...forwarding import parameter_names
@@ -223,6 +227,7 @@ class NnxStructure(Structure):
         has_streams = any(issubclass(cls, nnx.RngState) for cls, _, _ in self._makers.values())
         modules: Any = nnx.iter_modules(module)
         self._waits = not has_streams or any(_waits_for_stream(part) for _, part in modules)
+        self._is_watched = any(_wants_batch(part) for _, part in nnx.iter_modules(module))
         self._paths = {p: [q for q, _ in leaves(p, v.get_raw_value())] for p, v in flat}
         self.kinds: Mapping[Path, Kind] = {
             leaf_path: _kind(variable, leaf)
@@ -300,6 +305,8 @@ class NnxStructure(Structure):
         module = self.build(values)
         if training is not None:
             (module.train if training else module.eval)()
+        if training is not False and self._is_watched:
+            _check_batches(module)
         return module
 
     def initial_carry(
@@ -328,6 +335,35 @@ class NnxStructure(Structure):
             return {"rngs": nnx.Rngs(call.key())}
         except MissingKeyError:  # the guest says so, if it needs one
             return {}
+
+
+def _wants_batch(module: Any) -> bool:
+    """Whether a module takes statistics of its input over all axes but those of features."""
+    is_norm = isinstance(module, nnx.BatchNorm) and module.axis_name is None
+    return is_norm and type(module).__call__ is nnx.BatchNorm.__call__
+
+
+def _check_batches(module: nnx.Module) -> None:
+    """Let a private copy refuse training inputs that have feature axes alone."""
+    modules: Any = nnx.iter_modules(module)
+    for path, part in list(modules):
+        if _wants_batch(part):
+            part._shim_path = path_text(path)
+            object.__setattr__(part, "__class__", _checked(type(part)))
+
+
+@functools.cache
+def _checked(cls: Any) -> Any:
+    """A class of batch normalisations as one that refuses an input without a batch."""
+
+    def call(self: Any, x: Any, use_running_average: bool | None = None, **kwargs: Any) -> Any:
+        given = self.use_running_average if use_running_average is None else use_running_average
+        if given is False and jnp.ndim(x) == np.size(self.axis):
+            raise no_batch(cls.__name__, (self._shim_path,), jnp.shape(x))
+        return cls.__call__(self, x, use_running_average, **kwargs)
+
+    facts = {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls)(cls.__name__, (cls,), facts)
 
 
 def _waits_for_stream(module: Any) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 
 import jax
 from flax import nnx
+from flax.errors import TraceContextError
 
 from interop.errors import ArgumentError, ConversionError
 from interop.frameworks.nnx.adapter import partitioning_of
@@ -177,7 +178,8 @@ _DOC = """A live ``nnx.Module`` around a module of another framework.
 
     Raises:
         ArgumentError: ``module`` is a class, or not a module; a name of the guest collides
-            with one of the shim's; NNX is set to ``hijax`` or ``ref`` Variables.
+            with one of the shim's; NNX is set to ``hijax`` or ``ref`` Variables; (calls)
+            batch statistics would be taken over no batch.
         MissingKeyError: (calls) the guest draws random numbers, and there is no ``rngs``.
         ConversionError: (writes) a value of another shape or dtype.
 
@@ -401,6 +403,8 @@ class ToNNX(nnx.Module):
 
     def _shim_answer(self, call: Call) -> Any:
         anchor = self._shim_anchor
+        if call.method == "init_state":  # whose new states would outlive another trace
+            self._shim_check_trace()
         is_step = call.method == "__call__" and self._shim_takes_carry(call.args)
         if anchor.guest is None:
             run = self._shim_step if is_step else self._shim_run_copy
@@ -412,6 +416,16 @@ class ToNNX(nnx.Module):
             return anchor.guest.call(call)
         finally:
             self._shim_show(anchor.guest.looks())
+
+    def _shim_check_trace(self) -> None:
+        try:
+            self.deterministic = self.deterministic  # NNX refuses it as any change
+        except TraceContextError as e:
+            raise ArgumentError(
+                f"init_state of {self._shim_first.guest_type.__qualname__} in a transformation "
+                f"that closes over it would leave values in it that are gone when it is over",
+                remedy="Call it before, or pass the shim as an argument",
+            ) from e
 
     def _shim_takes_carry(self, args: tuple[Any, ...]) -> bool:
         return False
