@@ -4,6 +4,7 @@ that hold for every rule."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import dis
 import inspect
 import itertools
@@ -130,10 +131,11 @@ class Reading:
     def read_by(self, rule: ReadRule, node: Any) -> specs.Spec:
         """The spec that ``rule`` makes of the layer being read."""
         self._check_fixed(self.adapter.module(node), rule)
-        spec = self._remember(self._spec_by(rule, node), self.path, self._found)
+        spec, mismatched = self._spec_by(rule, node)
+        self._remember(spec, self.path, self._found)
         if self.adapter.per_example:
             _check_functions(spec, self)
-        if mismatched := spec.mismatches() or _not_inexact(spec):
+        if mismatched:
             raise ConversionError(
                 f"the arrays of {self._found.__qualname__} do not fit",
                 path=self.path,
@@ -142,9 +144,12 @@ class Reading:
             )
         return spec
 
-    def _spec_by(self, rule: ReadRule, node: Any) -> specs.Spec:
+    def _spec_by(self, rule: ReadRule, node: Any) -> tuple[specs.Spec, list[str]]:
+        """The spec, and a line for each of its arrays that does not fit."""
         try:
-            return rule.read(node, self).canonical()
+            spec = rule.read(node, self).canonical()
+            self._check_numbers(spec)
+            return spec, spec.mismatches() or _not_inexact(spec)
         except InteropError:
             raise
         except Exception as e:
@@ -157,6 +162,17 @@ class Reading:
                 remedy="Check what was assigned to it after it was built; if it works, wrap it "
                 "live with shims.wrap",
             ) from e
+
+    def _check_numbers(self, spec: specs.Spec) -> None:
+        """Refuse an array for a number: optimisers of other frameworks may train it."""
+        for field in dataclasses.fields(spec) if dataclasses.is_dataclass(spec) else ():
+            value, is_weight = (
+                getattr(spec, field.name),
+                field.name in spec.trained + spec.buffers,
+            )
+            if isinstance(value, jax.Array | np.ndarray) and not value.ndim and not is_weight:
+                remedy = f"Pass float({field.name})"
+                self.refuse(field.name, value, "only a number converts, not an array", remedy)
 
     def read_all(
         self, nodes: Any, paths: Any = None, given: Any = None
@@ -354,7 +370,7 @@ class Building:
         return built
 
     def _build_or_refuse(self, spec: specs.Spec) -> Any:
-        """:meth:`_build`; what fails because of a physical unit is a layer that is refused."""
+        """:meth:`_build`; a layer that fails in the target's own code is refused."""
         try:
             return self._build(spec)
         except InteropError:
@@ -363,7 +379,13 @@ class Building:
             for option, unit in spec.units().items():
                 goal = self.adapter.name
                 raise _unit_refused(self.found, option, unit, self.path, goal) from e
-            raise
+            raise ConversionError(
+                f"{self.found.__qualname__} cannot be built in {self.adapter.name} "
+                f"({type(e).__name__}: {e})",
+                path=self.path,
+                remedy="Check that it works as it is, on an example like sample_input; if it "
+                "does, wrap it live with shims.wrap",
+            ) from e
 
     def _try_unit(self, spec: specs.Spec) -> None:
         """Let a layer whose weights, or whose input, have a physical unit compute with it.

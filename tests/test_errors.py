@@ -243,6 +243,12 @@ class Gated(nnx.Linear):
         self.gate = nnx.Param(jnp.ones(4))
 
 
+def with_kernel(value):
+    layer = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    layer.kernel = nnx.Param(value)
+    return layer
+
+
 def with_bias(size):
     layer = nnx.Linear(3, 4, rngs=RNGS)
     layer.bias.set_value(jnp.ones(size))
@@ -360,6 +366,23 @@ UNSUPPORTED = {
             ValueError,
             "model[1]",
             ["Linear", "bias has shape (7,), wanted (4,)"],
+        ),
+    ),
+    "no array": (
+        lambda: interop.from_nnx(nnx.Sequential(jnp.sin, with_kernel([1.0]))),
+        (interop.ConversionError, ValueError, "model[1]", ["Linear cannot be read"]),
+    ),
+    "an option that the target's own code refuses": (
+        lambda: interop.convert(
+            nnx.Sequential(nnx.Conv(3, 4, (3, 3), padding="FOO", rngs=nnx.Rngs(0))),
+            to="brainstate",
+            sample_input=(8, 8, 3),
+        ),
+        (
+            interop.ConversionError,
+            ValueError,
+            "model[0]",
+            ["Conv cannot be built in brainstate", "FOO"],
         ),
     ),
     "shapes for arrays": (

@@ -108,6 +108,15 @@ def test_axes_that_count_the_batch_are_normalised_over_the_batch(target):
     np.testing.assert_allclose(target.call(model, x), normal(x, (0, 2)), rtol=1e-5, atol=1e-5)
 
 
+def test_an_axis_that_is_given_twice_counts_once(target):
+    layer = nnx.LayerNorm(4, reduction_axes=(-1, -1), epsilon=EPSILON, rngs=nnx.Rngs(0))
+    if target.name == "nnx":
+        pytest.skip("nothing to convert")
+    x = array(5, 4)
+    model = target.convert_from(Framework("nnx"), layer, sample_input=(4,))
+    np.testing.assert_allclose(target.call(model, x), normal(x, (1,)), rtol=1e-5, atol=1e-5)
+
+
 def norms_along_devices():
     options = {"epsilon": EPSILON, "axis_name": "devices", "rngs": nnx.Rngs(0)}
     yield nnx.LayerNorm(4, **options), lambda x: normal(x, (0, 2))

@@ -4,8 +4,10 @@ import inspect
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import interop
 from interop import specs
@@ -189,3 +191,18 @@ def dropped(fw, model, x):
     y = fw.call(model, jax.numpy.ones(x), train=True, key=jax.random.key(0))
     y = np.asarray(y)
     return [(y != 0).mean(), y.max(), (y == y[:, :1]).all(), (y == y[:1]).all()]
+
+
+@pytest.mark.parametrize("goal", ["brainstate", "equinox", "linen"])
+def test_an_array_for_a_number_is_refused(goal):
+    """In Equinox it would be one more parameter, which an optimiser moves."""
+    rngs = nnx.Rngs(0)
+    for option, layer in {
+        "rate": nnx.Dropout(jnp.array(0.3), rngs=rngs),
+        "epsilon": nnx.LayerNorm(4, epsilon=jnp.array(0.1), rngs=rngs),
+        "momentum": nnx.BatchNorm(4, momentum=np.array(0.9), rngs=rngs),
+    }.items():
+        with pytest.raises(interop.UnsupportedLayerError, match="only a number") as e:
+            interop.convert(nnx.Sequential(layer), to=goal, sample_input=(4,))
+        assert (e.value.path, e.value.option) == ("model[0]", option)
+        assert e.value.remedy == f"Pass float({option})"

@@ -61,8 +61,8 @@ def read_layer_norm(node: Node, ctx: Reading) -> specs.LayerNorm | specs.RMSNorm
     return (specs.RMSNorm if isinstance(m, nn.RMSNorm) else specs.LayerNorm)(
         **_norm_fields(node),
         feature_shape=_shape(node),
-        reduction_axes=tuple(sorted(_from_the_end(m.reduction_axes, "reduction_axes", ctx))),
-        feature_axes=tuple(sorted(_from_the_end(m.feature_axes, "feature_axes", ctx))),
+        reduction_axes=tuple(sorted({*_from_the_end(m.reduction_axes, "reduction_axes", ctx)})),
+        feature_axes=tuple(sorted({*_from_the_end(m.feature_axes, "feature_axes", ctx)})),
     )
 
 

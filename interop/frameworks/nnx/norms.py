@@ -74,8 +74,8 @@ def read_layer_norm(
         **_norm_fields(m, ctx),
         # of several axes only the product of their sizes is kept
         feature_shape=(m.num_features,) if len(feature_axes) == 1 else None,
-        reduction_axes=tuple(sorted(reduction_axes)),
-        feature_axes=tuple(sorted(feature_axes)),
+        reduction_axes=tuple(sorted({*reduction_axes})),
+        feature_axes=tuple(sorted({*feature_axes})),
     )
 
 
