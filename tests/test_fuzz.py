@@ -427,10 +427,14 @@ class Stack:
         """An input, whose channels are last, in the layout of a framework."""
         return fw.from_channels_last(x) if self.has_images else x
 
-    def compute(self, fw, x, arrays=None, train=False):
-        """The output in the order of axes of ``fw``, and the arrays afterwards."""
-        x, after = np.float64(x), []
+    def compute(self, fw, x, arrays=None, train=False, rounded=np.float64):
+        """The output in the order of axes of ``fw``, and the arrays afterwards.
+
+        ``rounded`` is what happens to each layer's input.
+        """
+        after = []
         for part, own in zip(self.parts, arrays or [p.arrays for p in self.parts], strict=True):
+            x = rounded(x)
             own = {name: np.float64(value) for name, value in own.items()}
             if part.name == "flatten":
                 x = np.moveaxis(x, -1, 1) if fw.channels_first and self.has_images else x
@@ -492,9 +496,9 @@ def descended(stack, fw):
 
 
 def spread(compute, stack):
-    """How far an output moves where what goes in is the next number of float32, or so.
+    """How far an output moves where what goes into each layer is the next float32, or so.
 
-    A norm of two features that are almost equal magnifies what rounding has left of them.
+    A norm of values that are almost equal magnifies what rounding has left of them.
     """
 
     def beside(rng, array):
@@ -503,7 +507,7 @@ def spread(compute, stack):
 
     def moved(rng):
         arrays = [{n: beside(rng, a) for n, a in p.arrays.items()} for p in stack.parts]
-        return compute(beside(rng, stack.x), arrays)[0]
+        return compute(stack.x, arrays, rounded=functools.partial(beside, rng))[0]
 
     exact, _ = compute(stack.x)
     return max(np.abs(moved(np.random.default_rng(i)) - exact).max() for i in range(4))
