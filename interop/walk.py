@@ -346,13 +346,21 @@ class Building:
             rule = self.adapter.builder(spec, self.found, self.path)
             self._check_options(spec, rule)
             return rule.build(spec if rule.apart else spec.joined(), self)
-        except (UnmappedLayerError, UnsupportedLayerError):
+        except (UnmappedLayerError, UnsupportedLayerError) as e:
             composite = self.adapter.composites.get(type(spec))
-            if composite is None or not spec.is_composable:
+            if composite is not None and spec.is_composable:
+                for part in spec.inner().values():
+                    self._hold(part)
+                return self.adapter.build_composite(composite, spec, self)
+            if composite is None or isinstance(e, UnsupportedLayerError) or e.path != self.path:
                 raise
-            for part in spec.inner().values():
-                self._hold(part)
-            return self.adapter.build_composite(composite, spec, self)
+            raise UnsupportedLayerError(
+                self.found,
+                "one of its parts, or of its options, has no single formula",
+                path=self.path,
+                target=self.adapter.name,
+                remedy="Convert its parts one by one, or wrap it live with shims.wrap",
+            ) from e
 
     def build_part(self, spec: specs.Spec, kinds: tuple[type, ...]) -> Any:
         """The native layer for ``spec``, of which the layer being built takes the arrays.

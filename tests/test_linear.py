@@ -528,7 +528,9 @@ def test_the_base_of_an_adapted_layer_may_be_a_stack():
     np.testing.assert_allclose(model(X), layer(X), rtol=1e-5, atol=1e-5)
     assert type(interop.from_nnx(model).base_module) is brainstate.nn.Sequential
     assert len(interop.mapping(layer, model)) == 6
-    with pytest.raises(interop.InteropError, match="LoRA"):
+    with pytest.raises(
+        interop.UnsupportedLayerError, match="LoRA to equinox: one of its parts"
+    ):
         interop.to_equinox(layer)
 
 
