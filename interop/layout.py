@@ -290,6 +290,11 @@ class _Crossing:
         if self.axes is None and leaf.counts_axes:
             self._require_shape(leaf)
         axes = self.axes
+        if isinstance(leaf, specs.LayerNorm) and leaf.feature_shape is None and axes:
+            shape = self._require_shape(leaf)  # which tells the axes that are one row
+            return self._once(
+                leaf, axes, lambda leaf: leaf.sized(shape).moved(axes, self._to_first)
+            )
         return self._once(leaf, axes, lambda leaf: leaf.moved(axes, self._to_first))
 
     def _flatten(self, i: int, leaf: specs.Flatten) -> specs.Spec:

@@ -108,6 +108,25 @@ def test_axes_that_count_the_batch_are_normalised_over_the_batch(target):
     np.testing.assert_allclose(target.call(model, x), normal(x, (0, 2)), rtol=1e-5, atol=1e-5)
 
 
+def test_the_one_row_of_a_normalisation_of_images_crosses_layouts():
+    """NNX keeps the weights of several axes in one row; Equinox has the channels first."""
+    axes, kernel = (-3, -2, -1), array(1, 1, 2, 4)
+    scale, bias = array(6 * 5 * 4) + 2, array(6 * 5 * 4, seed=1)
+    layer = nnx.LayerNorm(
+        120, reduction_axes=axes, feature_axes=axes, epsilon=EPSILON, rngs=nnx.Rngs(0)
+    )
+    layer.scale.set_value(scale)
+    layer.bias.set_value(bias)
+    fw, x = Framework("nnx"), array(2, 6, 5, 2)
+    model = fw.sequential(fw.conv(kernel, None, (6, 5, 2)), layer)
+    images = np.float64(x) @ np.float64(kernel)[0, 0]
+    wanted = normal(images, (1, 2, 3), scale.reshape(6, 5, 4), bias.reshape(6, 5, 4))
+    converted = interop.convert(model, to="equinox", sample_input=(6, 5, 2))
+    found = np.moveaxis(jax.vmap(converted)(np.moveaxis(x, -1, 1)), 1, -1)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    assert len(interop.mapping(model, converted, sample_input=(6, 5, 2))) == 3
+
+
 def test_an_axis_that_is_given_twice_counts_once(target):
     layer = nnx.LayerNorm(4, reduction_axes=(-1, -1), epsilon=EPSILON, rngs=nnx.Rngs(0))
     if target.name == "nnx":

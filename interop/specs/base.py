@@ -266,6 +266,10 @@ class Spec:
         """The same layer with one array in each field, where it keeps parts of some apart."""
         return self
 
+    def sized(self, example: Shape) -> Self:
+        """This layer with the sizes that it has for examples of a shape."""
+        return self
+
     def simplest(self) -> Spec:
         """The same layer as one of a simpler kind, as which frameworks may build it."""
         return self
