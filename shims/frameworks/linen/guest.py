@@ -173,10 +173,10 @@ class LinenStructure(Structure):
     ) -> tuple[Any, dict[Path, Any], Structure]:
         variables = self._unflatten(values)
         method = getattr(type(self._module), call.method)
-        layers: list[tuple[Path, nn.Module]] = []
+        named: list[tuple[Path, nn.Module]] = []
         given = _mode(self._module, method, call) | dict(call.kwargs)
         try:
-            with nn.intercept_methods(functools.partial(_check_layer, call, layers)):
+            with nn.intercept_methods(functools.partial(_check_layer, call, named)):
                 out, changed = self._module.apply(
                     variables,
                     *call.args,
@@ -193,15 +193,14 @@ class LinenStructure(Structure):
                 raise
             raise misfit from e
         _check_grown(variables, changed)
-        return out, dict(_leaves({**variables, **changed})), self._with_named(layers)
+        return out, dict(_leaves({**variables, **changed})), self._with_named(named)
 
     def _with_named(self, layers: list[tuple[Path, nn.Module]]) -> Structure:
         """The same, with what only a call tells: which of its ``layers`` name an axis."""
-        named = named_paths(layers, self.kinds)
-        if not named:
+        if not layers:
             return self
         other = copy.copy(self)
-        other.named = named
+        other.named = named_paths(layers, self.kinds)
         return other
 
     def _misfit(
@@ -287,16 +286,18 @@ def _mode(module: nn.Module, method: Any, call: Call) -> dict[str, bool]:
 
 def _check_layer(
     call: Call,
-    layers: list[tuple[Path, nn.Module]],
+    named: list[tuple[Path, nn.Module]],
     run: Any,
     args: Any,
     kwargs: Any,
     context: Any,
 ) -> Any:
-    """Note a layer of the wrapped module that is called, by the path of its statistics."""
+    """Check a layer of the wrapped module that is called. One that names an axis is noted in
+    ``named``, by the path of its statistics."""
     layer = context.module
     if context.method_name == "__call__":
-        layers.append((("batch_stats", *layer.path), layer))
+        if getattr(layer, "axis_name", None) is not None:
+            named.append((("batch_stats", *layer.path), layer))
         _check_mode(call, layer, args, kwargs)
         if isinstance(layer, nn.BatchNorm):
             _check_batch(layer, args, kwargs)
