@@ -66,7 +66,7 @@ def wrap(
     params: Any = ...,
     state: Any = ...,
     batch_axes: int | None = ...,
-    axis_name: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
     carry: Any = ...,
     copy: bool = ...,
 ) -> brainstate.nn.Module: ...
@@ -80,7 +80,7 @@ def wrap(
     params: Any = ...,
     state: Any = ...,
     batch_axes: int | None = ...,
-    axis_name: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
     carry: Any = ...,
     copy: bool = ...,
 ) -> flax.nnx.Module: ...
@@ -94,7 +94,7 @@ def wrap(
     params: Any = ...,
     state: Any = ...,
     batch_axes: int | None = ...,
-    axis_name: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
     carry: Any = ...,
     copy: bool = ...,
 ) -> flax.linen.Module: ...
@@ -108,7 +108,7 @@ def wrap(
     params: Any = ...,
     state: Any = ...,
     batch_axes: int | None = ...,
-    axis_name: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
     carry: Any = ...,
     copy: bool = ...,
 ) -> equinox.Module: ...
@@ -122,7 +122,7 @@ def wrap(
     params: Any = ...,
     state: Any = ...,
     batch_axes: int | None = ...,
-    axis_name: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
     carry: Any = ...,
     copy: bool = ...,
 ) -> Any: ...
@@ -135,7 +135,7 @@ def wrap(
     params: Any = None,
     state: Any = None,
     batch_axes: int | None = None,
-    axis_name: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     carry: Any = None,
     copy: bool = False,
 ) -> Any:
@@ -147,7 +147,7 @@ def wrap(
         params: the variables of a Linen module.
         state: the ``eqx.nn.State`` of a stateful Equinox module.
         batch_axes: leading axes that an Equinox module is mapped over, 1 by default.
-        axis_name: the name of the first of them.
+        axis_name: the name of these axes together, or a tuple with one for each.
         carry: what one example starts from, for an Equinox module that is a recurrent cell of
             your own: it is called ``module(x, carry)`` and returns ``(carry, output)``.
             Its input has one feature axis, or ``module.num_feature_axes``.

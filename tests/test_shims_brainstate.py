@@ -334,6 +334,22 @@ def test_statistics_over_two_batch_axes_are_those_of_all_examples(axis_name):
         assert_allclose(shim(x, shift=shift), out, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("names", "over", "axes"),
+    [("b", "b", (0, 1)), (("a", "b"), "b", 1), (("a", "b"), ("a", "b"), (0, 1))],
+    ids=["one name", "the second of two", "both"],
+)
+def test_a_module_reduces_over_the_axes_that_it_is_given_names_for(names, over, axes):
+    class Centred(eqx.Module):
+        def __call__(self, x, y):
+            return x - jax.lax.pmean(x, over) + y
+
+    x = jnp.stack([X, 2 * X + 1])
+    shim = shims.FromEquinox(Centred(), batch_axes=2, axis_name=names)
+    expected = x - x.mean(axes, keepdims=True) + 3.0
+    assert_allclose(shim(x, 3.0), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_statistics_over_axes_that_nothing_maps_over_are_refused():
     single, module = normed("batch", batch_axes=0)
     several, _ = normed(("outer", "inner"))

@@ -317,7 +317,7 @@ class Wrapped(brainstate.nn.Module):
         params: Any = None,
         state: Any = None,
         batch_axes: int | None = None,
-        axis_name: str | None = None,
+        axis_name: str | tuple[str, ...] | None = None,
         carry: Any = None,
         copy: bool = False,
     ):
@@ -640,7 +640,7 @@ class FromEquinox(Wrapped):
         module: Any,
         state: Any = None,
         batch_axes: int = 1,
-        axis_name: str | None = None,
+        axis_name: str | tuple[str, ...] | None = None,
         carry: Any = None,
         copy: bool = False,
     ):

@@ -211,7 +211,7 @@ class ToNNX(nnx.Module):
         params: Any = None,
         state: Any = None,
         batch_axes: int | None = None,
-        axis_name: str | None = None,
+        axis_name: str | tuple[str, ...] | None = None,
         carry: Any = None,
         copy: bool = False,
     ):
