@@ -1145,6 +1145,17 @@ def test_batch_statistics_of_one_example_are_refused(guest, host):
         assert_allclose(call(X[0]), call(X)[0], rtol=1e-5, atol=1e-6)
 
 
+def test_a_layer_that_a_method_returns_is_of_its_own_class():
+    class Shows(NnxNormed):
+        def part(self):
+            return self.norm, 1.0
+
+    part, _ = shims.FromNNX(Shows()).part()
+    assert type(part) is nnx.BatchNorm
+    assert "_shim_path" not in vars(part)
+    assert part(X[0]).shape == (4,)
+
+
 @pytest.mark.parametrize("guest", NORMED)
 def test_one_example_is_enough_for_statistics_over_a_named_axis(guest):
     (call,) = normed_in("equinox", guest, train=True, axis_name="batch")

@@ -279,6 +279,8 @@ class NnxStructure(Structure):
             if _is_of_arrays(out):
                 copy.clear()
                 self._spare.setdefault(call.training, []).append(copy)
+            else:
+                _uncheck_batches(module)
             return out, new, self
         nnx.pop(module, nnx.Any(*_RESULTS))
         if nnx.graphdef(module) != nnx.graphdef(self._private(values, call.training)):
@@ -287,6 +289,7 @@ class NnxStructure(Structure):
                 f"Variables, which a private copy would lose",
                 remedy="Call it on the module itself: shim.unwrap()",
             )
+        _uncheck_batches(module)
         return out, _leaves(_variables(module)), self
 
     def _copy(self, values: Mapping[Path, Any], training: bool | None) -> _Copy:
@@ -350,6 +353,15 @@ def _check_batches(module: nnx.Module) -> None:
         if _wants_batch(part):
             part._shim_path = path_text(path)
             object.__setattr__(part, "__class__", _checked(type(part)))
+
+
+def _uncheck_batches(module: nnx.Module) -> None:
+    """Undo ``_check_batches`` for a copy that a call may have returned parts of."""
+    modules: Any = nnx.iter_modules(module)
+    for _, part in list(modules):
+        if "_shim_path" in vars(part):
+            del part._shim_path
+            object.__setattr__(part, "__class__", type(part).__base__)
 
 
 @functools.cache
