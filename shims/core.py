@@ -74,6 +74,7 @@ __all__ = [
     "is_cell",
     "is_plain",
     "is_traced",
+    "jax_arrays",
     "leaves",
     "materialize_structure",
     "named_paths",
@@ -255,6 +256,11 @@ class Views(Generic[View]):
                 view = self._views[id(container), index] = self._make(cell)
             return view
 
+    def known(self) -> list[View]:
+        """All views that were made, and are held by somebody."""
+        with self._lock:
+            return list(self._views.values())
+
 
 def path_text(path: Path) -> str:
     """A path as people write it: ``layers[0].weight``."""
@@ -377,6 +383,20 @@ def changed_parameters(
 
     same = returned_as_given(parameters_after, *(values[path] for path in changed))
     return [path for path, is_same in zip(changed, same, strict=True) if not is_same]
+
+
+def jax_arrays(values: Mapping[Path, Any]) -> Mapping[Path, Any]:
+    """The values with JAX's arrays in the place of NumPy's, which a guest could change in place
+    for whoever gave them."""
+    numpy: Any = jnp
+    found = {p: v for p, v in values.items() if isinstance(v, np.ndarray)}
+    made = {path: numpy.asarray(v) for path, v in found.items() if _is_numbers(v)}
+    return {**values, **made} if made else values
+
+
+def _is_numbers(array: Any) -> bool:
+    """Whether JAX has such arrays: not of texts and objects."""
+    return any(jnp.issubdtype(array.dtype, kind) for kind in (np.bool_, np.number))
 
 
 def check_alive(values: Mapping[Path, Any]) -> None:

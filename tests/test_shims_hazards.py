@@ -1162,3 +1162,33 @@ def test_one_example_is_enough_for_statistics_over_a_named_axis(guest):
     out = jax.vmap(call, axis_name="batch")(X)
     assert_allclose(out.mean(0), np.zeros(4), atol=1e-5)
     assert_allclose(out.var(0), np.ones(4), rtol=1e-3)
+
+
+class Normalised(nnx.Module):
+    def __init__(self):
+        self.norm = nnx.BatchNorm(4, momentum=0.9, use_fast_variance=False, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.norm(x)
+
+
+def test_numpy_arrays_that_hold_the_values_are_left_alone():
+    """As a checkpoint gives them: NNX's layers write into the arrays that they have."""
+    shim = shims.ToLinen(Normalised(), deterministic=False)
+    given = jax.tree.map(np.array, shim.init(jax.random.key(0), X))
+    before = jax.tree.map(np.copy, given)
+
+    def call():
+        return shim.apply(given, X, mutable="batch_stats")[1]["batch_stats"]["norm"]
+
+    for run in (call, jax.jit(call)):
+        assert_allclose(run()["mean"], 0.1 * X.mean(0), rtol=1e-5)
+        jax.tree.map(assert_array_equal, given, before)
+
+    hosted = shims.FromNNX(guest := Normalised())
+    zeros = np.zeros(4, np.float32)
+    hosted.states()["norm", "mean"].value = zeros
+    with brainstate.environ.context(fit=True):
+        hosted(X)
+    assert not zeros.any()
+    assert_allclose(guest.norm.mean[...], 0.1 * X.mean(0), rtol=1e-5)

@@ -603,7 +603,7 @@ def _check_left(values: Mapping[brainstate.State, Any]) -> None:
         UnsupportedStructureError: as BrainState does where no shim is around.
     """
     for state, value in values.items():
-        if is_traced(value) and is_outside_traces():
+        if is_traced(value) and _is_outside_traces():
             raise UnsupportedStructureError(
                 f"a transformation of JAX inside of the wrapped module writes a "
                 f"{type(state).__qualname__}, whose value would outlive it",
@@ -611,7 +611,12 @@ def _check_left(values: Mapping[brainstate.State, Any]) -> None:
             )
 
 
-def is_outside_traces() -> bool:
+def is_tracing() -> bool:
+    """Whether BrainState keeps track of what states are read and written."""
+    return bool(TRACE_CONTEXT.state_stack)
+
+
+def _is_outside_traces() -> bool:
     try:
         DEFAULT.check_valid_trace(lambda: "")
     except brainstate.TraceContextError:
@@ -647,8 +652,8 @@ def _random_from(
         draw: draws the host's key.
         private: the ids of a private copy's states, or None where the guest itself runs.
     """
-    is_closed_over = private is None and not is_outside_traces()
-    if is_closed_over and TRACE_CONTEXT.state_stack:
+    is_closed_over = private is None and not _is_outside_traces()
+    if is_closed_over and is_tracing():
         yield None
         return
     token = _key_here.set(_HostKey(draw))

@@ -39,6 +39,7 @@ from ...core import (
     guest_of,
     is_cell,
     is_traced,
+    jax_arrays,
     nest,
     noting,
     path_text,
@@ -55,7 +56,7 @@ from ...forwarding import (
 from ...materialization import materialize
 from ...report import LinkReport
 from .cells import CarryCell
-from .guest import is_outside_traces
+from .guest import is_tracing
 
 __all__ = ["FromEquinox", "FromLinen", "FromNNX", "Wrapped"]
 
@@ -76,9 +77,7 @@ class _View(_Base):
     @property
     def _value(self) -> Any:
         own = vars(self)
-        if "_shim_own" not in own or self._shim_is_left_over():
-            return own["_shim_cell"].get()
-        return own["_shim_own"]
+        return own["_shim_own"] if "_shim_own" in own else own["_shim_cell"].get()
 
     @_value.setter
     def _value(self, value: Any) -> None:
@@ -94,7 +93,7 @@ class _View(_Base):
 
     def _write_value(self, v):
         """What ``state.value = v`` calls: a value that does not fit the guest is refused."""
-        if "_shim_own" not in vars(self) or self._shim_is_left_over():
+        if "_shim_own" not in vars(self):
             self._shim_check(
                 v,
                 "Write an array of the same shape and dtype; or write to a copy of the shim, "
@@ -103,18 +102,19 @@ class _View(_Base):
         super()._write_value(v)
 
     def restore_value(self, v):
-        """What a transformation calls with the value that it leaves, which has to fit too."""
-        self._shim_check(
-            v,
-            "For an axis of members, as under brainstate.transform.vmap, wrap a module whose "
-            "arrays have it, as nnx.vmap makes it",
-        )
+        """What a transformation calls with the value that it leaves, which has to fit too; but
+        inside of another one it may be a member's."""
+        try:
+            if not is_tracing():
+                self._shim_check(
+                    v,
+                    "For an axis of members, as under brainstate.transform.vmap, wrap a module "
+                    "whose arrays have it, as nnx.vmap makes it",
+                )
+        except ConversionError:
+            _forget(type(vars(self).get("_shim_own")))
+            raise
         super().restore_value(v)
-
-    def _shim_is_left_over(self) -> bool:
-        """Whether the value is a tracer that a transformation has left here when it raised."""
-        own: Any = vars(self)
-        return "_shim_cell" in own and is_traced(own["_shim_own"]) and is_outside_traces()
 
     def _shim_check(self, value: Any, remedy: str) -> None:
         cell = vars(self).get("_shim_cell")
@@ -184,6 +184,14 @@ def _is_own(container: Any) -> bool:
 
 
 _shown: Views[brainstate.State] = Views(_linked, _is_own)
+
+
+def _forget(tracer: type) -> None:
+    """Let the views show their guests again: the transformation whose tracers, of that class,
+    they hold stops here."""
+    for view in _shown.known():
+        if type(vars(view).get("_shim_own")) is tracer:
+            vars(view).pop("_shim_own", None)
 
 
 @functools.cache
@@ -437,7 +445,7 @@ class Wrapped(brainstate.nn.Module):
     ) -> Any:
         self._shim_refresh()
         states = self._shim_states()
-        values = {path: state.value for path, state in states.items()}
+        values = jax_arrays({path: state.value for path, state in states.items()})
         structure, training = self._shim_structure, brainstate.environ.get("fit", None)
         with _drawing() as draw:
             call = Call(method, args, kwargs, training=training, key=draw)

@@ -38,6 +38,7 @@ from ...core import (
     commit,
     first_values,
     guest_of,
+    jax_arrays,
     nest,
     noting,
     path_text,
@@ -293,7 +294,7 @@ class ToEquinox(eqx.nn.StatefulLayer):
         is_step: bool,
     ) -> Any:
         _ToEquinox._shim_check_state(self, state)
-        values = _ToEquinox._shim_values(self, state)
+        values = jax_arrays(_ToEquinox._shim_values(self, state))
         structure = self._shim_structure
         if method == "__call__":
             _ToEquinox._shim_check_carry(self, is_step and len(args) > 1)

@@ -36,6 +36,7 @@ from ...core import (
     first_values,
     guest_of,
     is_cell,
+    jax_arrays,
     nest,
     noting,
     path_text,
@@ -234,7 +235,7 @@ class ToLinen(nn.Module):
     ) -> Any:
         structure = self._shim_structure
         is_step = method == "__call__" and self._shim_takes_carry(args)
-        values = self._shim_values(structure, structure.carried if is_step else ())
+        values = jax_arrays(self._shim_values(structure, structure.carried if is_step else ()))
         call = Call(method, args, kwargs, training, self._shim_key())
         run = structure.step if is_step else structure.run
         out, new, after = run(values, call)

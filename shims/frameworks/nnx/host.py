@@ -33,6 +33,7 @@ from ...core import (
     guest_of,
     is_cell,
     is_traced,
+    jax_arrays,
     nest,
     noting,
     path_text,
@@ -436,13 +437,13 @@ class ToNNX(nnx.Module):
                 self._shim_variable(path).set_value(new[path])
 
     def _shim_step(self, structure: Structure, call: Call) -> Any:
-        values = self._shim_values(structure)
+        values = jax_arrays(self._shim_values(structure))
         out, new, _ = structure.step(values, call)
         self._shim_store(values, new)
         return out
 
     def _shim_run_copy(self, structure: Structure, call: Call) -> Any:
-        values = self._shim_values(structure)
+        values = jax_arrays(self._shim_values(structure))
         out, new, after = structure.run(values, call)
         self._shim_store(values, new)
         if is_traced((out, new)):  # state that appears is gone with the trace
