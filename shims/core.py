@@ -389,7 +389,7 @@ def jax_arrays(values: Mapping[Path, Any]) -> Mapping[Path, Any]:
     """The values with JAX's arrays in the place of NumPy's, which a guest could change in place
     for whoever gave them."""
     numpy: Any = jnp
-    found = {p: v for p, v in values.items() if isinstance(v, np.ndarray)}
+    found: dict[Path, Any] = {p: v for p, v in values.items() if isinstance(v, np.ndarray)}
     made = {path: numpy.asarray(v) for path, v in found.items() if _is_numbers(v)}
     return {**values, **made} if made else values
 
