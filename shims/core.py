@@ -442,7 +442,7 @@ def commit(guest: LiveGuest, structure: Structure, values: Mapping[Path, Any]) -
             "them when it is over",
             remedy="Return them from the compiled function, and write them back outside",
         )
-    cells = list(guest.cells())
+    cells, values = list(guest.cells()), jax_arrays(values)
     for cell in cells:
         cell.check(values[cell.path])
     for cell in cells:

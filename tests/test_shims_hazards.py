@@ -1174,7 +1174,7 @@ class Normalised(nnx.Module):
 
 def test_numpy_arrays_that_hold_the_values_are_left_alone():
     """As a checkpoint gives them: NNX's layers write into the arrays that they have."""
-    shim = shims.ToLinen(Normalised(), deterministic=False)
+    shim = shims.ToLinen(trained := Normalised(), deterministic=False)
     given = jax.tree.map(np.array, shim.init(jax.random.key(0), X))
     before = jax.tree.map(np.copy, given)
 
@@ -1184,6 +1184,9 @@ def test_numpy_arrays_that_hold_the_values_are_left_alone():
     for run in (call, jax.jit(call)):
         assert_allclose(run()["mean"], 0.1 * X.mean(0), rtol=1e-5)
         jax.tree.map(assert_array_equal, given, before)
+    shim.write_back(given)
+    trained(X)
+    jax.tree.map(assert_array_equal, given, before)
 
     hosted = shims.FromNNX(guest := Normalised())
     zeros = np.zeros(4, np.float32)
