@@ -1195,3 +1195,25 @@ def test_numpy_arrays_that_hold_the_values_are_left_alone():
         hosted(X)
     assert not zeros.any()
     assert_allclose(guest.norm.mean[...], 0.1 * X.mean(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("host", ["equinox", "linen", "nnx"])
+def test_errors_of_layers_in_a_brainstate_sequential_are_those_of_the_shim(host):
+    inner = bnn.Sequential(bnn.Linear(4, 4), bnn.Dropout(0.5))
+    guest = bnn.Sequential(bnn.Linear(4, 4), inner)
+    shim = shims.wrap(guest, into=host)
+    if host == "linen":
+        call = functools.partial(shim.apply, shim.init(KEY, X, deterministic=True))
+        call = functools.partial(call, deterministic=False)
+    else:
+        call = shim
+    with pytest.raises(interop.MissingKeyError, match="draws random numbers"):
+        call(X)
+
+    class Raises(bnn.Module):
+        def update(self, x):
+            raise ValueError("no")
+
+    with pytest.raises(brainstate.BrainStateError) as error:
+        shims.ToNNX(bnn.Sequential(bnn.Linear(4, 4), Raises()))(X)
+    assert isinstance(error.value.__cause__, ValueError)

@@ -28,7 +28,12 @@ from brainstate._state import TRACE_CONTEXT
 from brainstate.random import DEFAULT
 from brainstate.transform import _error_if
 
-from interop.errors import ArgumentError, ConversionError, UnsupportedStructureError
+from interop.errors import (
+    ArgumentError,
+    ConversionError,
+    InteropError,
+    UnsupportedStructureError,
+)
 
 from ...core import (
     Call,
@@ -160,22 +165,30 @@ def _refresh(module: brainstate.nn.Module) -> None:
 
 
 def _invoke(module: brainstate.nn.Module, call: Call) -> Any:
-    method = getattr(module, call.method)
-    if call.training is not None:
-        with brainstate.environ.context(fit=call.training):
-            _check_batch(module, call)
+    method, training = getattr(module, call.method), call.training
+    has_mode = training is not None
+    mode = brainstate.environ.context(fit=training) if has_mode else contextlib.nullcontext()
+    with mode:
+        _check_batch(module, call)
+        try:
             return finished(call, method(*call.args, **call.kwargs))
-    _check_batch(module, call)
-    try:
-        return finished(call, method(*call.args, **call.kwargs))
-    except Exception as e:
-        if brainstate.environ.get("fit", None) is not None or not _misses_fit(e):
-            raise
-        raise ArgumentError(
-            f"{type(module).__qualname__} works differently in training and evaluation, and "
-            f"the host gives no mode",
-            remedy="Pass deterministic=True or False, to the shim or to the call",
-        ) from e
+        except Exception as e:
+            if (own := _own_error(e)) is not None:
+                raise own from own.__cause__
+            if brainstate.environ.get("fit", None) is not None or not _misses_fit(e):
+                raise
+            raise ArgumentError(
+                f"{type(module).__qualname__} works differently in training and evaluation, "
+                f"and the host gives no mode",
+                remedy="Pass deterministic=True or False, to the shim or to the call",
+            ) from e
+
+
+def _own_error(error: BaseException | None) -> InteropError | None:
+    """One of this library's in the errors that ``Sequential`` makes of those of its layers."""
+    while isinstance(error, brainstate.BrainStateError):
+        error = error.__cause__
+    return error if isinstance(error, InteropError) else None
 
 
 def _check_batch(module: Any, call: Call) -> None:
