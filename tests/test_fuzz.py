@@ -430,12 +430,12 @@ class Stack:
     def compute(self, fw, x, arrays=None, train=False, rounded=np.float64):
         """The output in the order of axes of ``fw``, and the arrays afterwards.
 
-        ``rounded`` is what happens to each layer's input.
+        ``rounded`` is what happens to each layer's input and arrays.
         """
         after = []
         for part, own in zip(self.parts, arrays or [p.arrays for p in self.parts], strict=True):
             x = rounded(x)
-            own = {name: np.float64(value) for name, value in own.items()}
+            own = {name: rounded(value) for name, value in own.items()}
             if part.name == "flatten":
                 x = np.moveaxis(x, -1, 1) if fw.channels_first and self.has_images else x
                 x = x.reshape(len(x), -1)
@@ -476,13 +476,13 @@ def gradient(loss, array):
     return found
 
 
-def descended(stack, fw):
+def descended(stack, fw, compute):
     """The arrays after one step of descent on the sum of squares of the output."""
     arrays = [dict(part.arrays) for part in stack.parts]
 
     def loss(i, name, value):
         changed = [own | {name: value} if i == j else own for j, own in enumerate(arrays)]
-        return (stack.compute(fw, stack.x, changed)[0] ** 2).sum()
+        return (compute(stack.x, changed)[0] ** 2).sum()
 
     def moved(i, name, value):
         if name in ("mean", "var"):
@@ -495,22 +495,30 @@ def descended(stack, fw):
     ]
 
 
-def spread(compute, stack):
-    """How far an output moves where what goes into each layer is the next float32, or so.
+def computed(stack, fw, seed=None):
+    """What a stack of a framework comes to, by hand.
 
-    A norm of values that are almost equal magnifies what rounding has left of them.
+    With a ``seed``, where what goes into each layer is the next number of float32, or so.
     """
 
-    def beside(rng, array):
-        signs = rng.choice([-1, 1], np.shape(array))
-        return np.float64(array) * (1 + np.finfo(np.float32).eps * signs)
+    def compute(x, arrays=None, train=False):
+        rng = np.random.default_rng(seed)  # the same each time, as rounding is
 
-    def moved(rng):
-        arrays = [{n: beside(rng, a) for n, a in p.arrays.items()} for p in stack.parts]
-        return compute(stack.x, arrays, rounded=functools.partial(beside, rng))[0]
+        def beside(array):
+            signs = rng.choice([-1, 1], np.shape(array))
+            return np.float64(array) * (1 + np.finfo(np.float32).eps * signs)
 
-    exact, _ = compute(stack.x)
-    return max(np.abs(moved(np.random.default_rng(i)) - exact).max() for i in range(4))
+        rounded = np.float64 if seed is None else beside
+        return stack.compute(fw, x, arrays, train, rounded)
+
+    in_training, after = compute(stack.x, train=True)
+    return {
+        "output": compute(stack.x)[0],
+        "slope": gradient(lambda x: (compute(x)[0] ** 2).sum(), stack.x),
+        "after a step": compute(stack.x, descended(stack, fw, compute))[0],
+        "in training": in_training,
+        "after training": compute(stack.x, after)[0],
+    }
 
 
 def assert_near(found, wanted, share, least=1e-3, beside=0.0):
@@ -520,22 +528,22 @@ def assert_near(found, wanted, share, least=1e-3, beside=0.0):
 
 
 class Expected:
-    """What a stack of a framework computes, by hand."""
+    """What a stack of a framework computes, and how far rounding moves it.
+
+    A norm of values that are almost equal magnifies what rounding has left of them.
+    """
 
     def __init__(self, stack, source):
         self.stack = stack
-        compute = functools.partial(stack.compute, source)
-        self.output, _ = compute(stack.x)
-        self.input_gradient = gradient(lambda x: (compute(x)[0] ** 2).sum(), stack.x)
-        self.after_a_step, _ = compute(stack.x, descended(stack, source))
-        self.in_training, after = compute(stack.x, train=True)
-        self.after_training, _ = compute(stack.x, after)
-
-        self.spread = 8 * spread(compute, stack)
-        self.spread_in_training = 8 * spread(functools.partial(compute, train=True), stack)
+        self.values = computed(stack, source)
+        moved = [computed(stack, source, seed) for seed in range(3)]
+        self.spread = {
+            name: 8 * max(np.abs(other[name] - value).max() for other in moved)
+            for name, value in self.values.items()
+        }
 
         kinds = {part.name for part in stack.parts}
-        largest = np.abs(self.after_a_step).max()
+        largest = np.abs(self.values["after a step"]).max()
         self.learns = any(part.arrays for part in stack.parts) and largest < 1e3
         self.trains = "dropout" not in kinds
         # Equinox's statistics start with a bias, which a conversion takes out of them
@@ -545,20 +553,22 @@ class Expected:
         def call(model, x):
             return to_channels_last(fw.call(model, self.stack.seen_by(fw, x)))
 
+        def assert_is(found, name, share, **options):
+            assert_near(found, self.values[name], share, **options, beside=self.spread[name])
+
         own = self.stack.seen_by(fw, x)
         to_channels_last = fw.to_channels_last if self.stack.has_images else lambda y: y
-        assert_near(call(model, x), self.output, 2e-5, beside=self.spread)
+        assert_is(call(model, x), "output", 2e-5)
         slope = jax.grad(lambda x: (call(model, x) ** 2).sum())(x)
         # of two features that are normalised it may be all cancellation
-        assert_near(slope, self.input_gradient, 1e-3, least=1e-2 * (self.output**2).sum())
+        assert_is(slope, "slope", 1e-3, least=1e-2 * (self.values["output"] ** 2).sum())
         if self.learns:
-            assert_near(call(fw.step(copy.deepcopy(model), own), x), self.after_a_step, 1e-2)
+            assert_is(call(fw.step(copy.deepcopy(model), own), x), "after a step", 1e-2)
         if self.trains:
             y, model = fw.run(model, own, train=True)
-            y = to_channels_last(y)
-            assert_near(y, self.in_training, 2e-5, beside=self.spread_in_training)
+            assert_is(to_channels_last(y), "in training", 2e-5)
         if self.trains and self.settles:
-            assert_near(call(model, x), self.after_training, 1e-4, beside=self.spread)
+            assert_is(call(model, x), "after training", 1e-4)
 
 
 @fuzzed(12)
