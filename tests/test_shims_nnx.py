@@ -827,3 +827,16 @@ def test_the_private_names_of_brainstate_that_the_key_exchange_stands_on_are_the
     assert not brainstate._state.TRACE_CONTEXT.state_stack
     with brainstate.StateTraceStack():
         assert brainstate._state.TRACE_CONTEXT.state_stack
+
+
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_values_that_an_update_adds_are_refused_by_the_next_call(is_copy):
+    layer = brainstate.nn.Linear(3, 4, b_init=jnp.zeros(4))
+    shim = shims.ToNNX(layer)
+    shim = nnx.clone(shim) if is_copy else shim
+    old = {"weight": {"bias": nnx.Param(jnp.ones(4)), "scale": nnx.Param(jnp.ones(4))}}
+    nnx.update(shim, nnx.State(old))
+    with pytest.raises(interop.ConversionError, match=r"Linear has no such.*weight\.scale"):
+        shim(X)
+    del shim.weight["scale"]
+    assert_allclose(shim(X), X @ layer.weight.value["weight"] + 1, rtol=1e-6)

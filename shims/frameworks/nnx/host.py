@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 import jax
@@ -404,6 +404,7 @@ class ToNNX(nnx.Module):
 
     def _shim_answer(self, call: Call) -> Any:
         anchor = self._shim_anchor
+        self._shim_check_added(anchor.first.kinds if anchor.guest is None else anchor.views)
         if call.method == "init_state":  # whose new states would outlive another trace
             self._shim_check_trace()
         is_step = call.method == "__call__" and self._shim_takes_carry(call.args)
@@ -427,6 +428,21 @@ class ToNNX(nnx.Module):
                 f"that closes over it would leave values in it that are gone when it is over",
                 remedy="Call it before, or pass the shim as an argument",
             ) from e
+
+    def _shim_check_added(self, known: Mapping[Path, Any]) -> None:
+        """Refuse values beside the guest's, which ``nnx.update`` adds without a word.
+
+        Raises:
+            ConversionError: there are some, with the paths of all.
+        """
+        places = {attribute_path(path) for path in known}
+        held = {name: vars(self).get(name) for name, *_ in places}
+        if added := [path for path in _places(held) if path not in places]:
+            raise ConversionError(
+                f"{self._shim_first.guest_type.__qualname__} has no such values",
+                unexpected=[path_text(path) for path in added],
+                remedy="Delete them, and update the shim with values of its own paths",
+            )
 
     def _shim_takes_carry(self, args: tuple[Any, ...]) -> bool:
         return False
@@ -555,6 +571,15 @@ class ToNNXCell(ToNNX, nnx.RNNCellBase):
 
     def _shim_takes_carry(self, args: tuple[Any, ...]) -> bool:
         return self._shim_anchor.structure.takes_carry(args)
+
+
+def _places(tree: dict[Any, Any], path: Path = ()) -> Iterator[Path]:
+    """Where values stand in nested dicts."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _places(value, (*path, name))
+        elif value is not None:
+            yield (*path, name)
 
 
 def _check_defaults() -> None:
