@@ -586,6 +586,20 @@ def test_init_state_through_the_shim_or_the_guest_is_seen_by_both():
     assert shim.h.shape == (2, 4)
 
 
+@pytest.mark.parametrize("method", ["init_state", "reset_state"])
+def test_a_module_that_would_not_pass_init_state_on_to_its_cells_says_so(method):
+    cell = bnn.LSTMCell(3, 4)
+    cell.init_state(5)
+    shim = shims.ToNNX(bnn.Sequential(cell, bnn.Linear(4, 2)))
+    first = shim(X)
+    with pytest.raises(interop.ArgumentError, match=f"Sequential has no {method}") as refused:
+        getattr(shim, method)(5)
+    assert f"{method.replace('_', '_all_')}s(shim.unwrap()" in str(refused.value)
+    getattr(bnn, f"{method.replace('_', '_all_')}s")(shim.unwrap(), 5)
+    shim.refresh()
+    assert_allclose(nnx.jit(lambda m, x: m(x))(shim, X), first, rtol=1e-5, atol=1e-6)
+
+
 def test_a_forward_that_initialises_its_state_works_compiled():
     class Rnn(bnn.Module):
         def __init__(self):

@@ -170,6 +170,7 @@ def _invoke(module: brainstate.nn.Module, call: Call) -> Any:
     mode = brainstate.environ.context(fit=training) if has_mode else contextlib.nullcontext()
     with mode:
         _check_batch(module, call)
+        _check_made(module, call)
         try:
             return finished(call, method(*call.args, **call.kwargs))
         except Exception as e:
@@ -201,6 +202,29 @@ def _check_batch(module: Any, call: Call) -> None:
         for path, node in module.nodes().items():
             if isinstance(node, _BATCH_NORMS) and node.axis_name is None:
                 raise no_batch(type(node).__name__, path, shape)
+
+
+def _check_made(module: Any, call: Call) -> None:
+    """Refuse ``init_state`` and ``reset_state`` of a module that has none of its own, where
+    they would leave the hidden states of its parts as they are, without a word."""
+    if call.method not in _MAKE_STATE:
+        return
+
+    def has_own(part: Any) -> bool:
+        own, inherited = getattr(type(part), call.method), brainstate.nn.Module
+        return own is not getattr(inherited, call.method)
+
+    if not has_own(module) and any(map(has_own, module.nodes().values())):
+        together = call.method.replace("_", "_all_") + "s"
+        raise ArgumentError(
+            f"{type(module).__qualname__} has no {call.method} of its own, and that of its "
+            f"parts would not be called",
+            remedy=f"Call brainstate.nn.{together}(shim.unwrap(), batch_size), and "
+            f"shim.refresh() where the shim has it",
+        )
+
+
+_MAKE_STATE = ("init_state", "reset_state")
 
 
 def _misses_fit(error: BaseException | None) -> bool:
