@@ -1145,14 +1145,47 @@ def test_batch_statistics_of_one_example_are_refused(guest, host):
         assert_allclose(call(X[0]), call(X)[0], rtol=1e-5, atol=1e-6)
 
 
-def test_a_layer_that_a_method_returns_is_of_its_own_class():
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_linen_batch_normalisation_with_a_call_of_its_own_is_left_alone(by_name):
+    class Norm(nn.BatchNorm):
+        def __call__(self, inputs, train):
+            return super().__call__(inputs, use_running_average=not train)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            norm = Norm(momentum=0.7, name="norm")
+            return norm(inputs=x, train=train) if by_name else norm(x, train)
+
+    module = Model()
+    shim = shims.ToNNX(module, params=module.init(KEY, X, train=False))
+    shim(X)
+    assert_allclose(shim.batch_stats["norm"]["mean"], 0.3 * X.mean(0), rtol=1e-5, atol=1e-6)
+    shim.eval()
+    assert_allclose(shim(X[0]), shim(X)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_guest_sees_its_layers_in_their_own_classes():
+    class Asks(NnxNormed):
+        def __call__(self, x):
+            return 2 * self.norm(x) if type(self.norm) is nnx.BatchNorm else x
+
+    shim = shims.FromNNX(Asks())
+    with brainstate.environ.context(fit=True):
+        assert_allclose(shim(X), Asks()(X), rtol=1e-5, atol=1e-6)
+        with pytest.raises(interop.ArgumentError, match="at norm, .* no batch axis"):
+            shim(X[0])
+
+
+def test_a_layer_that_a_method_returns_is_as_it_was():
     class Shows(NnxNormed):
         def part(self):
             return self.norm, 1.0
 
-    part, _ = shims.FromNNX(Shows()).part()
+    guest = Shows()
+    part, _ = shims.FromNNX(guest).part()
     assert type(part) is nnx.BatchNorm
-    assert "_shim_path" not in vars(part)
+    assert part.promote_dtype is guest.norm.promote_dtype
     assert part(X[0]).shape == (4,)
 
 

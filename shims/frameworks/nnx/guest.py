@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import inspect
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -346,36 +346,38 @@ def _wants_batch(module: Any) -> bool:
     return is_norm and type(module).__call__ is nnx.BatchNorm.__call__
 
 
+@dataclasses.dataclass(frozen=True)
+class _Watching:
+    """Promotes the dtypes of a batch normalisation, and sees each of its inputs before the
+    statistics are taken. The layer's class stays its own, for a guest that asks for it."""
+
+    promote: Callable[..., Any]
+    axis: Any
+    path: str
+
+    def __call__(self, values: Any, **options: Any) -> Any:
+        shape = jnp.shape(values[0])
+        if len(shape) == np.size(self.axis):
+            caller: Any = sys._getframe(1)  # the layer's call, which has settled its mode
+            if not caller.f_locals.get("use_running_average", True):
+                raise no_batch("BatchNorm", (self.path,), shape)
+        return self.promote(values, **options)
+
+
 def _check_batches(module: nnx.Module) -> None:
     """Let a private copy refuse training inputs that have feature axes alone."""
     modules: Any = nnx.iter_modules(module)
     for path, part in list(modules):
         if _wants_batch(part):
-            part._shim_path = path_text(path)
-            object.__setattr__(part, "__class__", _checked(type(part)))
+            part.promote_dtype = _Watching(part.promote_dtype, part.axis, path_text(path))
 
 
 def _uncheck_batches(module: nnx.Module) -> None:
     """Undo ``_check_batches`` for a copy that a call may have returned parts of."""
     modules: Any = nnx.iter_modules(module)
     for _, part in list(modules):
-        if "_shim_path" in vars(part):
-            del part._shim_path
-            object.__setattr__(part, "__class__", type(part).__base__)
-
-
-@functools.cache
-def _checked(cls: Any) -> Any:
-    """A class of batch normalisations as one that refuses an input without a batch."""
-
-    def call(self: Any, x: Any, use_running_average: bool | None = None, **kwargs: Any) -> Any:
-        given = self.use_running_average if use_running_average is None else use_running_average
-        if given is False and jnp.ndim(x) == np.size(self.axis):
-            raise no_batch(cls.__name__, (self._shim_path,), jnp.shape(x))
-        return cls.__call__(self, x, use_running_average, **kwargs)
-
-    facts = {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls)(cls.__name__, (cls,), facts)
+        if isinstance(getattr(part, "promote_dtype", None), _Watching):
+            part.promote_dtype = part.promote_dtype.promote
 
 
 def _waits_for_stream(module: Any) -> bool:
