@@ -585,7 +585,7 @@ def test_a_guest_that_may_need_a_key_and_does_not_trains_in_a_plain_transformati
     in_nnx = shims.ToNNX(bnn.Linear(4, 4), rngs=nnx.Rngs(0))
     with brainstate.environ.context(fit=True):
         assert_allclose(jax.jit(shim)(X), shim(X), rtol=1e-6)
-        with pytest.raises(RuntimeError, match="key"):
+        with pytest.raises(interop.MissingKeyError, match="brainstate.transform"):
             jax.jit(drop)(X)
     assert_allclose(jax.jit(lambda x: in_nnx(x))(X), in_nnx(X), rtol=1e-6)
 
@@ -834,6 +834,14 @@ def test_a_brainstate_guest_may_draw_in_evaluation():
     assert (np.asarray(first) != np.asarray(second)).any()
     with pytest.raises(interop.MissingKeyError):
         shim.apply({}, X)
+
+
+@pytest.mark.parametrize("host", ["linen", "nnx"])
+def test_a_dropout_of_equinox_without_a_key_says_how_its_host_gives_one(host):
+    shim = shims.wrap(eqx.nn.Sequential([eqx.nn.Dropout(0.3)]), into=host)
+    call = functools.partial(shim.apply, {}, deterministic=False) if host == "linen" else shim
+    with pytest.raises(interop.MissingKeyError, match="rngs="):
+        call(X)
 
 
 def test_a_shim_is_not_wrapped_again():

@@ -297,12 +297,16 @@ class EquinoxStructure(Structure):
         kwargs = dict(call.kwargs)
         key = kwargs.pop("key", None)
         check_key(key)
+        missing: MissingKeyError | None = None
         if key is None and "key" in parameters and self._draws[call.training]:
-            key = _key(call)
+            try:
+                key = call.key()
+            except MissingKeyError as e:  # for a layer that cannot do without
+                missing = e
         batch = self._batch((call.args, kwargs), axes)
         keys = key if key is None or not axes else jax.random.split(key, batch)
         mapped = self._mapped(one_example, batch)
-        with self._explaining(call.args, axes):
+        with self._explaining(call.args, axes, missing):
             out, state = mapped(call.args, kwargs, keys, state)
         new = dict(values)
         if state is not None:
@@ -310,11 +314,14 @@ class EquinoxStructure(Structure):
         return out, new, self
 
     @contextlib.contextmanager
-    def _explaining(self, args: Any, axes: int) -> Iterator[None]:
+    def _explaining(
+        self, args: Any, axes: int, missing: MissingKeyError | None
+    ) -> Iterator[None]:
         """Say of a call that fails how the module was mapped.
 
         Raises:
             ArgumentError: it reduces over an axis by a name that no axis has.
+            MissingKeyError: it is ``missing``, and a dropout asks for the key.
         """
         try:
             yield
@@ -327,6 +334,10 @@ class EquinoxStructure(Structure):
                 remedy="Set batch_axes=1, or as many as its layers have names, and axis_name= "
                 "as they say; or map the shim itself: jax.vmap(..., axis_name=...)",
             ) from e
+        except RuntimeError as e:
+            if missing is None or "requires a key" not in str(e):
+                raise
+            raise missing from e
         except (TypeError, ValueError) as e:
             e.add_note(self._seen(args, axes))
             raise
@@ -496,11 +507,3 @@ def _parts(part: Any) -> Iterator[Any]:
         held = (part.func, *part.args, *part.keywords.values())
     for value in held:
         yield from _parts(value)
-
-
-def _key(call: Call) -> Any:
-    """A key, if the host has one; Equinox's layers say so if they lack it."""
-    try:
-        return call.key()
-    except MissingKeyError:
-        return None
