@@ -30,7 +30,10 @@ def _cell_arrays(m: Any, ctx: Reading, **layers: tuple[int, ...]) -> dict[str, A
         linear = ctx.read(getattr(m, name), f"{ctx.path}.{name}")
         if type(linear) is not specs.Linear or linear.mask is not None:
             ctx.refuse(name, getattr(m, name), "only a Linear without a mask converts here")
-        gates = _cut(linear.weight, linear.bias, m.num_in, len(places))
+        is_one = len(places) == 1  # whose bias is shared
+        gates = _cut(linear.weight, None if is_one else linear.bias, m.num_in, len(places))
+        if is_one:
+            gates = [(*gates[0][:2], linear.bias)]
         found |= zip(places, gates, strict=True)
     x, h, bias = zip(*(found[place] for place in range(len(found))), strict=True)
     return {
