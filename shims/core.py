@@ -72,6 +72,7 @@ __all__ = [
     "first_values",
     "guest_of",
     "is_cell",
+    "is_peeking",
     "is_plain",
     "is_traced",
     "jax_arrays",
@@ -83,6 +84,7 @@ __all__ = [
     "noting",
     "path_of",
     "path_text",
+    "peeking",
     "recording",
     "report_of",
     "side_of",
@@ -132,6 +134,10 @@ class Cell(ABC):
     @abstractmethod
     def get(self) -> Any:
         """The array, as the guest holds it now."""
+
+    def peek(self) -> Any:
+        """The array, for a container that tells a transformation of the reading itself."""
+        return self.get()
 
     @abstractmethod
     def _put(self, value: Any) -> None: ...
@@ -198,7 +204,13 @@ class LeafCell(Cell):
     def _hold(self, value: Any) -> None: ...
 
     def get(self) -> Any:
-        value = self._held()
+        return self._leaf(self._held())
+
+    def peek(self) -> Any:
+        inner = self._inner()
+        return self.get() if inner is None else inner.peek()
+
+    def _leaf(self, value: Any) -> Any:
         is_itself = isinstance(value, jax.Array) and self.tree.num_nodes == 1
         return value if is_itself else self._flat(value)[self.index]
 
@@ -278,6 +290,8 @@ class Probe:
 
     def get(self) -> Any:
         return self.value
+
+    peek = get
 
     def check(self, value: Any, remedy: str = _SAME) -> None:
         pass
@@ -893,6 +907,25 @@ class Noted:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     options: frozenset[str]
+
+
+_peeking: ContextVar[bool] = ContextVar("peeking", default=False)
+
+
+@contextlib.contextmanager
+def peeking() -> Generator[None]:
+    """Let cells be looked at inside without a word to the transformation that runs: it is told
+    of the containers that show them."""
+    token = _peeking.set(True)
+    try:
+        yield
+    finally:
+        _peeking.reset(token)
+
+
+def is_peeking() -> bool:
+    """Whether this is inside of :func:`peeking`."""
+    return _peeking.get()
 
 
 _calls: ContextVar[list[Noted] | None] = ContextVar("calls", default=None)

@@ -836,6 +836,62 @@ def test_a_brainstate_guest_may_draw_in_evaluation():
         shim.apply({}, X)
 
 
+def test_a_guest_of_brainstate_draws_the_hosts_key_in_a_transformation_of_brainstate():
+    shim, x = shims.ToLinen(bnn.Dropout(0.7)), jnp.ones((6, 20))
+
+    def call(x, key):
+        return shim.apply({}, x, deterministic=False, rngs={"dropout": key})
+
+    compiled = brainstate.transform.jit(call)
+    brainstate.random.seed(0)
+    before = brainstate.random.DEFAULT.value
+    for key in jax.random.split(KEY):
+        assert_array_equal(compiled(x, key), call(x, key))
+    assert brainstate.random.DEFAULT.value is before
+
+
+def test_a_brainstate_layer_in_an_nnx_module_trains_in_a_brainstate_program():
+    class Block(nnx.Module):
+        def __init__(self, layer):
+            self.layer = layer
+
+        def __call__(self, x):
+            return jnp.tanh(self.layer(x))
+
+    linear = bnn.Linear(4, 2)
+    drop = bnn.Dropout(0.7)
+    norm = bnn.BatchNorm0d((2,), momentum=0.8)
+    layer = shims.ToNNX(bnn.Sequential(linear, norm, drop), rngs=nnx.Rngs(0))
+    shim = shims.FromNNX(Block(layer))
+    weights = shim.states(brainstate.ParamState)
+
+    def loss():
+        return (shim(X) ** 2).mean()
+
+    @brainstate.transform.jit
+    def step():
+        for key, gradient in brainstate.transform.grad(loss, weights)().items():
+            weights[key].value -= 0.1 * gradient
+
+    mean, first = np.zeros(2), linear.weight.value["weight"]
+    with brainstate.environ.context(fit=True):
+        for _ in range(3):
+            now = linear.weight.value
+            h = X @ now["weight"] + now["bias"]
+            mean = 0.8 * mean + 0.2 * np.asarray(h.mean(0))
+            step()
+            assert_allclose(np.ravel(norm.running_mean.value), mean, rtol=1e-4, atol=1e-6)
+        masks = brainstate.transform.for_loop(shim, jnp.stack([X] * 4)) == 0
+    assert (masks[1:] != masks[0]).any()
+    assert (linear.weight.value["weight"] != first).all()
+    now = linear.weight.value
+    with brainstate.environ.context(fit=False):
+        compiled = brainstate.transform.jit(shim)
+        assert_allclose(compiled(X), np.tanh(norm(linear(X))), rtol=1e-5, atol=1e-6)
+        linear.weight.value = {name: value * 2 for name, value in now.items()}
+        assert_allclose(compiled(X), np.tanh(norm(linear(X))), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("host", ["linen", "nnx"])
 def test_a_dropout_of_equinox_without_a_key_says_how_its_host_gives_one(host):
     shim = shims.wrap(eqx.nn.Sequential([eqx.nn.Dropout(0.3)]), into=host)

@@ -2,9 +2,10 @@
 
 A ``State`` holds a tree of arrays, each of which is a cell. ``brainstate.random.DEFAULT`` is
 one state for the whole process: this file gives it a class by which the context of a running
-guest, and no other, sees the host's key there. Private API: ``State._value``, for that;
-``TRACE_CONTEXT``, which tells whether BrainState traces; ``_err_jit_true_branch``, the host
-callback of ``jit_error_if``, which an exported program cannot have.
+guest, and no other, sees the host's key there. Private API: ``State._value``, for that, and to
+look at a State without telling a transformation that it is read; ``TRACE_CONTEXT``, which
+tells whether BrainState traces; ``_err_jit_true_branch``, the host callback of
+``jit_error_if``, which an exported program cannot have.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from ...core import (
     Path,
     Structure,
     finished,
+    is_peeking,
     is_traced,
     leaves,
     named_paths,
@@ -67,8 +69,11 @@ class _StateCell(LeafCell):
     def _inner(self) -> Cell | None:
         return vars(self.container).get("_shim_cell")  # the state shows another's array
 
+    def peek(self) -> Any:
+        return self._leaf(self.container._value)
+
     def _held(self) -> Any:
-        return self.container.value
+        return self.container._value if is_peeking() else self.container.value
 
     def _hold(self, value: Any) -> None:
         self.container.value = value
@@ -92,7 +97,7 @@ _USE = {"_value", "_shim_own", "_level", "_been_writen", "_trace_state"}
 
 def _facts(state: brainstate.State) -> Any:
     noted = [Same(value) for name, value in vars(state).items() if name not in _USE]
-    return layout(state.value), noted
+    return layout(state._value), noted
 
 
 class BrainStateGuest(WatchedGuest):
@@ -141,9 +146,11 @@ class BrainStateGuest(WatchedGuest):
 
 def _cells(states: Mapping[Path, brainstate.State]) -> list[_StateCell]:
     return [
-        _StateCell(leaf_path, _kind(state, leaf), state, index, jax.tree.structure(state.value))
+        _StateCell(
+            leaf_path, _kind(state, leaf), state, index, jax.tree.structure(state._value)
+        )
         for path, state in states.items()
-        for index, (leaf_path, leaf) in enumerate(leaves(path, state.value))
+        for index, (leaf_path, leaf) in enumerate(leaves(path, state._value))
     ]
 
 
@@ -256,17 +263,17 @@ class BrainStateStructure(Structure):
         self._definition = definition
         # The states without their values: an equal structure may live as long as the process.
         self._states = {
-            path: (state.to_state_ref().replace(None), jax.tree.structure(state.value))
+            path: (state.to_state_ref().replace(None), jax.tree.structure(state._value))
             for path, state in states.items()
         }
         self._paths = {
-            path: [leaf_path for leaf_path, _ in leaves(path, state.value)]
+            path: [leaf_path for leaf_path, _ in leaves(path, state._value)]
             for path, state in states.items()
         }
         self.kinds: Mapping[Path, Kind] = {
             leaf_path: _kind(state, leaf)
             for path, state in states.items()
-            for leaf_path, leaf in leaves(path, state.value)
+            for leaf_path, leaf in leaves(path, state._value)
         }
         self.carried: Collection[Path] = [
             path for path, kind in self.kinds.items() if kind is Kind.HIDDEN
@@ -280,7 +287,7 @@ class BrainStateStructure(Structure):
             path for path, node in nodes.items() if _keeps_no_statistics(node)
         ]
         trees = tuple(
-            (path, _comparable(type(s)), jax.tree.structure(s.value))
+            (path, _comparable(type(s)), jax.tree.structure(s._value))
             for path, s in states.items()
         )
         self._key = (_comparable(definition), trees)
@@ -580,6 +587,7 @@ class _HostKey:
 
     def __init__(self, draw: Callable[[], jax.Array]):
         self._draw = draw
+        self.level = len(TRACE_CONTEXT.state_stack)
 
     @functools.cached_property
     def value(self) -> jax.Array:
@@ -605,6 +613,16 @@ class _KeyByContext(type(DEFAULT)):
             vars(self)["_value"] = value
         else:
             here.value = value
+
+    @property
+    def stack_level(self) -> int:
+        """The transformations around the guest are told nothing: the key is not the state's."""
+        here = _key_here.get() if self is DEFAULT else None
+        return self._level if here is None else here.level
+
+    @stack_level.setter
+    def stack_level(self, level: int) -> None:
+        self._level = level
 
 
 _KeyByContext.__name__ = _KeyByContext.__qualname__ = type(DEFAULT).__name__

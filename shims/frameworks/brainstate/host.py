@@ -43,6 +43,7 @@ from ...core import (
     nest,
     noting,
     path_text,
+    peeking,
     report_of,
 )
 from ...forwarding import (
@@ -77,7 +78,7 @@ class _View(_Base):
     @property
     def _value(self) -> Any:
         own = vars(self)
-        return own["_shim_own"] if "_shim_own" in own else own["_shim_cell"].get()
+        return own["_shim_own"] if "_shim_own" in own else own["_shim_cell"].peek()
 
     @_value.setter
     def _value(self, value: Any) -> None:
@@ -85,7 +86,7 @@ class _View(_Base):
         cell = own.get("_shim_cell")
         if cell is not None and not is_traced(value):
             with contextlib.suppress(ConversionError):
-                if value is not cell.get():
+                if value is not cell.peek():
                     cell.set(value)
                 own.pop("_shim_own", None)
                 return
@@ -118,7 +119,7 @@ class _View(_Base):
 
     def _shim_check(self, value: Any, remedy: str) -> None:
         cell = vars(self).get("_shim_cell")
-        if cell is not None and not is_traced(value) and value is not cell.get():
+        if cell is not None and not is_traced(value) and value is not cell.peek():
             cell.check(value, remedy)
 
     def copy(self):
@@ -180,7 +181,7 @@ def _linked(cell: Cell) -> brainstate.State:
 
 
 def _is_own(container: Any) -> bool:
-    return isinstance(container, brainstate.State) and isinstance(container.value, jax.Array)
+    return isinstance(container, brainstate.State) and isinstance(container._value, jax.Array)
 
 
 _shown: Views[brainstate.State] = Views(_linked, _is_own)
@@ -480,7 +481,8 @@ class Wrapped(brainstate.nn.Module):
 
     def _shim_show(self, guest: LiveGuest) -> None:
         """Show the guest as it is now: its mode and options, and Variables it has replaced."""
-        structure, cells = guest.looks()
+        with peeking():
+            structure, cells = guest.looks()
         states = {cell.path: _shown.of(cell) for cell in cells}
         before = vars(self).get("_shim_structure")
         known = {} if before is None else self._shim_states()
