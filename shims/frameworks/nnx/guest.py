@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import jax
@@ -273,9 +273,11 @@ class NnxStructure(Structure):
         copy = self._copy(values, call.training)
         module = copy.module
         method = getattr(module, call.method)
-        out = finished(call, method(*call.args, **self._rngs(method, call), **call.kwargs))
+        with _noting_singles() as singles:
+            out = finished(call, method(*call.args, **self._rngs(method, call), **call.kwargs))
         if copy.watch is not None and copy.watch.holds():
             new = _leaves(copy.variables)
+            _check_singles(singles, values, new)
             if _is_of_arrays(out):
                 copy.clear()
                 self._spare.setdefault(call.training, []).append(copy)
@@ -290,7 +292,9 @@ class NnxStructure(Structure):
                 remedy="Call it on the module itself: shim.unwrap()",
             )
         _uncheck_batches(module)
-        return out, _leaves(_variables(module)), self
+        new = _leaves(_variables(module))
+        _check_singles(singles, values, new)
+        return out, new, self
 
     def _copy(self, values: Mapping[Path, Any], training: bool | None) -> _Copy:
         """A private copy for one call: that of an earlier one in the same trace, if it left
@@ -346,30 +350,51 @@ def _wants_batch(module: Any) -> bool:
     return is_norm and type(module).__call__ is nnx.BatchNorm.__call__
 
 
+# The inputs without a batch that a guest's batch normalisations have met, during its call.
+_singles: ContextVar[list[tuple[Path, Any]]] = ContextVar("singles")
+
+
+@contextlib.contextmanager
+def _noting_singles() -> Iterator[list[tuple[Path, Any]]]:
+    found: list[tuple[Path, Any]] = []
+    token = _singles.set(found)
+    try:
+        yield found
+    finally:
+        _singles.reset(token)
+
+
+def _check_singles(
+    singles: list[tuple[Path, Any]], values: Mapping[Path, Any], new: Mapping[Path, Any]
+) -> None:
+    """Refuse statistics that have changed by an input without a batch."""
+    for path, shape in singles:
+        if new[*path, "mean"] is not values[*path, "mean"]:
+            raise no_batch("BatchNorm", path, shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Watching:
-    """Promotes the dtypes of a batch normalisation, and sees each of its inputs before the
-    statistics are taken. The layer's class stays its own, for a guest that asks for it."""
+    """Promotes the dtypes of a batch normalisation, and sees each of its inputs. The layer's
+    class stays its own, for a guest that asks for it."""
 
     promote: Callable[..., Any]
     axis: Any
-    path: str
+    path: Path
 
     def __call__(self, values: Any, **options: Any) -> Any:
         shape = jnp.shape(values[0])
         if len(shape) == np.size(self.axis):
-            caller: Any = sys._getframe(1)  # the layer's call, which has settled its mode
-            if not caller.f_locals.get("use_running_average", True):
-                raise no_batch("BatchNorm", (self.path,), shape)
+            _singles.get([]).append((self.path, shape))
         return self.promote(values, **options)
 
 
 def _check_batches(module: nnx.Module) -> None:
-    """Let a private copy refuse training inputs that have feature axes alone."""
+    """Let a private copy note inputs that have feature axes alone."""
     modules: Any = nnx.iter_modules(module)
     for path, part in list(modules):
         if _wants_batch(part):
-            part.promote_dtype = _Watching(part.promote_dtype, part.axis, path_text(path))
+            part.promote_dtype = _Watching(part.promote_dtype, part.axis, tuple(path))
 
 
 def _uncheck_batches(module: nnx.Module) -> None:
