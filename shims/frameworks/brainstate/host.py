@@ -408,8 +408,10 @@ class Wrapped(brainstate.nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ArgumentError(
-            f"a live shim of {self._shim_structure.guest_type.__qualname__} cannot be pickled",
-            remedy="Save the values of its states(), or shim.materialize()",
+            f"a live shim of {self._shim_structure.guest_type.__qualname__} cannot be pickled, "
+            "nor copied by copy.copy",
+            remedy="Save the values of its states(), or shim.materialize(); copy it by "
+            "copy.deepcopy(shim)",
         )
 
     # -- private: every name has the prefix _shim_ --

@@ -330,8 +330,10 @@ class ToNNX(nnx.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ArgumentError(
-            f"a live shim of {self._shim_first.guest_type.__qualname__} cannot be pickled",
-            remedy="Save its weights, nnx.state(shim), or shim.materialize()",
+            f"a live shim of {self._shim_first.guest_type.__qualname__} cannot be pickled, "
+            "nor copied by copy.copy",
+            remedy="Save its weights, nnx.state(shim), or shim.materialize(); copy it by "
+            "copy.deepcopy(shim)",
         )
 
     # -- private: every name has the prefix _shim_ --
