@@ -165,12 +165,10 @@ class Reading:
 
     def _check_numbers(self, spec: specs.Spec) -> None:
         """Refuse an array for a number: optimisers of other frameworks may train it."""
+        weights = {*spec.trained, *spec.buffers}
         for field in dataclasses.fields(spec) if dataclasses.is_dataclass(spec) else ():
-            value, is_weight = (
-                getattr(spec, field.name),
-                field.name in spec.trained + spec.buffers,
-            )
-            if isinstance(value, jax.Array | np.ndarray) and not value.ndim and not is_weight:
+            value = None if field.name in weights else getattr(spec, field.name)
+            if isinstance(value, jax.Array | np.ndarray) and not value.ndim:
                 remedy = f"Pass float({field.name})"
                 self.refuse(field.name, value, "only a number converts, not an array", remedy)
 

@@ -367,7 +367,10 @@ def directions(name: str, source: list[Any], sample: Any = None) -> Iterator[Row
         against = "its arrays moved by hand" if move() else "met: no array is copied"
         yield row(start, end, move if move() else None, against, 1.3)
     move = moves(models, "brainstate", "linen")
-    by_hand = partial(lambda: (again(models["linen"]), move()))
+
+    def by_hand() -> Any:
+        return again(models["linen"]), move()
+
     yield row("brainstate", "linen", by_hand, "built by hand", 1.1)
 
 

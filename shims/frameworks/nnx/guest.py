@@ -282,7 +282,7 @@ class NnxStructure(Structure):
                 copy.clear()
                 self._spare.setdefault(call.training, []).append(copy)
             else:
-                _uncheck_batches(module)
+                _unwatch_batches(module)
             return out, new, self
         nnx.pop(module, nnx.Any(*_RESULTS))
         if nnx.graphdef(module) != nnx.graphdef(self._private(values, call.training)):
@@ -291,7 +291,7 @@ class NnxStructure(Structure):
                 f"Variables, which a private copy would lose",
                 remedy="Call it on the module itself: shim.unwrap()",
             )
-        _uncheck_batches(module)
+        _unwatch_batches(module)
         new = _leaves(_variables(module))
         _check_singles(singles, values, new)
         return out, new, self
@@ -313,7 +313,7 @@ class NnxStructure(Structure):
         if training is not None:
             (module.train if training else module.eval)()
         if training is not False and self._is_watched:
-            _check_batches(module)
+            _watch_batches(module)
         return module
 
     def initial_carry(
@@ -389,7 +389,7 @@ class _Watching:
         return self.promote(values, **options)
 
 
-def _check_batches(module: nnx.Module) -> None:
+def _watch_batches(module: nnx.Module) -> None:
     """Let a private copy note inputs that have feature axes alone."""
     modules: Any = nnx.iter_modules(module)
     for path, part in list(modules):
@@ -397,8 +397,8 @@ def _check_batches(module: nnx.Module) -> None:
             part.promote_dtype = _Watching(part.promote_dtype, part.axis, tuple(path))
 
 
-def _uncheck_batches(module: nnx.Module) -> None:
-    """Undo ``_check_batches`` for a copy that a call may have returned parts of."""
+def _unwatch_batches(module: nnx.Module) -> None:
+    """Undo ``_watch_batches`` for a copy that a call may have returned parts of."""
     modules: Any = nnx.iter_modules(module)
     for _, part in list(modules):
         if isinstance(getattr(part, "promote_dtype", None), _Watching):
