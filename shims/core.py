@@ -181,21 +181,18 @@ class LeafCell(Cell):
         container: what holds the tree.
         index: which of its leaves this is.
         tree: its structure, of which the units of arrays are a part.
+        inner: the cell that the container itself shows, if it does.
     """
 
     container: Any
     index: int
     tree: Any
+    inner: Cell | None
 
     @property
     def identity(self) -> tuple[Any, Hashable]:
-        inner = self._inner()
         which = self.index, str(self.tree)
-        return (self.container, which) if inner is None else inner.identity
-
-    @abstractmethod
-    def _inner(self) -> Cell | None:
-        """The cell that the container itself shows, if it does."""
+        return (self.container, which) if self.inner is None else self.inner.identity
 
     @abstractmethod
     def _held(self) -> Any: ...
@@ -207,8 +204,7 @@ class LeafCell(Cell):
         return self._leaf(self._held())
 
     def peek(self) -> Any:
-        inner = self._inner()
-        return self.get() if inner is None else inner.peek()
+        return self.get() if self.inner is None else self.inner.peek()
 
     def _leaf(self, value: Any) -> Any:
         is_itself = isinstance(value, jax.Array) and self.tree.num_nodes == 1

@@ -66,9 +66,6 @@ def _kind(state: brainstate.State, leaf: Any) -> Kind:
 
 
 class _StateCell(LeafCell):
-    def _inner(self) -> Cell | None:
-        return vars(self.container).get("_shim_cell")  # the state shows another's array
-
     def peek(self) -> Any:
         return self._leaf(self.container._value)
 
@@ -146,10 +143,10 @@ class BrainStateGuest(WatchedGuest):
 
 def _cells(states: Mapping[Path, brainstate.State]) -> list[_StateCell]:
     return [
-        _StateCell(
-            leaf_path, _kind(state, leaf), state, index, jax.tree.structure(state._value)
-        )
+        _StateCell(leaf_path, _kind(state, leaf), state, index, tree, inner)
         for path, state in states.items()
+        for tree in [jax.tree.structure(state._value)]
+        for inner in [vars(state).get("_shim_cell")]  # of a State that shows another's array
         for index, (leaf_path, leaf) in enumerate(leaves(path, state._value))
     ]
 

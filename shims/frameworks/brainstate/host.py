@@ -83,14 +83,27 @@ class _View(_Base):
     @_value.setter
     def _value(self, value: Any) -> None:
         own: Any = vars(self)
-        cell = own.get("_shim_cell")
-        if cell is not None and not is_traced(value):
-            with contextlib.suppress(ConversionError):
-                if value is not cell.peek():
-                    cell.set(value)
-                own.pop("_shim_own", None)
-                return
-        own["_shim_own"] = value
+        if self._shim_put(value):
+            own.pop("_shim_own", None)
+        else:
+            own["_shim_own"] = value
+
+    def _shim_put(self, value: Any) -> bool:
+        """Whether the guest's array now is ``value``, which may not fit, or be a tracer."""
+        cell = vars(self).get("_shim_cell")
+        if cell is None:
+            return False
+        try:
+            if value is not cell.peek():
+                if is_traced(value):
+                    return False
+                cell.set(value)
+        except ConversionError:
+            return False
+        return True
+
+    def _read_value(self) -> Any:
+        return self._value  # which a dead transformation cannot have left
 
     def _write_value(self, v):
         """What ``state.value = v`` calls: a value that does not fit the guest is refused."""
@@ -119,7 +132,7 @@ class _View(_Base):
 
     def _shim_check(self, value: Any, remedy: str) -> None:
         cell = vars(self).get("_shim_cell")
-        if cell is not None and not is_traced(value) and value is not cell.peek():
+        if cell is not None and value is not cell.peek() and not is_traced(value):
             cell.check(value, remedy)
 
     def copy(self):

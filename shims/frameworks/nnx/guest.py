@@ -30,7 +30,6 @@ from interop.walk import captured
 
 from ...core import (
     Call,
-    Cell,
     Kind,
     LeafCell,
     Looks,
@@ -101,9 +100,6 @@ def _leaves(variables: list[tuple[Path, nnx.Variable]]) -> dict[Path, Any]:
 
 
 class _VariableCell(LeafCell):
-    def _inner(self) -> Cell | None:
-        return cell_of(self.container)  # the Variable itself shows another's array
-
     def _held(self) -> Any:
         return self.container.get_raw_value()
 
@@ -140,8 +136,11 @@ class NnxGuest(WatchedGuest):
     def _look(self) -> tuple[Watch | None, Looks]:
         watch, _ = _watched(self.native)
         cells = [
-            _VariableCell(leaf_path, _kind(variable, leaf), variable, index, _tree(variable))
+            _VariableCell(
+                leaf_path, _kind(variable, leaf), variable, index, _tree(variable), inner
+            )
             for path, variable in _variables(self.native)
+            for inner in [cell_of(variable)]  # of a Variable that shows another's array
             for index, (leaf_path, leaf) in enumerate(leaves(path, variable.get_raw_value()))
         ]
         return watch, Looks(NnxStructure(self.native), cells)
