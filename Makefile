@@ -13,7 +13,7 @@ endif
 
 RUN = $(VENV)/bin/python -m
 
-.PHONY: help demo bench test fuzz test-onnx lint types format table clean
+.PHONY: help demo bench bench-step test fuzz test-onnx lint types format table clean
 .NOTPARALLEL:
 
 help: ## List the targets
@@ -24,6 +24,9 @@ demo: $(VENV)/installed-test ## Train a BrainState layer inside a Flax model
 
 bench: $(VENV)/installed-test ## Measure speed beside the alternatives; writes tests/benchmarks/RESULTS.md
 	$(VENV)/bin/python tests/benchmarks/bench.py --write
+
+bench-step: $(VENV)/installed-test ## Time a train step of 100 M parameters, on a GPU; writes tests/benchmarks/TRAIN_STEP.md
+	$(VENV)/bin/python tests/benchmarks/train_step.py --write
 
 test: $(VENV)/installed-test ## Run the tests; more pytest options in ARGS
 	$(RUN) pytest -n 2 --dist worksteal $(ARGS)
