@@ -13,6 +13,7 @@ with a model of a few thousand parameters; names of hosts as arguments run only 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ import shims
 
 RESULTS = Path(__file__).with_name("TRAIN_STEP.md")
 PACKAGES = ("jax", "brainstate", "flax", "equinox", "optax")
+RUNS = 15
 OPTIMIZER = optax.adamw(1e-4)
 Step = Callable[[jax.Array], jax.Array]
 
@@ -265,12 +267,15 @@ class Trained:
 
     def run(self, batches: list[jax.Array]) -> None:
         """Time steps on all ``batches``, and how long the calls alone keep the program."""
+        gc.collect()
+        gc.disable()
         start = time.perf_counter()
         losses = [self.step(tokens) for tokens in batches]
         called = time.perf_counter()
         jax.block_until_ready(losses[-1])
         self.seconds.append((time.perf_counter() - start) / len(batches))
         self.calls.append((called - start) / len(batches))
+        gc.enable()
         self.losses += map(float, losses)
 
 
@@ -284,7 +289,7 @@ def measured(host: str, size: Size) -> tuple[Trained, Trained]:
     for parts in (guests(host, size), twins(host, size)):
         with brainstate.environ.context(fit=True):
             models.append(Trained(TRAIN[host](table.copy(), parts), [], [], []))
-    for run in range(8):
+    for run in range(RUNS + 1):
         for model in models[:: 1 if run % 2 else -1]:
             with brainstate.environ.context(fit=True):
                 model.run(batches)
@@ -319,10 +324,10 @@ Written by `make bench-step`. {versions}. {device}.
 A transformer encoder of {weights:.3g} M parameters in float32 ({size.layers} layers of width
 {size.width}, {size.vocabulary} tokens), trained with adamw on batches of {size.batch} ×
 {size.length} tokens. The embedding and the residuals are the host's own; the {branches}
-branches belong to the other three frameworks in turn, worn by live shims. The twin has them as native
-layers of the host, with the same weights.
+branches belong to the other three frameworks in turn, worn by live shims. The twin has them as
+native layers of the host, with the same weights.
 
-Wall-clock time, medians of 7 times {size.steps} steps, in turns in one process. The call is
+Wall-clock time, medians of {runs} times {size.steps} steps, in turns in one process. The call is
 what a step takes until the program goes on and leaves the device to work.
 
 | {columns} |
@@ -350,6 +355,7 @@ def report(rows: list[str], size: Size) -> str:
         branches=2 * size.layers,
         columns=" | ".join(COLUMNS),
         dashes=" | ".join("---" for _ in COLUMNS),
+        runs=RUNS,
         rows="\n".join(rows),
     )
 
