@@ -22,6 +22,7 @@ import interop
 import shims
 
 X = jnp.ones((2, 3))
+MASK = np.ones((2, 3, 4), bool)
 
 
 def stack(n):
@@ -315,3 +316,51 @@ def test_a_brainstate_host_traces_once_in_a_run_of_training(name):
     step()
     step()
     assert len(traced) == count
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rngs: nnx.Linear(3, 4, use_bias=False, dtype="bfloat16", rngs=rngs),
+        lambda rngs: nnx.Conv(3, 4, (2,), (1,), kernel_dilation=(1,), mask=MASK, rngs=rngs),
+        lambda rngs: nnx.BatchNorm(3, momentum=0.7, use_running_average=True, rngs=rngs),
+        lambda rngs: nnx.Embed(5, 3, param_dtype="bfloat16", rngs=rngs),
+        lambda rngs: nnx.LSTMCell(3, 4, activation_fn=jnp.sin, rngs=rngs),
+        lambda rngs: nnx.MultiHeadAttention(
+            *(2, 4), normalize_qk=True, decode=False, keep_rngs=False, rngs=rngs
+        ),
+    ],
+)
+def test_a_layer_from_a_template_is_as_its_constructor_makes_it(make):
+    native = make(nnx.Rngs(0))
+    native.eval()
+    first, second = (interop.convert(native, to="nnx") for _ in range(2))
+    assert nnx.graphdef(first) == nnx.graphdef(second) == nnx.graphdef(native)
+    states = [jax.tree.leaves(nnx.state(layer)) for layer in (native, first, second)]
+    assert all(x is y is z for x, y, z in zip(*states, strict=True))
+    variables = [v for layer in (first, second) for _, v in nnx.iter_graph(layer)]
+    apart = [v for v in variables if isinstance(v, nnx.Module | nnx.Variable)]
+    assert len(apart) == len({*map(id, apart)})
+
+
+def test_nnx_layers_of_the_same_options_need_one_call_of_the_constructor(monkeypatch):
+    calls, init = [], nnx.Linear.__init__
+
+    def counted(self, *args, **options):
+        calls.append(args)
+        init(self, *args, **options)
+
+    monkeypatch.setattr(nnx.Linear, "__init__", counted)
+    interop.to_nnx(bnn.Sequential(*[bnn.Linear(7, 7) for _ in range(3)]))
+    assert len(calls) <= 1
+
+
+def test_a_template_keeps_no_function_of_a_user_alive():
+    def activation(x):
+        return jnp.sin(x)
+
+    found = weakref.ref(activation)
+    interop.to_nnx(bnn.ValinaRNNCell(3, 4, activation=activation))
+    del activation
+    gc.collect()
+    assert found() is None

@@ -74,8 +74,6 @@ def read_conv_transpose(node: Node, ctx: Reading) -> specs.ConvTranspose:
 
 @adapter.builds(specs.ConvTranspose, carries=(*_CONV[1:], "preferred_element_type"))
 def build_conv_transpose(spec: specs.ConvTranspose, ctx: Building) -> Node:
-    options = conv_transpose_options(spec, ctx)
-    kernel = options.pop("kernel_init")()
-    del options["bias_init"]
+    kernel, options = conv_transpose_options(spec, ctx)
     module = nn.ConvTranspose(spec.weight.shape[-1], **options)
     return node_of(module, {"kernel": kernel, "bias": spec.bias})

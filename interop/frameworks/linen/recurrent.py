@@ -13,7 +13,7 @@ from ..nnx.recurrent import (
     bidirectional_fields,
     bidirectional_options,
     cell_fields,
-    cell_options,
+    cell_functions,
     check_bias,
     gates,
     joined,
@@ -46,7 +46,8 @@ def _gate_params(module: Any, spec: Any) -> dict[str, Any]:
 
 
 def _cell_options(spec: Any) -> dict[str, Any]:
-    options = cell_options(spec)
+    options = cell_functions(spec)
+    options |= {"dtype": spec.dtype, "param_dtype": spec.weight_h.dtype}
     if spec.carry_init is not None:
         options["carry_init"] = spec.carry_init
     if not specs.is_wide(spec.weight_h.dtype):

@@ -10,8 +10,7 @@ from flax.nnx.nn import dtypes
 
 from ... import specs
 from ...walk import Building, Reading
-from .adapter import NO_RNGS, adapter
-from .contractions import ZEROS, set_general
+from .adapter import adapter, empty, made
 
 
 @adapter.reads(
@@ -138,7 +137,9 @@ def build_attention(spec: specs.MultiHeadAttention, ctx: Building) -> nnx.MultiH
     key_features, kv_heads, _ = spec.key.weight.shape
     if spec.value.weight.shape[0] != key_features:
         ctx.refuse("value_features", spec.value.weight.shape[0], "NNX has that of the keys")
-    layer = nnx.MultiHeadAttention(
+    scales = {"query_ln.scale": spec.query_scale, "key_ln.scale": spec.key_scale}
+    layer = made(
+        nnx.MultiHeadAttention,
         spec.heads,
         spec.in_features,
         spec.heads * spec.depth,
@@ -146,21 +147,14 @@ def build_attention(spec: specs.MultiHeadAttention, ctx: Building) -> nnx.MultiH
         kv_heads,
         key_features,
         deterministic=True,
-        kernel_init=ZEROS,
-        bias_init=ZEROS,
-        attention_fn=_attention_fn(spec.rope, ctx),
+        kernel_init=empty,
+        bias_init=empty,
         **attention_options(spec),
-        rngs=NO_RNGS,
         keep_rngs=False,
+        arrays=_arrays(spec) | scales,
     )
-    for part, own in zip(
-        spec.parts, (layer.query, layer.key, layer.value, layer.out), strict=True
-    ):
-        set_general(own, part)
-    norm: Any
-    for norm, scale in (layer.query_ln, spec.query_scale), (layer.key_ln, spec.key_scale):
-        if norm is not None:
-            norm.scale.set_value(scale)
+    if spec.rope is not None:
+        layer.attention_fn = _attention_fn(spec.rope, ctx)
     for name in CACHE:
         if (array := getattr(spec, name)) is not None:
             setattr(layer, name, nnx.Cache(array))
@@ -170,9 +164,16 @@ def build_attention(spec: specs.MultiHeadAttention, ctx: Building) -> nnx.MultiH
     return layer
 
 
+def _arrays(spec: Any) -> dict[str, Any]:
+    parts = zip(("query", "key", "value", "out"), spec.parts, strict=True)
+    return {
+        f"{name}.{kind}": array
+        for name, part in parts
+        for kind, array in (("kernel", part.weight), ("bias", part.bias))
+    }
+
+
 def _attention_fn(rope: Any, ctx: Building) -> Any:
-    if rope is None:
-        return nnx.dot_product_attention
     if _ROPE is None or (rope.table_dtype, rope.keeps_dtype) != (None, False):
         ctx.refuse("rope", rope, "nnx.RoPE rounds nothing, and is new in flax 0.12.9")
     with_rope: Any = vars(nnx)["dot_product_attention_with_rope"]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import FrozenDict
 
 from ... import specs
 from ...walk import Building, Reading
-from .adapter import NO_RNGS, adapter, array_of, returns
+from .adapter import adapter, array_of, empty, made
 
 _GENERAL = {
     "dot_general": None,
@@ -34,33 +32,23 @@ def read_linear_general(m: nnx.LinearGeneral, ctx: Reading) -> specs.LinearGener
 _CONTRACTION = ("dtype", "precision", "preferred_element_type")
 
 
-ZEROS: Any = jax.nn.initializers.zeros  # every array is replaced
-
-
 @adapter.builds(specs.LinearGeneral, carries=("axes", "batch_axes", *_CONTRACTION))
 def build_linear_general(spec: specs.LinearGeneral, ctx: Building) -> nnx.LinearGeneral:
-    layer = nnx.LinearGeneral(
+    return made(
+        nnx.LinearGeneral,
         spec.in_shape,
         spec.out_shape,
         axis=spec.axes,
-        batch_axis=dict(enumerate(spec.batch_shape)),
+        batch_axis=FrozenDict(enumerate(spec.batch_shape)),
         use_bias=spec.bias is not None,
         dtype=spec.dtype,
         param_dtype=spec.weight.dtype,
-        kernel_init=ZEROS,
-        bias_init=ZEROS,
+        kernel_init=empty,
+        bias_init=empty,
         precision=spec.precision,
         preferred_element_type=spec.preferred_element_type,
-        rngs=NO_RNGS,
+        arrays={"kernel": spec.weight, "bias": spec.bias},
     )
-    set_general(layer, spec)
-    return layer
-
-
-def set_general(layer: Any, spec: Any) -> None:
-    layer.kernel.set_value(spec.weight)
-    if spec.bias is not None:
-        layer.bias.set_value(spec.bias)
 
 
 @adapter.reads(
@@ -82,15 +70,16 @@ def read_einsum(m: nnx.Einsum, ctx: Reading) -> specs.Einsum:
 
 @adapter.builds(specs.Einsum, carries=_CONTRACTION)
 def build_einsum(spec: specs.Einsum, ctx: Building) -> nnx.Einsum:
-    return nnx.Einsum(
+    return made(
+        nnx.Einsum,
         spec.equation,
         spec.weight.shape,
         None if spec.bias is None else spec.bias.shape,
         dtype=spec.dtype,
         param_dtype=spec.weight.dtype,
         precision=spec.precision,
-        kernel_init=returns(spec.weight),
-        bias_init=returns(spec.bias),
+        kernel_init=empty,
+        bias_init=empty,
         preferred_element_type=spec.preferred_element_type,
-        rngs=NO_RNGS,
+        arrays={"kernel": spec.weight, "bias": spec.bias},
     )

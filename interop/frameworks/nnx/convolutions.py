@@ -10,7 +10,7 @@ from flax import nnx
 
 from ... import specs
 from ...walk import Building, Reading
-from .adapter import NO_RNGS, adapter, array_of, returns
+from .adapter import adapter, array_of, empty, made
 
 
 @adapter.reads(
@@ -125,14 +125,15 @@ _CONV = ("input_dilation", "mask", "dtype", "precision", "padding_mode")
 
 @adapter.builds(specs.Conv, carries=(*_CONV, "preferred_element_type"))
 def build_conv(spec: specs.Conv, ctx: Building) -> nnx.Conv:
-    return nnx.Conv(
+    return made(
+        nnx.Conv,
         spec.channels,
         spec.weight.shape[-1],
         **conv_options(spec, ctx),
         preferred_element_type=spec.preferred_element_type,
-        kernel_init=returns(spec.weight),
-        bias_init=returns(spec.bias),
-        rngs=NO_RNGS,
+        kernel_init=empty,
+        bias_init=empty,
+        arrays={"kernel": spec.weight, "bias": spec.bias, "mask": spec.mask},
     )
 
 
@@ -188,8 +189,8 @@ def _circular_pads(reach: Any, strides: Any, mirrored: bool) -> tuple[tuple[int,
     return tuple(pads)
 
 
-def conv_transpose_options(spec: Any, ctx: Building) -> dict[str, Any]:
-    """The same options, as both constructors take them, with the kernel beside them."""
+def conv_transpose_options(spec: Any, ctx: Building) -> tuple[Any, dict[str, Any]]:
+    """The kernel, and the same options, as both constructors take them."""
     if spec.groups != 1 or spec.dims > 3:
         option, value = ("groups", spec.groups) if spec.groups != 1 else ("dims", spec.dims)
         ctx.refuse(option, value, "Flax has one group, and at most three axes of space")
@@ -201,15 +202,13 @@ def conv_transpose_options(spec: Any, ctx: Building) -> dict[str, Any]:
         mirrored, padding = padding != found[0], "CIRCULAR"
     if mirrored:
         kernel, mask = specs.flipped(kernel), mask if mask is None else specs.flipped(mask)
-    return {
+    return kernel, {
         **_conv_options(spec),
         "kernel_size": spec.kernel,
         "padding": padding,
         "mask": mask,
         "transpose_kernel": mirrored,
         "preferred_element_type": spec.preferred_element_type,
-        "kernel_init": returns(kernel),
-        "bias_init": returns(spec.bias),
     }
 
 
@@ -218,5 +217,13 @@ _TRANSPOSED = ("mask", "dtype", "precision", "padding_mode", "preferred_element_
 
 @adapter.builds(specs.ConvTranspose, carries=_TRANSPOSED)
 def build_conv_transpose(spec: specs.ConvTranspose, ctx: Building) -> nnx.ConvTranspose:
-    options, out = conv_transpose_options(spec, ctx), spec.weight.shape[-1]
-    return nnx.ConvTranspose(spec.channels, out, **options, rngs=NO_RNGS)
+    kernel, options = conv_transpose_options(spec, ctx)
+    return made(
+        nnx.ConvTranspose,
+        spec.channels,
+        spec.weight.shape[-1],
+        **options,
+        kernel_init=empty,
+        bias_init=empty,
+        arrays={"kernel": kernel, "bias": spec.bias, "mask": options["mask"]},
+    )

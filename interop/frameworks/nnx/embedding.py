@@ -6,7 +6,7 @@ from flax import nnx
 
 from ... import specs
 from ...walk import Building, Reading
-from .adapter import NO_RNGS, adapter, array_of, returns
+from .adapter import adapter, array_of, empty, made
 
 
 @adapter.reads(nnx.Embed, specs.Embedding, state=("embedding",))
@@ -19,10 +19,11 @@ def read_embed(m: nnx.Embed, ctx: Reading) -> specs.Embedding:
 def build_embed(spec: specs.Embedding, ctx: Building) -> nnx.Embed:
     if spec.weight.ndim != 2:
         ctx.refuse("embedding_size", spec.weight.shape[1:], "only vectors are native")
-    return nnx.Embed(
+    return made(
+        nnx.Embed,
         *spec.weight.shape,
         dtype=spec.dtype,
         param_dtype=spec.weight.dtype,
-        embedding_init=returns(spec.weight),
-        rngs=NO_RNGS,
+        embedding_init=empty,
+        arrays={"embedding": spec.weight},
     )

@@ -10,7 +10,7 @@ from flax import nnx
 
 from ... import specs
 from ...walk import Building, Reading
-from .adapter import NO_RNGS, adapter, array_of, returns
+from .adapter import NO_RNGS, adapter, array_of, empty, made, returns
 
 
 @adapter.reads(
@@ -33,7 +33,9 @@ def read_linear(m: nnx.Linear, ctx: Reading) -> specs.Linear:
     specs.Linear, carries=("leading_shape", "dtype", "precision", "preferred_element_type")
 )
 def build_linear(spec: specs.Linear, ctx: Building) -> nnx.Linear:
-    return nnx.Linear(*spec.weight.shape, **_options(spec), rngs=NO_RNGS)
+    arrays = {"kernel": spec.weight, "bias": spec.bias}
+    options = _options(spec) | {"kernel_init": empty, "bias_init": empty}
+    return made(nnx.Linear, *spec.weight.shape, arrays=arrays, **options)
 
 
 def _options(spec: Any) -> dict[str, Any]:
@@ -43,8 +45,6 @@ def _options(spec: Any) -> dict[str, Any]:
         "param_dtype": spec.weight.dtype,
         "precision": spec.precision,
         "preferred_element_type": spec.preferred_element_type,
-        "kernel_init": returns(spec.weight),
-        "bias_init": returns(spec.bias),
     }
 
 
@@ -85,4 +85,8 @@ def build_lora(spec: specs.LoRA, ctx: Building) -> nnx.LoRA | nnx.LoRALinear:
         return nnx.LoRA(n_in, rank, n_out, **options)
     ctx.build_part(spec.base, (nnx.Linear,))  # it is part of the layer
     options |= {"lora_dtype": spec.dtype, "lora_param_dtype": spec.lora_a.dtype}
-    return nnx.LoRALinear(n_in, n_out, lora_rank=rank, **options, **_options(spec.base))
+    options |= _options(spec.base) | {
+        "kernel_init": returns(spec.base.weight),
+        "bias_init": returns(spec.base.bias),
+    }
+    return nnx.LoRALinear(n_in, n_out, lora_rank=rank, **options)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from ... import specs
 from ...walk import Building, Reading
-from .adapter import NO_RNGS, adapter, array_of, returns
+from .adapter import adapter, array_of, empty, made
 
 
 def _norm_fields(m: Any, ctx: Reading) -> dict[str, Any]:
@@ -33,14 +33,14 @@ def _norm_options(spec: Any, ctx: Building) -> dict[str, Any]:
         "dtype": _norm_dtype(spec, ctx),
         "param_dtype": specs.common_dtype(spec.scale, spec.bias),
         "use_scale": spec.scale is not None,
-        "scale_init": returns(_flat(spec.scale)),
+        "scale_init": empty,
         "axis_name": spec.axis_name,
         "axis_index_groups": spec.axis_index_groups,
         "use_fast_variance": spec.use_fast_variance,
-        "rngs": NO_RNGS,
+        "arrays": {"scale": _flat(spec.scale), "bias": _flat(spec.bias)},
     }
     if not isinstance(spec, specs.RMSNorm):
-        options |= {"use_bias": spec.bias is not None, "bias_init": returns(_flat(spec.bias))}
+        options |= {"use_bias": spec.bias is not None, "bias_init": empty}
     return options
 
 
@@ -105,7 +105,8 @@ def build_layer_norm(spec: specs.LayerNorm | specs.RMSNorm, ctx: Building) -> An
     if shape is None:
         shape = spec.sized(ctx.require_shape(-spec.feature_axes[0])).feature_shape
     features = math.prod(shape or ())
-    return (nnx.RMSNorm if isinstance(spec, specs.RMSNorm) else nnx.LayerNorm)(
+    return made(
+        nnx.RMSNorm if isinstance(spec, specs.RMSNorm) else nnx.LayerNorm,
         features,
         reduction_axes=spec.reduction_axes,
         feature_axes=spec.feature_axes,
@@ -148,7 +149,8 @@ def build_group_norm(spec: specs.GroupNorm, ctx: Building) -> nnx.GroupNorm:
     features, axes = spec.features or ctx.require_shape()[-1], spec.reduction_axes
     if spec.repeat_axis != (-1 if axes is None else 1):
         ctx.refuse("reduction_axes", axes, "nnx repeats the statistics along axis 1")
-    return nnx.GroupNorm(
+    return made(
+        nnx.GroupNorm,
         features,
         spec.num_groups,
         reduction_axes=None if axes is None else (*axes, -1),
@@ -199,13 +201,13 @@ def build_batch_norm(spec: specs.BatchNorm, ctx: Building) -> nnx.BatchNorm:
     promoted = specs.promoted_dtype(spec.mean, spec.scale, spec.bias)
     if spec.output_dtype is None and promoted is not None:
         ctx.refuse("dtype", None, f"nnx returns {promoted} for a half-precision input")
-    layer = nnx.BatchNorm(
+    options = _norm_options(spec, ctx)
+    options["arrays"] |= {"mean": spec.mean, "var": spec.var}
+    return made(
+        nnx.BatchNorm,
         *spec.mean.shape,
         use_running_average=True,
         axis=spec.axis,
         momentum=spec.momentum,
-        **_norm_options(spec, ctx),
+        **options,
     )
-    layer.mean.set_value(spec.mean)
-    layer.var.set_value(spec.var)
-    return layer

@@ -10,11 +10,13 @@ from flax import nnx
 
 from ... import formulas, specs
 from ...walk import Building, Reading
-from .adapter import NO_RNGS, adapter, array_of, returns
+from .adapter import adapter, array_of, empty, made
 
-_CELL: dict[str, Any] = {
-    "state": ("ii", "if_", "ig", "io", "hi", "hf", "hg", "ho", "dense_i", "dense_h", "rngs"),
-}
+# An LSTM's layers for the input, and for the state, by gate.
+_INPUTS, _HIDDEN = ("ii", "if_", "ig", "io"), ("hi", "hf", "hg", "ho")
+
+
+_CELL: dict[str, Any] = {"state": (*_INPUTS, *_HIDDEN, "dense_i", "dense_h", "rngs")}
 
 
 @adapter.reads(nnx.SimpleCell, specs.SimpleCell, **_CELL)
@@ -35,7 +37,7 @@ def read_lstm_cell(m: nnx.LSTMCell | nnx.OptimizedLSTMCell, ctx: Reading) -> spe
     if isinstance(m, nnx.OptimizedLSTMCell):
         inputs, hidden = [m.dense_i], [m.dense_h]
     else:
-        inputs, hidden = [m.ii, m.if_, m.ig, m.io], [m.hi, m.hf, m.hg, m.ho]
+        inputs, hidden = ([getattr(m, name) for name in part] for part in (_INPUTS, _HIDDEN))
     arrays = _dense_arrays(inputs, hidden, ctx)
     arrays["bias"] = joined([array_of(layer, ctx, "bias") for layer in hidden], ctx)
     return specs.LSTMCell(**arrays, **cell_fields(m, *arrays.values()))
@@ -71,30 +73,33 @@ def cell_fields(m: Any, *arrays: Any) -> dict[str, Any]:
     return fields
 
 
-def cell_options(spec: Any) -> dict[str, Any]:
-    """The same options, as both constructors take them, but ``carry_init``."""
-    options = {
-        "activation_fn": spec.activation or jnp.tanh,
-        "dtype": spec.dtype,
-        "param_dtype": spec.weight_h.dtype,
-    }
-    return options | ({"gate_fn": spec.gate or jax.nn.sigmoid} if hasattr(spec, "gate") else {})
+def cell_functions(spec: Any) -> dict[str, Any]:
+    """The same functions, as both constructors take them, but ``carry_init``."""
+    functions = {"activation_fn": spec.activation or jnp.tanh}
+    return functions | (
+        {"gate_fn": spec.gate or jax.nn.sigmoid} if hasattr(spec, "gate") else {}
+    )
 
 
-def _cell(cls: Any, spec: Any, **options: Any) -> Any:
-    """A cell of that class for a spec's sizes and options; every array is to be replaced."""
-    empty = returns(jnp.zeros(()))
-    cell = cls(
+def _cell(cls: Any, spec: Any, arrays: dict[str, Any], **options: Any) -> Any:
+    """A cell of that class for a spec's sizes and options."""
+    cell = made(
+        cls,
         *spec.in_shape,
         spec.hidden,
-        **cell_options(spec),
+        dtype=spec.dtype,
+        param_dtype=spec.weight_h.dtype,
         **options,
         kernel_init=empty,
         recurrent_kernel_init=empty,
         bias_init=empty,
-        rngs=NO_RNGS,
+        arrays=arrays,
     )
-    cell.carry_init = spec.carry_init  # as an argument, it warns
+    # A template holds no functions of users, and carry_init as an argument warns.
+    functions = cell_functions(spec) | {"carry_init": spec.carry_init}
+    for name, function in functions.items():
+        if getattr(cell, name) is not function:
+            setattr(cell, name, function)
     return cell
 
 
@@ -110,7 +115,7 @@ def check_bias(bias: Any, ctx: Building) -> None:
 @adapter.builds(specs.SimpleCell, carries=(*_CARRIED, "residual"))
 def build_simple_cell(spec: specs.SimpleCell, ctx: Building) -> Any:
     check_bias(spec.bias, ctx)
-    return _with_dense(_cell(nnx.SimpleCell, spec, residual=spec.residual), spec)
+    return _cell(nnx.SimpleCell, spec, _dense(spec), residual=spec.residual)
 
 
 @adapter.builds(specs.GRUCell, carries=(*_CARRIED, "gate"))
@@ -118,26 +123,25 @@ def build_gru_cell(spec: specs.GRUCell, ctx: Building) -> Any:
     check_bias(spec.bias, ctx)
     if spec.bias_n is not None:
         ctx.refuse("bias_n", spec.bias_n, "nnx has no bias in the product with the state")
-    return _with_dense(_cell(nnx.GRUCell, spec), spec)
+    return _cell(nnx.GRUCell, spec, _dense(spec))
 
 
-def _with_dense(cell: Any, spec: Any) -> Any:
-    cell.dense_i.kernel.set_value(spec.weight_x)
-    cell.dense_i.bias.set_value(spec.bias)
-    cell.dense_h.kernel.set_value(spec.weight_h)
-    return cell
+def _dense(spec: Any) -> dict[str, Any]:
+    return {
+        "dense_i.kernel": spec.weight_x,
+        "dense_i.bias": spec.bias,
+        "dense_h.kernel": spec.weight_h,
+    }
 
 
 @adapter.builds(specs.LSTMCell, carries=(*_CARRIED, "gate"), apart=True)
 def build_lstm_cell(spec: specs.LSTMCell, ctx: Building) -> nnx.LSTMCell:
     check_bias(spec.bias, ctx)
-    cell = _cell(nnx.LSTMCell, spec)
-    inputs, hidden = (cell.ii, cell.if_, cell.ig, cell.io), (cell.hi, cell.hf, cell.hg, cell.ho)
-    for i, parts in enumerate(gates(spec.weight_x, spec.weight_h, spec.bias, number=4)):
-        inputs[i].kernel.set_value(parts[0])
-        hidden[i].kernel.set_value(parts[1])
-        hidden[i].bias.set_value(parts[2])
-    return cell
+    parts = gates(spec.weight_x, spec.weight_h, spec.bias, number=4)
+    arrays: dict[str, Any] = {}
+    for i, h, (x, kernel, bias) in zip(_INPUTS, _HIDDEN, parts, strict=True):
+        arrays |= {f"{i}.kernel": x, f"{h}.kernel": kernel, f"{h}.bias": bias}
+    return _cell(nnx.LSTMCell, spec, arrays)
 
 
 def gates(*arrays: Any, number: int) -> list[tuple[Any, ...]]:
