@@ -327,8 +327,8 @@ A transformer encoder of {weights:.3g} M parameters in float32 ({size.layers} la
 branches belong to the other three frameworks in turn, worn by live shims. The twin has them as
 native layers of the host, with the same weights.
 
-Wall-clock time, medians of {runs} times {size.steps} steps, in turns in one process. The call is
-what a step takes until the program goes on and leaves the device to work.
+Wall-clock time, medians of {runs} times {size.steps} steps, in turns in one process. The call
+is what a step takes until the program goes on and leaves the device to work.
 
 | {columns} |
 | {dashes} |
