@@ -160,7 +160,9 @@ class Cell(ABC):
             ConversionError: ``value`` is no array, or has another shape or dtype. The leading
                 axis of a hidden state, that of the batch, may have another size.
         """
-        old = self.get()
+        self._compare(self.get(), value, remedy)
+
+    def _compare(self, old: Any, value: Any, remedy: str) -> None:
         wanted, given = _aval(old), _aval(value)
         if self.kind is Kind.HIDDEN and wanted is not None and given is not None:
             wanted, given = (wanted[0][1:], wanted[1]), (given[0][1:], given[1])
@@ -201,25 +203,32 @@ class LeafCell(Cell):
     def _hold(self, value: Any) -> None: ...
 
     def get(self) -> Any:
-        return self._leaf(self._held())
+        return self._flat(self._held())[self.index]
+
+    def set(self, value: Any) -> None:
+        flat = self._flat(self._held())
+        self._compare(flat[self.index], value, _SAME)
+        self._put_among(flat, value)
 
     def peek(self) -> Any:
         return self.get() if self.inner is None else self.inner.peek()
 
-    def _leaf(self, value: Any) -> Any:
-        is_itself = isinstance(value, jax.Array) and self.tree.num_nodes == 1
-        return value if is_itself else self._flat(value)[self.index]
-
     def _put(self, value: Any) -> None:
-        flat = self._flat(self._held())
+        self._put_among(self._flat(self._held()), value)
+
+    def _put_among(self, flat: list[Any], value: Any) -> None:
         flat[self.index] = value
         self._hold(self.tree.unflatten(flat))
 
     def _flat(self, value: Any) -> list[Any]:
-        flat, tree = _tree_util.tree_flatten(value)
-        if tree != self.tree:
+        try:
+            flat = self.tree.flatten_up_to(value)
+        except ValueError:
+            flat = None
+        if flat is None or not _tree_util.all_leaves(flat):
             raise ConversionError(
-                f"the value has become {tree}, it was {self.tree} when it was wrapped",
+                f"the value has become {_tree_util.tree_structure(value)}, it was {self.tree} "
+                f"when it was wrapped",
                 path=path_text(self.path),
                 remedy="Wrap the module again",
             )
@@ -230,6 +239,8 @@ _ARRAYS: tuple[type, ...] = (jax.Array, np.ndarray, np.generic)
 
 
 def _aval(value: Any) -> tuple[Any, Any] | None:
+    if isinstance(value, jax.Array):
+        return value.shape, value.dtype
     if isinstance(value, (bool, int, float, complex)):  # what a container may hold natively
         return (), jax.dtypes.canonicalize_dtype(type(value))
     return (value.shape, value.dtype) if isinstance(value, _ARRAYS) else None
@@ -906,6 +917,8 @@ class Noted:
 
 
 _peeking: ContextVar[bool] = ContextVar("peeking", default=False)
+is_peeking = _peeking.get
+"""Whether this is inside of :func:`peeking`."""
 
 
 @contextlib.contextmanager
@@ -917,11 +930,6 @@ def peeking() -> Generator[None]:
         yield
     finally:
         _peeking.reset(token)
-
-
-def is_peeking() -> bool:
-    """Whether this is inside of :func:`peeking`."""
-    return _peeking.get()
 
 
 _calls: ContextVar[list[Noted] | None] = ContextVar("calls", default=None)

@@ -12,7 +12,7 @@ import operator
 import sys
 from abc import abstractmethod
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -37,7 +37,8 @@ class Watch:
     Args:
         modules: every module; their attributes stand in ``vars``.
         containers: what holds arrays.
-        facts: what counts of a container: equal as long as it is as it was.
+        facts: what counts of a container: what is equal as long as it is as it was, and
+            what is compared by identity.
         constant: classes whose instances never change.
     """
 
@@ -45,7 +46,7 @@ class Watch:
         self,
         modules: Iterable[Any],
         containers: Iterable[Any],
-        facts: Callable[[Any], Any],
+        facts: Callable[[Any], tuple[Any, Collection[Any]]],
         constant: Iterable[type] = (),
     ):
         self._constant = _CONSTANT.union(constant)
@@ -96,21 +97,18 @@ class Watch:
         return ()
 
     def _found(self) -> tuple[Any, ...]:
-        sizes = (*map(len, self._dicts), *map(len, self._lists))
-        values = (*chain(*map(dict.values, self._dicts)), *chain(*self._lists))
-        facts = list(map(self._facts, self._containers))
-        return sizes, tuple(chain(*self._dicts)), values, facts
+        facts = [self._facts(container) for container in self._containers]
+        held = [*map(dict.values, self._dicts), *self._lists, *[same for _, same in facts]]
+        equal = [*map(len, held), *chain(*self._dicts), *[fact for fact, _ in facts]]
+        return equal, [*chain(*held)]
 
     def holds(self) -> bool:
         """Whether all is as it was."""
-        sizes, keys, values, facts = self._found()
-        known = self._known
+        equal, values = self._found()
         return (
-            sizes == known[0]
-            and keys == known[1]
-            and all(map(operator.is_, values, known[2]))
-            and facts == known[3]
-            and all(look(value) == old for look, value, old in self._contents)
+            equal == self._known[0]
+            and all(map(operator.is_, values, self._known[1]))
+            and all([look(value) == old for look, value, old in self._contents])
         )
 
 
@@ -171,7 +169,7 @@ def layout(value: Any) -> tuple[Any, ...]:
     if isinstance(value, jax.Array):
         return (value.dtype,)
     flat, tree = jax.tree.flatten(value)
-    return tree, *(getattr(leaf, "dtype", type(leaf)) for leaf in flat)
+    return tree, *[getattr(leaf, "dtype", type(leaf)) for leaf in flat]
 
 
 class WatchedGuest(LiveGuest):

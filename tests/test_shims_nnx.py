@@ -205,6 +205,33 @@ def test_a_write_that_does_not_fit_is_refused_and_changes_nothing(value):
     assert_array_equal(layer.weight.value["weight"], W)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"a": (jnp.ones(3),), "b": jnp.ones(2)},
+        {"a": jnp.ones(3), "b": (jnp.ones(2),)},
+        {"a": jnp.ones(3), "b": None},
+        {"a": jnp.ones(3) * u.mV, "b": jnp.ones(2)},
+        {"a": jnp.ones(3)},
+        jnp.ones(3),
+    ],
+    ids=["its own", "another", "none", "unit", "gone", "alone"],
+)
+def test_a_state_that_holds_other_arrays_by_now_is_seen_by_what_reads_or_writes_one(value):
+    class Guest(bnn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = brainstate.ParamState({"a": jnp.ones(3), "b": jnp.ones(2)})
+
+    guest = Guest()
+    view = shims.ToNNX(guest).parts["a"]
+    guest.parts.value = value
+    for use in (view.get_value, lambda: view.set_raw_value(jnp.zeros(3))):
+        with pytest.raises(interop.ConversionError, match=r"parts\.a.*Wrap the module again"):
+            use()
+    assert guest.parts.value is value
+
+
 def test_setting_what_the_guest_has_is_refused_instead_of_silently_lost():
     block = Block()
     shim = shims.ToNNX(block)
@@ -353,6 +380,18 @@ def test_the_same_stream_gives_the_same_masks():
 def test_a_call_can_bring_its_own_randomness(rngs):
     shim = shims.ToNNX(bnn.Dropout(0.5))
     assert (np.asarray(shim(np.ones((8, 8), np.float32), rngs=rngs)) == 0).any()
+
+
+def test_a_stream_can_come_and_go_later():
+    shim = shims.ToNNX(bnn.Dropout(0.5))
+    for rngs in (None, nnx.Rngs(3), None, nnx.Rngs(4)):
+        shim.rngs = rngs
+        for call in (lambda m, x: m(x), nnx.jit(lambda m, x: m(x))):
+            if rngs is not None:
+                assert (np.asarray(call(shim, np.ones((8, 8), np.float32))) == 0).any()
+                continue
+            with pytest.raises(interop.MissingKeyError):
+                call(shim, X)
 
 
 @pytest.mark.parametrize("jit", [False, True])

@@ -52,7 +52,7 @@ from ...core import (
     no_batch,
     path_text,
 )
-from ...watching import Same, Watch, WatchedGuest, held, layout
+from ...watching import Watch, WatchedGuest, held, layout
 
 StatePath = tuple[str | int, ...]
 
@@ -67,7 +67,7 @@ def _kind(state: brainstate.State, leaf: Any) -> Kind:
 
 class _StateCell(LeafCell):
     def peek(self) -> Any:
-        return self._leaf(self.container._value)
+        return self._flat(self.container._value)[self.index]
 
     def _held(self) -> Any:
         return self.container._value if is_peeking() else self.container.value
@@ -92,8 +92,8 @@ def _watch(nodes: Collection[Any], states: Iterable[brainstate.State]) -> Watch 
 _USE = {"_value", "_shim_own", "_level", "_been_writen", "_trace_state"}
 
 
-def _facts(state: brainstate.State) -> Any:
-    noted = [Same(value) for name, value in vars(state).items() if name not in _USE]
+def _facts(state: brainstate.State) -> tuple[Any, Collection[Any]]:
+    noted = [value for name, value in vars(state).items() if name not in _USE]
     return layout(state._value), noted
 
 
@@ -122,9 +122,8 @@ class BrainStateGuest(WatchedGuest):
         return watch, Looks(BrainStateStructure(self.native), _cells(states))
 
     def settings(self) -> Hashable:
-        found = {name: v for name, v in brainstate.environ.all().items() if name != "fit"}
-        flat, tree = jax.tree.flatten(found)  # a quantity is a tree
-        return tree, tuple(_comparable(leaf) for leaf in flat if not is_traced(leaf))
+        found = sorted(brainstate.environ.all().items())
+        return tuple([(name, _setting(value)) for name, value in found if name != "fit"])
 
     def call(self, call: Call) -> Any:
         self.looks()
@@ -139,6 +138,13 @@ class BrainStateGuest(WatchedGuest):
                 if state.value is not value:
                     state.value = value
             raise
+
+
+def _setting(value: Any) -> Hashable:
+    if type(value) in (bool, int, float, str):
+        return type(value), value
+    flat, tree = jax.tree.flatten(value)  # a quantity is a tree
+    return tree, tuple(_comparable(leaf) for leaf in flat if not is_traced(leaf))
 
 
 def _cells(states: Mapping[Path, brainstate.State]) -> list[_StateCell]:

@@ -43,7 +43,7 @@ from ...core import (
     path_text,
 )
 from ...forwarding import parameter_names
-from ...watching import Same, Watch, WatchedGuest, layout
+from ...watching import Watch, WatchedGuest, layout
 from .views import cell_of
 
 _RESULTS = (nnx.Intermediate, nnx.Perturbation)
@@ -82,9 +82,9 @@ def _lasting(variables: Iterable[tuple[Path, Any]]) -> list[tuple[Path, nnx.Vari
     return [(path, v) for path, v in variables if not isinstance(v, _RESULTS)]
 
 
-def _facts(variable: nnx.Variable) -> Any:
+def _facts(variable: nnx.Variable) -> tuple[Any, Collection[Any]]:
     metadata = variable.get_metadata()
-    return layout(variable.get_raw_value()), *metadata, *map(Same, metadata.values())
+    return (*layout(variable.get_raw_value()), *metadata), metadata.values()
 
 
 def _tree(variable: nnx.Variable) -> Any:

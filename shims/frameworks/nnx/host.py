@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import jax
 from flax import nnx
 from flax.errors import TraceContextError
+from flax.nnx import graphlib
 
 from interop.errors import ArgumentError, ConversionError
 from interop.frameworks.nnx.adapter import partitioning_of
@@ -110,8 +111,13 @@ def _flatten_anchor(anchor: _Anchor) -> tuple[tuple[()], tuple[Structure, Hashab
     return (), (looks.structure, anchor.guest.settings())
 
 
-jax.tree_util.register_pytree_node(
-    _Anchor, _flatten_anchor, lambda known, _: _Anchor(known[0], settings=known[1])
+def _unflatten_anchor(known: tuple[Structure, Hashable], _: Any) -> _Anchor:
+    return _Anchor(known[0], settings=known[1])
+
+
+jax.tree_util.register_pytree_node(_Anchor, _flatten_anchor, _unflatten_anchor)
+graphlib.register_pytree_node_type(  # as NNX asks JAX about classes that it does not know
+    _Anchor, _flatten_anchor, lambda parts, known: _unflatten_anchor(known, parts)
 )
 nnx.register_data_type(_Anchor)
 
@@ -196,6 +202,7 @@ _DOC = """A live ``nnx.Module`` around a module of another framework.
 
 class ToNNX(nnx.Module):
     __doc__: Any = OfInstance(lambda shim: inspect.getdoc(shim._shim_first.forward), _DOC)
+    rngs: Any = None
     _shim_anchor: Any = _AnchorSlot()
 
     def __new__(cls, module: Any = None, *args: Any, carry: Any = None, **kwargs: Any) -> Self:
@@ -232,7 +239,8 @@ class ToNNX(nnx.Module):
             structure, host=ToNNX, keywords=_KEYWORDS, methods=_METHODS, paths=structure.kinds
         )
         self.deterministic: bool = False
-        self.rngs: Any = nnx.data(None if rngs is None else stream_of(rngs).fork())
+        if rngs is not None:
+            self.rngs = stream_of(rngs).fork()
         if structure.takes_streams and (named := named_streams(rngs)):
             self._shim_streams = nnx.data({n: stream.fork() for n, stream in named.items()})
         check_copy(guest, copy=copy)
@@ -326,7 +334,8 @@ class ToNNX(nnx.Module):
         is_own = name.startswith("_") or name in _KEYWORDS or "_shim_anchor" not in vars(self)
         if not is_own:
             refuse_attribute(self._shim_first.module(self.unwrap()), name)
-        super().__setattr__(name, value)
+        is_place = name == "rngs" and value is None  # of a stream that may come
+        super().__setattr__(name, nnx.data(None) if is_place else value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ArgumentError(

@@ -7,7 +7,7 @@ that it works both ways.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -31,22 +31,28 @@ class Buffer(nnx.Variable[Any]):
     """A value of a guest that is neither trained nor a running statistic."""
 
 
+class _Link(NamedTuple):
+    """What a linked view holds; another holds its value."""
+
+    cell: Cell
+
+
 def _view_type(base: type[nnx.Variable]) -> type[nnx.Variable]:
     """A Variable class whose linked instances keep their value in a guest's cell."""
 
     class View(base):
-        __slots__ = ("_shim_cell", "_shim_own", "__weakref__")
+        __slots__ = ("_shim_held", "__weakref__")
 
         @property
         def _raw_value(self) -> Any:
-            cell = cell_of(self)
-            return object.__getattribute__(self, "_shim_own") if cell is None else cell.get()
+            held = object.__getattribute__(self, "_shim_held")
+            return held.cell.get() if type(held) is _Link else held
 
         @_raw_value.setter
         def _raw_value(self, value: Any) -> None:
             cell = cell_of(self)
             if cell is None:
-                object.__setattr__(self, "_shim_own", value)
+                object.__setattr__(self, "_shim_held", value)
             else:
                 cell.set(value)
 
@@ -58,9 +64,10 @@ def _view_type(base: type[nnx.Variable]) -> type[nnx.Variable]:
 def cell_of(view: nnx.Variable[Any]) -> Cell | None:
     """The cell that a view shows; None for any other Variable."""
     try:
-        return object.__getattribute__(view, "_shim_cell")
+        held = object.__getattribute__(view, "_shim_held")
     except AttributeError:
         return None
+    return held.cell if type(held) is _Link else None
 
 
 _TYPES = {
@@ -81,8 +88,7 @@ def owned(
 
 def _linked(cell: Cell) -> nnx.Variable:
     view = owned(cell.kind, cell.get())
-    object.__setattr__(view, "_shim_cell", cell)
-    object.__setattr__(view, "_shim_own", None)
+    object.__setattr__(view, "_shim_held", _Link(cell))
     return view
 
 
