@@ -421,6 +421,8 @@ class ToLinen(nn.Module):
         changed = {path for path in values if new.get(path, values[path]) is not values[path]}
         parameters = {path for path in changed if structure.kinds[path] is Kind.PARAMETER}
         changed -= parameters - set(written)
+        if not changed:
+            return
         after = _tree(structure, {path: new.get(path, values[path]) for path in values})
         for collection, name in sorted({_place(structure, path)[:2] for path in changed}):
             old = self.get_variable(collection, name)
