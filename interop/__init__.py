@@ -224,13 +224,21 @@ def convert(
     return _api.convert_with(model, to, params=params, state=state, sample_input=sample_input)
 
 
-def to_nnx(model: Any, *, rngs: flax.nnx.Rngs | None = None) -> flax.nnx.Module:
+def to_nnx(
+    model: Any,
+    *,
+    rngs: flax.nnx.Rngs | None = None,
+    params: Any = None,
+    state: Any = None,
+    sample_input: Any = None,
+) -> flax.nnx.Module:
     """Convert a model to Flax NNX; see :func:`convert` for what is shared and raised.
 
     Args:
-        model: a BrainState model, or another framework's that carries its own weights.
+        model: a model of any other framework.
         rngs: streams for the dropout layers of the result, which fork them as native layers
             do. Nothing else draws from them. Without, pass ``rngs=`` when training.
+        params, state, sample_input: as in :func:`convert`.
 
     Returns:
         An ``nnx.Module`` in evaluation mode; ``.train()`` and ``.eval()`` switch it.
@@ -245,7 +253,14 @@ def to_nnx(model: Any, *, rngs: flax.nnx.Rngs | None = None) -> flax.nnx.Module:
         >>> interop.to_nnx(brainstate.nn.Linear(3, 4), rngs=nnx.Rngs(0)).kernel.shape
         (3, 4)
     """
-    return _api.convert_with(model, "nnx", options={"rngs": rngs})
+    return _api.convert_with(
+        model,
+        "nnx",
+        params=params,
+        state=state,
+        sample_input=sample_input,
+        options={"rngs": rngs},
+    )
 
 
 def from_nnx(model: flax.nnx.Module, *, sample_input: Any = None) -> brainstate.nn.Module:
@@ -269,13 +284,21 @@ def from_nnx(model: flax.nnx.Module, *, sample_input: Any = None) -> brainstate.
     return _api.convert_from("nnx", model, to="brainstate", sample_input=sample_input)
 
 
-def to_linen(model: Any, *, train: bool = False) -> tuple[flax.linen.Module, dict[str, Any]]:
+def to_linen(
+    model: Any,
+    *,
+    train: bool = False,
+    params: Any = None,
+    state: Any = None,
+    sample_input: Any = None,
+) -> tuple[flax.linen.Module, dict[str, Any]]:
     """Convert a model to Flax Linen; see :func:`convert`.
 
     Args:
-        model: a BrainState model, or another framework's that carries its own weights.
+        model: a model of any other framework.
         train: Linen's ``Sequential`` forwards no switch, so that it is fixed here: build the
             module for training instead of evaluation. Both take the same variables.
+        params, state, sample_input: as in :func:`convert`.
 
     Returns:
         ``(module, variables)``; call ``module.apply(variables, x)``.
@@ -290,7 +313,14 @@ def to_linen(model: Any, *, train: bool = False) -> tuple[flax.linen.Module, dic
         >>> variables["params"]["kernel"].shape
         (3, 4)
     """
-    return _api.convert_with(model, "linen", options={"train": train})
+    return _api.convert_with(
+        model,
+        "linen",
+        params=params,
+        state=state,
+        sample_input=sample_input,
+        options={"train": train},
+    )
 
 
 def from_linen(
@@ -318,12 +348,20 @@ def from_linen(
     )
 
 
-def to_equinox(model: Any, *, key: Any = None) -> equinox.Module:
+def to_equinox(
+    model: Any,
+    *,
+    key: Any = None,
+    params: Any = None,
+    state: Any = None,
+    sample_input: Any = None,
+) -> equinox.Module:
     """Convert a model to Equinox; see :func:`convert`.
 
     Args:
-        model: a BrainState model, or another framework's that carries its own weights.
+        model: a model of any other framework.
         key: accepted for the sake of ``brainstate.interop``'s users; nothing is drawn.
+        params, state, sample_input: as in :func:`convert`.
 
     Returns:
         An ``eqx.Module`` that takes one example (``jax.vmap`` over the batch), in inference
@@ -344,7 +382,14 @@ def to_equinox(model: Any, *, key: Any = None) -> equinox.Module:
         >>> interop.to_equinox(brainstate.nn.Linear(3, 4)).weight.shape
         (4, 3)
     """
-    return _api.convert_with(model, "equinox", options={"key": key})
+    return _api.convert_with(
+        model,
+        "equinox",
+        params=params,
+        state=state,
+        sample_input=sample_input,
+        options={"key": key},
+    )
 
 
 def from_equinox(

@@ -439,8 +439,8 @@ class _Crossing:
                 found.__qualname__,
                 path=path,
                 target=self._target,
-                reason=f"channels stand elsewhere in {self._target}, and how "
-                f"{found.__qualname__} is rebuilt depends on the shape of its input",
+                reason=f"channels stand elsewhere in {self._target}, and how this is rebuilt "
+                f"depends on the shape of its input",
             )
         return self.shape
 

@@ -51,6 +51,23 @@ def test_training_goes_on_like_in_the_source(source, target):
     close(target.call(other, X), source.call(model, X))
 
 
+def test_the_training_twin_of_a_model_whose_state_and_input_are_told():
+    fw = Framework("equinox")
+    norm = fw.batch_norm(SCALE, SHIFT, MEAN, VAR, EPSILON, MOMENTUM)
+    network, state = fw.sequential(norm, eqx.nn.Lambda(jax.numpy.ravel))
+    given = {"state": state, "sample_input": (3,)}
+    trained, variables = interop.to_linen(network, train=True, **given)
+    y, moved = trained.apply(variables, X, mutable=["batch_stats"])
+    close(y, truth.batch_norm(X, mean=X.mean(0), var=X.var(0), **AFFINE))
+    module, _ = interop.to_linen(network, **given)
+    mean, var = truth.updated_statistics(X, MEAN, VAR, MOMENTUM)
+    wanted = truth.batch_norm(X, mean=mean, var=var, **AFFINE)
+    close(module.apply(variables | moved, X), wanted)
+    close(
+        interop.to_nnx(network, **given)(X), truth.batch_norm(X, mean=MEAN, var=VAR, **AFFINE)
+    )
+
+
 def test_momentum_and_epsilon_do_not_drift_over_round_trips(source, target):
     source.needs("batch_norm")
     target.needs("batch_norm")

@@ -118,6 +118,15 @@ def test_equinox_takes_a_sequence_of_unknown_length(case):
     )
 
 
+def test_indices_of_a_sequence_of_unknown_length_are_taken_by_equinox():
+    """Its own Embedding takes one index, which is no sequence."""
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Embed(7, 3, rngs=rngs), nnx.RNN(nnx.GRUCell(3, 4, rngs=rngs)))
+    ids = np.array([[0, 3, 6, 1], [5, 2, 2, 4]])
+    converted = interop.convert(model, to="equinox")
+    np.testing.assert_allclose(jax.vmap(converted)(ids), model(ids), rtol=1e-5, atol=1e-5)
+
+
 def test_a_function_of_a_batch_may_take_and_return_several_arrays_in_equinox():
     model = nnx.Sequential(as_tuple, of_arguments)
     converted = interop.convert(model, to="equinox")

@@ -16,7 +16,7 @@ def read_embedding(node: Node, ctx: Reading) -> specs.Embedding:
 
 @adapter.builds(specs.Embedding)
 def build_embedding(spec: specs.Embedding, ctx: Building) -> eqx.nn.Embedding:
-    if ctx.shape:
+    if not ctx.fits(0):
         ctx.refuse("sample_input", ctx.shape, "Equinox's Embedding takes one index at a time")
     if spec.weight.ndim != 2:
         ctx.refuse("embedding_size", spec.weight.shape[1:], "only vectors are native")
