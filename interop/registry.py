@@ -352,43 +352,45 @@ class Adapter(abc.ABC):
             UnsupportedStructureError: a module with forward logic of its own.
             UnsupportedLayerError: a subclass that overrides something of its base.
         """
+        rule = self.rule(module, path)
+        self.check_instance(module, rule, path)
+        return rule
+
+    def rule(self, module: object, path: str) -> ReadRule:
+        """:meth:`reader`, as far as it is the same for all modules of that very class."""
         cls = type(module)
         base = next((c for c in cls.__mro__ if c in self.readers or c in self.refused), None)
-        if base in self.refused.keys() - self.readers.keys():
+        if base is None:
+            raise self._no_reader(module, path)
+        if base not in self.readers:
             raise UnsupportedLayerError(
                 cls, self.refused[base], path=path, remedy=f"Wrap it live: {_live(path)}"
             )
-        if base is None:
-            raise self._no_reader(module, path)
         rule = self.readers[base]
-        if changed := _overridden(cls, base) + _shadowed(module) + rule.replaced():
-            raise UnsupportedLayerError(
-                cls,
-                f"it overrides {', '.join(changed)} of {base.__qualname__}, whose rule "
-                f"therefore does not apply",
-                path=path,
-                option=changed[0],
-                remedy=f"Register a reader for {cls.__qualname__}, or wrap it live: "
-                + _live(path),
-            )
+        if changed := _overridden(cls, base) + rule.replaced():
+            raise _overrides(cls, changed, rule, path)
         if rule.exact and cls is not base:
-            raise UnsupportedLayerError(
-                cls,
-                f"the rule of {base.__qualname__} is for that class alone",
-                path=path,
-                remedy=f"Register a reader for {cls.__qualname__}, or wrap it live: "
-                + _live(path),
-            )
+            reason = f"the rule of {base.__qualname__} is for that class alone"
+            raise UnsupportedLayerError(cls, reason, path=path, remedy=_own_rule(cls, path))
+        return rule
+
+    def check_instance(self, module: object, rule: ReadRule, path: str) -> None:
+        """What :meth:`reader` looks at in a single module.
+
+        Raises:
+            UnsupportedLayerError: it hides a method, or holds what its class does not have.
+        """
+        if hidden := _shadowed(module):
+            raise _overrides(type(module), hidden, rule, path)
         if not rule.exact and (added := sorted(self.added_state(module, rule))):
+            cls, base = type(module), rule.layer_type
             raise UnsupportedLayerError(
                 cls,
                 f"it holds {', '.join(added)}, which {base.__qualname__} does not have",
                 path=path,
                 option=added[0],
-                remedy=f"Register a reader for {cls.__qualname__}, or wrap it live: "
-                + _live(path),
+                remedy=_own_rule(cls, path),
             )
-        return rule
 
     def _no_reader(self, module: object, path: str) -> Exception:
         cls = type(module)
@@ -433,6 +435,21 @@ def _package(cls: type) -> str:
 
 def _live(path: str) -> str:
     return f"shims.wrap({path}, into=...)"
+
+
+def _own_rule(cls: type, path: str) -> str:
+    return f"Register a reader for {cls.__qualname__}, or wrap it live: {_live(path)}"
+
+
+def _overrides(cls: type, names: list[str], rule: ReadRule, path: str) -> Exception:
+    return UnsupportedLayerError(
+        cls,
+        f"it overrides {', '.join(names)} of {rule.layer_type.__qualname__}, whose rule "
+        f"therefore does not apply",
+        path=path,
+        option=names[0],
+        remedy=_own_rule(cls, path),
+    )
 
 
 # Attributes that Python, dataclasses or a framework's metaclass set on every class.

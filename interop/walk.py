@@ -4,8 +4,8 @@ that hold for every rule."""
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import dis
+import functools
 import inspect
 import itertools
 from collections.abc import Iterator, Mapping
@@ -36,6 +36,9 @@ __all__ = ["Building", "Reading"]
 
 Origin = tuple[str, type]
 
+# Most options are of such a class, which is quick to tell.
+_NUMBERS = {type(None), bool, int, float, str, tuple}
+
 
 class Reading:
     """Turns one model into specs. Readers get it as ``ctx``.
@@ -62,6 +65,7 @@ class Reading:
         self._found: type = object  # as long as nothing is being read
         self._mode: str | None = SWITCHED  # of the arguments of the chain that is being read
         self._given: dict[int, frozenset[str]] = {}
+        self._rules: dict[type, ReadRule] = {}
         self._modes: dict[str, str] = {}
 
     def read(self, node: Any, path: str, given: frozenset[str] = frozenset()) -> specs.Spec:
@@ -77,8 +81,7 @@ class Reading:
             if self._given[id(module)] != given and any(s.has_modes for s in leaves_of(spec)):
                 raise _one_switch(type(module), "is called with and without a mode", path)
             return spec
-        chain = self.adapter.steps(node)
-        rule = None if chain else self.adapter.reader(module, path)
+        chain, rule = self._how(node, module, path)
         outer = self.path, self._found, self._mode
         if chain and self._found is not object and not chain.modes.keys() <= given:
             self._mode = mode_of({n: v for n, v in chain.modes.items() if n not in given})
@@ -96,6 +99,18 @@ class Reading:
             self._specs[id(module)] = spec
         advance()
         return spec
+
+    def _how(
+        self, node: Any, module: object, path: str
+    ) -> tuple[Chain | None, ReadRule | None]:
+        """What a user's own module comes to, or the rule for a layer."""
+        rule = self._rules.get(type(module))
+        if rule is None:
+            if chain := self.adapter.steps(node):
+                return chain, None
+            rule = self._rules[type(module)] = self.adapter.rule(module, path)
+        self.adapter.check_instance(module, rule, path)
+        return None, rule
 
     def _check_mode(self, mode: str | None, node: Any, path: str) -> None:
         """Refuse layers in more modes than one: the target has one switch for all."""
@@ -165,12 +180,14 @@ class Reading:
 
     def _check_numbers(self, spec: specs.Spec) -> None:
         """Refuse an array for a number: optimisers of other frameworks may train it."""
-        weights = {*spec.trained, *spec.buffers}
-        for field in dataclasses.fields(spec) if dataclasses.is_dataclass(spec) else ():
-            value = None if field.name in weights else getattr(spec, field.name)
+        weights = (*spec.trained, *spec.buffers)
+        for name in specs.fields(type(spec)):
+            value = getattr(spec, name)
+            if type(value) in _NUMBERS or name in weights:
+                continue
             if isinstance(value, jax.Array | np.ndarray) and not value.ndim:
-                remedy = f"Pass float({field.name})"
-                self.refuse(field.name, value, "only a number converts, not an array", remedy)
+                remedy = f"Pass float({name})"
+                self.refuse(name, value, "only a number converts, not an array", remedy)
 
     def read_all(
         self, nodes: Any, paths: Any = None, given: Any = None
@@ -615,8 +632,13 @@ def _not_inexact(spec: specs.Spec) -> list[str]:
     return [
         f"{name} has dtype {array.dtype.name}, wanted floating-point or complex numbers"
         for name, array in found.items()
-        if array is not None and not jnp.issubdtype(array.dtype, np.inexact)
+        if array is not None and not _is_inexact(array.dtype)
     ]
+
+
+@functools.cache
+def _is_inexact(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, np.inexact)
 
 
 def _unit_refused(

@@ -178,6 +178,21 @@ def test_a_method_that_was_replaced_in_its_class_is_noticed(cls, method, monkeyp
         interop.convert(layer, to="equinox")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("update", jnp.tanh, "overrides update of Linear"),
+        ("more", brainstate.ParamState(BIAS), "it holds more"),
+    ],
+)
+def test_every_layer_of_a_class_is_looked_at(name, value, words):
+    layers = [brainstate.nn.Linear(3, 3) for _ in range(3)]
+    setattr(layers[2], name, value)
+    with pytest.raises(interop.UnsupportedLayerError, match=words) as e:
+        interop.convert(brainstate.nn.Sequential(*layers), to="nnx")
+    assert e.value.path == "model[2]"
+
+
 def test_a_mapping_of_an_array_without_elements_is_refused():
     model = eqx.nn.Linear(0, 3, use_bias=False, key=jax.random.key(0))
     assert interop.convert(model, to="nnx")(jnp.ones((2, 0))).shape == (2, 3)

@@ -21,6 +21,8 @@ from .base import (
     Spec,
     common_dtype,
     dtype,
+    fields,
+    is_split,
     is_wide,
     move_channels,
     moved_axis,
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
         MGUCell,
         SimpleCell,
         URLSTMCell,
+        side_by_side,
     )
     from .spatial import AdaptivePool, MaxUnpool, Pad, Pool, pool
 
@@ -130,7 +133,9 @@ __all__ = [
     "WeightNorm",
     "common_dtype",
     "dtype",
+    "fields",
     "flipped",
+    "is_split",
     "is_wide",
     "known_function",
     "move_channels",
@@ -139,6 +144,7 @@ __all__ = [
     "plain_dtype",
     "pool",
     "promoted_dtype",
+    "side_by_side",
 ]
 
 _FILES = (

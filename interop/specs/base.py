@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ __all__ = [
     "common_dtype",
     "options",
     "dtype",
+    "fields",
+    "is_split",
     "is_wide",
     "mismatches_of",
     "move_channels",
@@ -253,9 +255,9 @@ class Spec:
         """The physical units of its arrays that have one, by the names of its fields."""
         found: dict[str, Any] = {}
         for name, value in vars(self).items():
-            is_plain = value is None or isinstance(value, jax.Array)
-            parts = () if is_plain else jax.tree.leaves(value, is_leaf=is_quantity)
-            for part in parts:
+            if _is_unitless(cast(Any, type(value))):
+                continue
+            for part in jax.tree.leaves(value, is_leaf=is_quantity):
                 if is_quantity(part) and not part.is_unitless:
                     found[name] = part.unit
         for name, part in self.inner().items():
@@ -359,10 +361,23 @@ def _initial(name: str, value: Any, key: jax.Array) -> Any:
 
 
 @functools.cache
+def fields(spec_type: type[Spec]) -> tuple[str, ...]:
+    """The names of its fields, if it is a dataclass."""
+    is_dataclass = dataclasses.is_dataclass(spec_type)
+    return tuple(field.name for field in dataclasses.fields(spec_type)) if is_dataclass else ()
+
+
+@functools.cache
 def options(spec_type: type[Spec]) -> Mapping[str, Any]:
     """Its options by name, with their defaults."""
     every = dataclasses.fields(spec_type)
     return {f.name: f.default for f in every if f.default is not dataclasses.MISSING}
+
+
+@functools.cache
+def _is_unitless(cls: type) -> bool:
+    """Whether nothing of that class has a unit, or holds what has one."""
+    return issubclass(cls, type(None) | bool | int | float | str | np.ndarray | jax.Array)
 
 
 def _described(value: Any) -> str:
@@ -427,17 +442,22 @@ def rows(array: Array, order: np.ndarray[Any, Any]) -> Array:
             path="model",
             remedy="Pass sample_input as the model takes it, without its batch axis",
         )
-    if isinstance(array, Tracer) or not isinstance(array, jax.Array):
-        return array[order]
-    sharding: Any = array.sharding
-    if len(sharding.device_set) == 1:
+    if isinstance(array, Tracer) or not is_split(array):
         return array[order]
 
     def take(whole: Array) -> Array:
         return whole[order]
 
-    compiled: Any = jax.jit(take, out_shardings=sharding)
+    compiled: Any = jax.jit(take, out_shardings=array.sharding)
     return compiled(array)
+
+
+def is_split(array: Array) -> bool:
+    """Whether an array may be on several devices: a tracer may."""
+    if isinstance(array, Tracer):
+        return True
+    sharding: Any = array.sharding if isinstance(array, jax.Array) else None
+    return sharding is not None and len(sharding.device_set) > 1
 
 
 def mismatches_of(**arrays: tuple[Array | None, Shape | None]) -> list[str]:

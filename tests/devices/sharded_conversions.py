@@ -5,6 +5,7 @@ import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
@@ -122,6 +123,22 @@ def test_rows_that_are_moved_stay_split():
     linear.value = linear.value | {"weight": split(linear.value["weight"], NAMES["kernel"])}
     made = interop.convert(stack, to="equinox", sample_input=(4, 4, 3))
     check(made.layers[2].weight, NAMES["kernel"][::-1])
+
+
+def test_the_gates_of_a_cell_stay_split():
+    for names in (None, "model"), ("data", None):
+        cell = nnx.LSTMCell(8, 16, rngs=nnx.Rngs(0))
+        for name in ("ii", "if_", "ig", "io", "hi", "hf", "hg", "ho"):
+            kernel = getattr(cell, name).kernel
+            kernel.set_value(split(kernel.get_value(), names))
+        packed = interop.from_nnx(cell)
+        check(packed.W.weight.value["weight"], names)
+        layer = interop.to_equinox(packed)
+        check(layer.weight_ih, names[::-1])
+        check(layer.weight_hh, names[::-1])
+        kernel = interop.to_nnx(packed).hf.kernel.get_value()
+        check(kernel, names)
+        np.testing.assert_array_equal(kernel, cell.hf.kernel.get_value())
 
 
 def test_mapping_moves_shardings_of_boxes():

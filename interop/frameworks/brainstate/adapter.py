@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from types import FunctionType
 from typing import Any, ClassVar
 
 import brainstate
@@ -40,7 +41,11 @@ class BrainState(Adapter):
         if isinstance(node, Composite):  # whose parts no rule reads
             states: Any = node.states()
             return [(".".join(map(str, path)), state) for path, state in states.items()]
-        return [(k, v) for k, v in vars(node).items() if isinstance(v, brainstate.State)]
+        return [
+            (k, v)
+            for k, v in vars(node).items()
+            if type(v) not in _PLAIN and isinstance(v, brainstate.State)
+        ]
 
     def added_state(self, module: Any, rule: ReadRule) -> set[str]:
         held = vars(module).items()
@@ -92,8 +97,14 @@ class BrainState(Adapter):
             return copy(*inputs)
 
 
+# Most attributes are of such a class, which is quick to tell.
+_PLAIN = {type(None), bool, int, float, str, FunctionType}
+
+
 def _holds_state(value: Any) -> bool:
     """Whether ``value`` is, or a container with, what BrainState finds states in."""
+    if type(value) in _PLAIN:
+        return False
     if isinstance(value, list | tuple):
         return any(map(_holds_state, value))
     if isinstance(value, dict):
@@ -120,7 +131,8 @@ def arrays_of(
             type(state).__qualname__,
             "it may be trained in its own way, or not at all",
         )
-    arrays = state.value if isinstance(state.value, dict) else {name: state.value}
+    value = state.value
+    arrays = value if isinstance(value, dict) else {name: value}
     for key, value in arrays.items():
         if np.shape(value) == shapes[key]:
             continue

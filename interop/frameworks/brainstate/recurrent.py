@@ -62,16 +62,21 @@ def _joined(arrays: tuple[Any, ...], ctx: Reading, name: str) -> Any:
 
 def _packed(spec: Any, number: int, *gates: int) -> tuple[Any, Any]:
     """The matrix for the input and the state, and the bias, of some of a cell's gates."""
-    x, h = (specs.Gates.split(array, number) for array in (spec.weight_x, spec.weight_h))
-    weight = _side_by_side([jnp.concatenate([x[gate], h[gate]]) for gate in gates])
-    if spec.bias is None:
-        return weight, None
-    bias = specs.Gates.split(spec.bias, number)
-    return weight, _side_by_side([bias[gate] for gate in gates])
+    arrays = (spec.weight_x, spec.weight_h, spec.bias)
+    split = any(map(specs.is_split, jax.tree.leaves(arrays)))
+    weight, bias = _pack(arrays, number, gates, split)
+    if spec.bias is not None and len(gates) == 1:
+        bias = specs.Gates.split(spec.bias, number)[gates[0]]  # the same array
+    return weight, bias
 
 
-def _side_by_side(arrays: list[Any]) -> Any:
-    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=-1)
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _pack(arrays: Any, number: int, gates: tuple[int, ...], split: bool) -> tuple[Any, Any]:
+    """Those gates of the weights for the input and the state, and of the bias, in one copy."""
+    parts: Any = [None if a is None else specs.Gates.split(a, number) for a in arrays]
+    x, h, bias = parts
+    weight = specs.side_by_side([jnp.concatenate([x[gate], h[gate]]) for gate in gates], split)
+    return weight, bias and specs.side_by_side([bias[gate] for gate in gates], split)
 
 
 # The functions of both frameworks compute the same; JAX's take no units.
