@@ -44,6 +44,7 @@ from interop.registry import registry
 from .report import ArrayRow, LinkReport
 
 __all__ = [
+    "Aval",
     "Call",
     "Cell",
     "Guest",
@@ -58,9 +59,11 @@ __all__ = [
     "Views",
     "at",
     "attribute_path",
+    "aval_of",
     "changed_parameters",
     "check_alive",
     "check_copy",
+    "check_fits",
     "check_guest",
     "check_kept",
     "check_key",
@@ -160,19 +163,7 @@ class Cell(ABC):
             ConversionError: ``value`` is no array, or has another shape or dtype. The leading
                 axis of a hidden state, that of the batch, may have another size.
         """
-        self._compare(self.get(), value, remedy)
-
-    def _compare(self, old: Any, value: Any, remedy: str) -> None:
-        wanted, given = _aval(old), _aval(value)
-        if self.kind is Kind.HIDDEN and wanted is not None and given is not None:
-            wanted, given = (wanted[0][1:], wanted[1]), (given[0][1:], given[1])
-        if wanted != given:
-            raise ConversionError(
-                "the value does not fit",
-                path=path_text(self.path),
-                mismatched=[f"wanted {_described(old)}, got {_described(value)}"],
-                remedy=remedy,
-            )
+        check_fits(self.path, self.kind, aval_of(self.get()), value, remedy)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +198,7 @@ class LeafCell(Cell):
 
     def set(self, value: Any) -> None:
         flat = self._flat(self._held())
-        self._compare(flat[self.index], value, _SAME)
+        check_fits(self.path, self.kind, aval_of(flat[self.index]), value)
         self._put_among(flat, value)
 
     def peek(self) -> Any:
@@ -237,8 +228,28 @@ class LeafCell(Cell):
 
 _ARRAYS: tuple[type, ...] = (jax.Array, np.ndarray, np.generic)
 
+Aval = tuple[tuple[int, ...], Any]
+"""The shape and the dtype of an array."""
 
-def _aval(value: Any) -> tuple[Any, Any] | None:
+
+def check_fits(
+    path: Path, kind: Kind, wanted: Aval | None, value: Any, remedy: str = _SAME
+) -> None:
+    """Compare ``value`` with what the guest has at ``path``: see :meth:`Cell.check`."""
+    known, given = wanted, aval_of(value)
+    if kind is Kind.HIDDEN and known is not None and given is not None:
+        known, given = (known[0][1:], known[1]), (given[0][1:], given[1])
+    if known != given:
+        raise ConversionError(
+            "the value does not fit",
+            path=path_text(path),
+            mismatched=[f"wanted {_written(wanted)}, got {_described(value)}"],
+            remedy=remedy,
+        )
+
+
+def aval_of(value: Any) -> Aval | None:
+    """What counts of an array; None of what is no array."""
     if isinstance(value, jax.Array):
         return value.shape, value.dtype
     if isinstance(value, (bool, int, float, complex)):  # what a container may hold natively
@@ -247,8 +258,12 @@ def _aval(value: Any) -> tuple[Any, Any] | None:
 
 
 def _described(value: Any) -> str:
-    aval = _aval(value)
-    return f"{aval[1]}{list(aval[0])}" if aval else type(value).__qualname__
+    aval = aval_of(value)
+    return _written(aval) if aval else type(value).__qualname__
+
+
+def _written(aval: Aval | None) -> str:
+    return f"{aval[1]}{list(aval[0])}" if aval else "what is no array"
 
 
 View = TypeVar("View")

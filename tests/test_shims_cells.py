@@ -706,3 +706,40 @@ def test_batch_axes_of_carry_and_input_must_agree():
         shim(H, XS[0])
     with pytest.raises(interop.ArgumentError, match="carry and one input"):
         shim(XS[0])
+
+
+class Decaying(brainstate.nn.RNNCell):
+    """Makes what is no state, too, when its hidden state is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_size = self.out_size = (3,)
+
+    def init_state(self, batch_size=None, **kwargs):
+        self.h = brainstate.HiddenState(jnp.zeros((batch_size, 3)))
+        self.decay = jnp.exp(-brainstate.environ.get_dt()) * jnp.ones(3)
+
+    def update(self, x):
+        self.h.value = self.decay * self.h.value + x
+        return self.h.value
+
+
+def test_what_init_state_makes_beside_hidden_state_is_made_anew_at_each_step():
+    shim, x = shims.ToNNX(Decaying()), jnp.ones((2, 3))
+    carry, jitted = {"h": jnp.full((2, 3), 2.0)}, jax.jit(lambda m, c: m(c, x))
+    with jax.checking_leaks():
+        for dt in (1.0, 0.5):
+            for call in (nnx.jit(lambda m, c: m(c, x)), jitted, lambda m, c: m(c, x)):
+                with brainstate.environ.context(dt=dt):
+                    _, out = call(shim, carry)
+                close(out, 2 * np.exp(-dt) * np.ones((2, 3)) + 1)
+
+
+def test_a_step_sees_a_carry_that_does_not_fit_however_often_it_has_run():
+    shim = shims.ToNNX(brainstate.nn.LSTMCell(3, 4))
+    carry = shim.initialize_carry((2, 3))
+    for _ in range(2):
+        shim(carry, jnp.ones((2, 3)))
+        for wrong in ({"h": carry["h"]}, {**carry, "c": jnp.ones((2, 5))}, tuple(carry)):
+            with pytest.raises(interop.ConversionError):
+                shim(wrong, jnp.ones((2, 3)))

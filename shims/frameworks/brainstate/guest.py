@@ -18,7 +18,7 @@ import math
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import brainstate
 import jax
@@ -37,6 +37,7 @@ from interop.errors import (
 )
 
 from ...core import (
+    Aval,
     Call,
     Cell,
     Kind,
@@ -44,6 +45,8 @@ from ...core import (
     Looks,
     Path,
     Structure,
+    aval_of,
+    check_fits,
     finished,
     is_peeking,
     is_traced,
@@ -122,15 +125,14 @@ class BrainStateGuest(WatchedGuest):
         return watch, Looks(BrainStateStructure(self.native), _cells(states))
 
     def settings(self) -> Hashable:
-        found = sorted(brainstate.environ.all().items())
-        return tuple([(name, _setting(value)) for name, value in found if name != "fit"])
+        return tuple([setting for setting in _settings() if setting[0] != "fit"])
 
     def call(self, call: Call) -> Any:
-        self.looks()
+        structure: Any = self.structure()
         before = [(state, state.value) for state in self._states]
         try:
             with _random_from(call.key):
-                out = _invoke(self.native, call)
+                out = _invoke(self.native, call, structure)
             _check_left({state: state.value for state in self._states})
             return out
         except BaseException:
@@ -138,6 +140,12 @@ class BrainStateGuest(WatchedGuest):
                 if state.value is not value:
                     state.value = value
             raise
+
+
+def _settings() -> tuple[tuple[str, Hashable], ...]:
+    """Those of BrainState, by name."""
+    found = sorted(brainstate.environ.all().items())
+    return tuple([(name, _setting(value)) for name, value in found])
 
 
 def _setting(value: Any) -> Hashable:
@@ -174,12 +182,13 @@ def _refresh(module: brainstate.nn.Module) -> None:
             node._shim_refresh()
 
 
-def _invoke(module: brainstate.nn.Module, call: Call) -> Any:
+def _invoke(module: brainstate.nn.Module, call: Call, structure: BrainStateStructure) -> Any:
+    """Call a method of ``module``, which has that ``structure``."""
     method, training = getattr(module, call.method), call.training
     has_mode = training is not None
     mode = brainstate.environ.context(fit=training) if has_mode else contextlib.nullcontext()
     with mode:
-        _check_batch(module, call)
+        _check_batch(module, call, structure)
         _check_made(module, call)
         try:
             return finished(call, method(*call.args, **call.kwargs))
@@ -202,16 +211,15 @@ def _own_error(error: BaseException | None) -> InteropError | None:
     return error if isinstance(error, InteropError) else None
 
 
-def _check_batch(module: Any, call: Call) -> None:
+def _check_batch(module: Any, call: Call, structure: BrainStateStructure) -> None:
     """Refuse one example where batch statistics are taken. Its rank is that of ``in_size``:
     of a module without one, the layers take an example for what it is, and say nothing."""
     first, size = next(iter(call.args), None), module.in_size
     shape = getattr(first, "shape", ())
     is_example = call.method == "__call__" and size is not None and len(shape) == len(size)
-    if is_example and brainstate.environ.get("fit", None):
-        for path, node in module.nodes().items():
-            if isinstance(node, _BATCH_NORMS) and node.axis_name is None:
-                raise no_batch(type(node).__name__, path, shape)
+    if is_example and structure.batch_norms and brainstate.environ.get("fit", None):
+        path, name = structure.batch_norms[0]
+        raise no_batch(name, path, shape)
 
 
 def _check_made(module: Any, call: Call) -> None:
@@ -247,13 +255,25 @@ def _misses_fit(error: BaseException | None) -> bool:
 _BATCH_NORMS = tuple(getattr(brainstate.nn, f"BatchNorm{n}d") for n in range(4))
 
 
-def _keeps_no_statistics(node: Any) -> bool:
-    is_norm = isinstance(node, _BATCH_NORMS)
-    return is_norm and node.axis_name is None and not node.track_running_stats
+def _takes_batch(node: Any) -> bool:
+    """Whether a module takes statistics over the batch, and names no axis."""
+    return isinstance(node, _BATCH_NORMS) and node.axis_name is None
+
+
+class _Start(NamedTuple):
+    """A cell whose hidden state is newly made: its structure, and what is made."""
+
+    structure: BrainStateStructure
+    shapes: Mapping[Path, Aval | None]
 
 
 class BrainStateStructure(Structure):
-    """The graph definition of a module, and the tree of each state's value."""
+    """The graph definition of a module, and the tree of each state's value.
+
+    Attributes:
+        batch_norms: paths and class names of the layers that take statistics over the batch,
+            and name no axis.
+    """
 
     def __init__(self, module: brainstate.nn.Module):
         numbers = graph.RefMap()
@@ -286,15 +306,16 @@ class BrainStateStructure(Structure):
             self.feature_axes: int | None = 1 if size is None else len(size)
         nodes: Any = module.nodes()
         self.named: Collection[Path] = named_paths(nodes.items(), self.kinds)
-        self.unkept: Collection[Path] = [
-            path for path, node in nodes.items() if _keeps_no_statistics(node)
-        ]
+        norms = [(path, node) for path, node in nodes.items() if _takes_batch(node)]
+        self.batch_norms = [(path, type(node).__name__) for path, node in norms]
+        self.unkept: Collection[Path] = [p for p, n in norms if not n.track_running_stats]
         trees = tuple(
             (path, _comparable(type(s)), jax.tree.structure(s._value))
             for path, s in states.items()
         )
         self._key = (_comparable(definition), trees)
         self._hash = hash(self._key)
+        self._starts: dict[Hashable, _Start | None] = {}
 
     def __eq__(self, other: object) -> bool:
         return type(other) is BrainStateStructure and (
@@ -331,7 +352,7 @@ class BrainStateStructure(Structure):
         module, states, nodes = self._copy(values)
         watch = _watch(nodes, states.values())
         with _random_from(call.key, private={id(state) for state in states.values()}):
-            out = _invoke(module, call)
+            out = _invoke(module, call, self)
             _check_left({state: state.value for state in states.values()})
             if watch is not None and watch.holds():
                 return out, self._values_of(states), self
@@ -342,22 +363,27 @@ class BrainStateStructure(Structure):
         new = [path for path in after._paths if path not in self._paths]
         if any(k is not Kind.HIDDEN for p, k in after.kinds.items() if p not in self.kinds):
             return False
-        module, before = after.build(values), self.build(values)
-        for path in new:
-            _take_back(module, before, path)
-        if BrainStateGuest(module).structure() != self:
+        if not self._grows_into(after, values):
             return False
         found: list[bool] = []
 
         def call_again() -> None:
             again, states, _ = after._copy(values)
             with _random_from(_any_key, private={id(s) for s in states.values()}) as stack:
-                _invoke(again, call)
+                _invoke(again, call, after)
             found.append(any(states[path] is state for path in new for state in stack.states))
             found.append(BrainStateGuest(again).structure() != after)
 
         jax.eval_shape(call_again)
         return not any(found)
+
+    def _grows_into(self, after: BrainStateStructure, values: Mapping[Path, Any]) -> bool:
+        """Whether ``after``, of a module with those ``values``, has more states, and is else
+        the same."""
+        module, before = after.build(values), self.build(values)
+        for path in after._paths.keys() - self._paths.keys():
+            _take_back(module, before, path)
+        return BrainStateGuest(module).structure() == self
 
     def _values_of(self, states: Mapping[Path, brainstate.State]) -> dict[Path, Any]:
         """The values that states of this structure hold now, by path."""
@@ -381,18 +407,49 @@ class BrainStateStructure(Structure):
         self, values: Mapping[Path, Any], call: Call
     ) -> tuple[tuple[Any, Any], dict[Path, Any], Structure]:
         carry, *inputs = call.args
-        shape = jnp.shape(jax.tree.leaves(inputs)[0])
+        batch = self._batch(jnp.shape(jax.tree.leaves(inputs)[0]))
         known = carry if isinstance(carry, Mapping) else {}
         hidden = {
             path: known[name] for path in self.carried if (name := path_text(path)) in known
         }
-        module, own = self._initialised({**values, **hidden}, self._batch(shape), _any_key)
-        _fill(self.guest_type, _cells(own), values, carry)
-        with _random_from(call.key, private={id(state) for state in own.values()}):
-            out = _invoke(module, dataclasses.replace(call, args=tuple(inputs)))
-            new = _cells(_states_of(module))
-            others = {c.path: c.get() for c in new if c.kind is not Kind.HIDDEN}
-            return (_hidden(new), out), others, self
+        started, shapes = self._started({**values, **hidden}, batch)
+        hidden = _hidden_from(carry, shapes, self.guest_type)
+        given = {**values, **hidden}
+        out, new, after = started.run(given, dataclasses.replace(call, args=tuple(inputs)))
+        moved = {p: v for p, v in new.items() if after.kinds[p] is Kind.HIDDEN}
+        others = {path: value for path, value in new.items() if path not in moved}
+        return ({path_text(p): v for p, v in moved.items()}, out), others, self
+
+    def _started(self, values: Mapping[Path, Any], batch: tuple[int, ...]) -> _Start:
+        """What a private copy is when its hidden state is newly made.
+
+        It is known from the first time on, if nothing else is made, which may be of the trace
+        that it is made in, and if the batch has a size, not the name of one.
+
+        Raises:
+            UnsupportedStructureError: state is made that is not hidden state.
+        """
+        avals = [aval_of(value) for value in values.values()]
+        key = batch, _settings(), tuple(values), tuple(avals)
+        if (known := self._starts.get(key)) is not None:
+            return known
+        module, states = self._initialised(values, batch, _any_key)
+        cells = _cells(states)
+        shapes = {c.path: aval_of(c.get()) for c in cells if c.kind is Kind.HIDDEN}
+        others = [path_text(c.path) for c in cells if c.path not in {**values, **shapes}]
+        if others:
+            raise UnsupportedStructureError(
+                f"init_state of {self.guest_type.__qualname__} makes state that is not hidden "
+                f"state, and would be lost between steps: {', '.join(sorted(others))}",
+                remedy="Make it a HiddenState, or in the constructor",
+            )
+        start = _Start(BrainStateStructure(module), shapes)
+        if key not in self._starts and all(isinstance(size, int) for size in batch):
+            is_more = self._grows_into(
+                start.structure, {cell.path: cell.get() for cell in cells}
+            )
+            self._starts[key] = start if is_more else None
+        return start
 
     def initial_carry(
         self,
@@ -478,34 +535,26 @@ def _hidden(cells: Iterable[Cell]) -> dict[str, Any]:
     return {path_text(cell.path): cell.get() for cell in cells if cell.kind is Kind.HIDDEN}
 
 
-def _fill(
-    guest_type: type, cells: Collection[Cell], values: Mapping[Path, Any], carry: Any
-) -> None:
-    """Give a newly initialised copy its values, and the hidden state of a carry.
+def _hidden_from(
+    carry: Any, shapes: Mapping[Path, Aval | None], guest_type: type
+) -> dict[Path, Any]:
+    """The hidden state in a carry, which has those ``shapes``.
 
     Raises:
         ConversionError: the carry does not fit the cell.
-        UnsupportedStructureError: initialising made state that is not hidden state.
     """
-    name, hidden = guest_type.__qualname__, _hidden(cells).keys()
+    paths = {path_text(path): path for path in shapes}
     given = carry.keys() if isinstance(carry, Mapping) else set[str]()
-    if not isinstance(carry, Mapping) or given != hidden:
+    if not isinstance(carry, Mapping) or given != paths.keys():
         raise ConversionError(
-            f"the carry of {name} is a dict of its hidden states",
-            missing=sorted(hidden - given),
-            unexpected=sorted(map(str, given - hidden)),
+            f"the carry of {guest_type.__qualname__} is a dict of its hidden states",
+            missing=sorted(paths.keys() - given),
+            unexpected=sorted(map(str, given - paths.keys())),
             remedy="Start from initialize_carry",
         )
-    others = {path_text(cell.path) for cell in cells if cell.path not in values}
-    if lost := sorted(others - hidden):
-        raise UnsupportedStructureError(
-            f"init_state of {name} makes state that is not hidden state, and would be lost "
-            f"between steps: {', '.join(lost)}",
-            remedy="Make it a HiddenState, or in the constructor",
-        )
-    for cell in cells:
-        is_hidden = cell.kind is Kind.HIDDEN
-        cell.set(carry[path_text(cell.path)] if is_hidden else values[cell.path])
+    for name, path in paths.items():
+        check_fits(path, Kind.HIDDEN, shapes[path], carry[name])
+    return {path: carry[name] for name, path in paths.items()}
 
 
 # -- what compares --
