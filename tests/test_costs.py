@@ -23,6 +23,8 @@ import shims
 
 X = jnp.ones((2, 3))
 MASK = np.ones((2, 3, 4), bool)
+KERNEL, BIAS = jnp.ones((2, 3, 3, 4)), jnp.ones((1, 1, 4))
+NORM = {"scale_initializer": jnp.ones((1, 1, 3)), "bias_initializer": jnp.ones((1, 1, 3))}
 
 
 def stack(n):
@@ -345,6 +347,51 @@ def test_a_layer_from_a_template_is_as_its_constructor_makes_it(make):
     variables = [v for layer in (first, second) for _, v in nnx.iter_graph(layer)]
     apart = [v for v in variables if isinstance(v, nnx.Module | nnx.Variable)]
     assert len(apart) == len({*map(id, apart)})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: bnn.Conv2d((6, 5, 3), 4, (2, 3), stride=2, w_init=KERNEL, b_init=BIAS),
+        lambda: bnn.Conv2d((6, 5, 3), 4, (2, 3), w_init=KERNEL, w_mask=np.ones((2, 3, 3, 4))),
+        lambda: bnn.ScaledWSConv2d((6, 5, 3), 4, (2, 3), w_init=KERNEL),
+        lambda: bnn.BatchNorm2d((6, 5, 3), momentum=0.7, **NORM),
+        lambda: bnn.BatchNorm2d((6, 5, 3), epsilon=1e-2, affine=False, dtype="float32", **NORM),
+    ],
+)
+def test_a_brainstate_layer_from_a_template_is_as_its_constructor_makes_it(make):
+    native = make()
+    first, second = (
+        interop.convert(native, to="brainstate", sample_input=(6, 5, 3)) for _ in range(2)
+    )
+    for layer in first, second:
+        assert type(layer) is type(native)
+        assert list(vars(layer)) == list(vars(native))
+        for name, value in vars(native).items():
+            mine = vars(layer)[name]
+            if isinstance(value, brainstate.State):
+                assert type(mine) is type(value)
+                jax.tree.map(np.testing.assert_array_equal, mine.value, value.value)
+            elif name != "w_initializer" and "bias_init" not in name and "scale_" not in name:
+                np.testing.assert_array_equal(mine, value)
+    states = [*first.states().values(), *second.states().values()]
+    assert len({*map(id, states)}) == 2 * len(native.states())
+
+
+def test_a_template_that_is_made_in_a_trace_holds_no_tracers():
+    @jax.jit
+    def trace(kernel):
+        layer = eqx.tree_at(lambda m: m.weight, conv, kernel)
+        interop.from_equinox(eqx.nn.Sequential([layer, norm]), sample_input=(3, 7, 5))
+        return kernel
+
+    conv = eqx.nn.Conv2d(3, 4, (1, 3), key=jax.random.key(0))
+    norm = eqx.nn.BatchNorm(4, "batch", momentum=0.123, mode="batch")
+    with jax.checking_leaks():
+        trace(conv.weight)
+    model = interop.from_equinox(eqx.nn.Sequential([conv, norm]), sample_input=(3, 7, 5))
+    with brainstate.environ.context(fit=True):
+        assert model(jnp.ones((2, 7, 5, 3))).shape == (2, 7, 3, 4)
 
 
 def test_nnx_layers_of_the_same_options_need_one_call_of_the_constructor(monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from types import FunctionType
@@ -20,7 +22,10 @@ from ...registry import Adapter, ReadRule
 from ...specs import Spec
 from ...walk import Building, Reading
 
-_PARAM_TYPES = (brainstate.ParamState, type(nn.LayerNorm((1,)).weight))
+NormParamState: Any = type(nn.LayerNorm((1,)).weight)
+
+
+_PARAM_TYPES = (brainstate.ParamState, NormParamState)
 
 
 _OF_A_RUN = (brainstate.ShortTermState, brainstate.random.RandomState)
@@ -165,6 +170,34 @@ def real(value: Any) -> float:
 def reshape(array: Any, shape: Any) -> Any:
     """``array`` itself where its shape agrees."""
     return array if array is None or array.shape == tuple(shape) else array.reshape(shape)
+
+
+def empty(shape: Any) -> Any:
+    """The initialiser of an array that is replaced; it takes no memory."""
+    return np.broadcast_to(np.zeros((), np.float32), shape)
+
+
+def made(cls: Any, *sizes: Any, **options: Any) -> Any:
+    """A layer as its constructor makes it, but without states, which are to be set.
+
+    What is made alike are copies of one template: the constructor of a convolution runs it for
+    the shape of its output.
+    """
+    try:
+        template = _template(cls, *sizes, **options)
+    except TypeError:  # some option cannot be hashed, such as a mask
+        template = _template.__wrapped__(cls, *sizes, **options)
+    return copy.copy(template)
+
+
+@functools.lru_cache(1024, typed=True)
+def _template(cls: Any, *sizes: Any, **options: Any) -> Any:
+    with jax.ensure_compile_time_eval():  # so that it holds no tracers
+        layer = cls(*sizes, **options)
+    for name, value in vars(layer).items():
+        if isinstance(value, brainstate.State):
+            setattr(layer, name, None)
+    return layer
 
 
 def check_one_dtype(

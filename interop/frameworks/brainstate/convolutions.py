@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import brainstate
 import numpy as np
 from brainstate import nn
 
 from ... import specs
 from ...errors import ArgumentError
 from ...walk import Building, Reading
-from .adapter import adapter, arrays_of, check_one_dtype, reshape
+from .adapter import adapter, arrays_of, check_one_dtype, empty, made, reshape
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -85,13 +86,14 @@ _CONV = ("input_dilation", "mask", "channels_first")
 
 @adapter.builds(specs.Conv, carries=_CONV)
 def build_conv(spec: specs.Conv, ctx: Building) -> Any:
-    return _build_conv(_CONVS, spec, ctx, lhs_dilation=spec.input_dilation or 1)
+    dilation = spec.input_dilation or 1
+    return _build_conv(_CONVS, spec, spec.weight, ctx, lhs_dilation=dilation)
 
 
 @adapter.builds(specs.ScaledWSConv, carries=_CONV)
 def build_scaled_conv(spec: specs.ScaledWSConv, ctx: Building) -> Any:
     options = {"lhs_dilation": spec.input_dilation or 1, "ws_gain": spec.gain is not None}
-    layer = _build_conv(_SCALED, spec, ctx, eps=spec.epsilon, **options)
+    layer = _build_conv(_SCALED, spec, spec.weight, ctx, eps=spec.epsilon, **options)
     if spec.gain is not None:
         gain = reshape(spec.gain, (*[1] * (spec.dims + 1), spec.gain.shape[0]))
         layer.weight.value = {**layer.weight.value, "gain": gain}
@@ -101,11 +103,10 @@ def build_scaled_conv(spec: specs.ScaledWSConv, ctx: Building) -> Any:
 @adapter.builds(specs.ConvTranspose, carries=("mask", "channels_first"))
 def build_conv_transpose(spec: specs.ConvTranspose, ctx: Building) -> Any:
     mask = spec.mask if spec.mask is None else specs.flipped(spec.mask)
-    options = {"w_init": specs.flipped(spec.weight), "w_mask": mask}
-    return _build_conv(_TRANSPOSED, spec, ctx, **options)
+    return _build_conv(_TRANSPOSED, spec, specs.flipped(spec.weight), ctx, w_mask=mask)
 
 
-def _build_conv(classes: Any, spec: Any, ctx: Building, **options: Any) -> Any:
+def _build_conv(classes: Any, spec: Any, weight: Any, ctx: Building, **options: Any) -> Any:
     """The layer of that class which has so many axes of space; ``options`` go before."""
     check_one_dtype(spec.weight, spec.bias, ctx)
     if spec.dims > len(classes):
@@ -118,14 +119,19 @@ def _build_conv(classes: Any, spec: Any, ctx: Building, **options: Any) -> Any:
         "padding": spec.pads(shape) if spec.padding == "SAME_LOWER" else spec.padding,
         "rhs_dilation": spec.kernel_dilation,
         "groups": spec.groups,
-        "w_init": spec.weight,
         "w_mask": spec.mask,
-        "b_init": reshape(spec.bias, (1, out, *ones) if spec.channels_first else (*ones, out)),
         "channel_first": spec.channels_first,
+        "w_init": empty,
+        "b_init": None if spec.bias is None else empty,
     }
     first = specs.move_channels(shape, to_first=True)
-    in_size = first if spec.channels_first else shape
-    return classes[spec.dims - 1](in_size, out, tuple(spec.kernel), **named | options)
+    in_size, cls = first if spec.channels_first else shape, classes[spec.dims - 1]
+    layer = made(cls, in_size, out, tuple(spec.kernel), **named | options)
+    bias = reshape(spec.bias, (1, out, *ones) if spec.channels_first else (*ones, out))
+    layer.w_initializer, layer.b_initializer = weight, bias
+    arrays = {"weight": weight, "bias": bias}
+    layer.weight = brainstate.ParamState({k: v for k, v in arrays.items() if v is not None})
+    return layer
 
 
 def _example_shape(spec: Any, ctx: Building) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from brainstate import nn
 
 from ... import specs
 from ...walk import Building, Reading
-from .adapter import adapter, arrays_of, real, reshape
+from .adapter import NormParamState, adapter, arrays_of, empty, made, real, reshape
 
 
 @adapter.reads(nn.LayerNorm, specs.LayerNorm, state=("weight",))
@@ -235,16 +235,22 @@ def build_batch_norm(spec: specs.BatchNorm, ctx: Building) -> Any:
     if len(shape) > len(_BATCH_NORMS) or spec.spatial_dims not in (None, len(shape) - 1):
         ctx.refuse("sample_input", shape, "it must have one channel axis and 0 to 3 others")
     state_shape = (*[1] * (len(shape) - 1), features)
-    layer = _BATCH_NORMS[len(shape) - 1](
+    scale, bias, mean, var = (
+        reshape(array, state_shape) for array in (spec.scale, spec.bias, spec.mean, spec.var)
+    )
+    layer = made(
+        _BATCH_NORMS[len(shape) - 1],
         shape,
         **_norm_options(spec),
         momentum=spec.momentum,
-        affine=spec.scale is not None,
-        scale_initializer=reshape(spec.scale, state_shape),
-        bias_initializer=reshape(spec.bias, state_shape),
+        affine=scale is not None,
+        scale_initializer=empty,
+        bias_initializer=empty,
         dtype=np.float32,  # in which momentum and epsilon are kept
     )
     layer.dtype = spec.output_dtype
-    for state, array in ((layer.running_mean, spec.mean), (layer.running_var, spec.var)):
-        state.value = reshape(array, state_shape)  # pyright: ignore[reportOptionalMemberAccess]
+    layer.scale_initializer, layer.bias_initializer = scale, bias
+    layer.running_mean, layer.running_var = map(brainstate.BatchState, (mean, var))
+    if scale is not None:
+        layer.weight = NormParamState({"bias": bias, "scale": scale})
     return layer
