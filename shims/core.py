@@ -114,7 +114,10 @@ class Kind(Enum):
         return cls.PARAMETER if is_inexact else cls.BUFFER
 
 
-_SAME = "Write an array of the same shape and dtype"
+_SAME = (
+    "Write an array of the same shape and dtype; or change the wrapped module itself, and the "
+    "shim shows it as it is"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -480,7 +483,7 @@ def commit(guest: LiveGuest, structure: Structure, values: Mapping[Path, Any]) -
         )
     cells, values = list(guest.cells()), jax_arrays(values)
     for cell in cells:
-        cell.check(values[cell.path])
+        cell.check(values[cell.path], "Write back arrays of the module's own shapes and dtypes")
     for cell in cells:
         cell.set(values[cell.path])
 

@@ -1,5 +1,7 @@
 """``shims.ToEquinox``: foreign modules as ``eqx.Module``s."""
 
+import copy
+
 import brainstate
 import equinox as eqx
 import flax.linen as nn
@@ -147,6 +149,19 @@ def test_ensembles_of_weights():
     pair = each_array(lambda a: jnp.stack([a, 2 * a]), shim)
     out = eqx.filter_vmap(lambda m, x: m(x), in_axes=(eqx.if_array(0), None))(pair, X)
     assert_allclose(out[1], 2 * (X @ W + B), rtol=1e-5)
+
+
+def test_deep_copies_of_shims_of_two_live_modules_are_stacked():
+    shims_of_two = [
+        shims.ToEquinox(brainstate.nn.Linear(3, 4, w_init=w, b_init=B), batched=True)
+        for w in (W, W + 1)
+    ]
+    with pytest.raises(ValueError, match="pytree"):
+        jax.tree.map(lambda a, b: a, *shims_of_two)
+    parts = [eqx.partition(copy.deepcopy(s), eqx.is_array) for s in shims_of_two]
+    pair = jax.tree.map(lambda *a: jnp.stack(a), *(arrays for arrays, _ in parts))
+    out, _ = jax.lax.scan(lambda x, a: (x, eqx.combine(a, parts[0][1])(x)), X, pair)[::-1]
+    assert_allclose(out, [X @ W + B, X @ (W + 1) + B], rtol=1e-5)
 
 
 def test_no_new_trace_after_a_step_or_for_the_shim_built_again():

@@ -171,6 +171,20 @@ def test_a_call_gets_the_hosts_rngs_where_it_natively_fails_without():
     assert (outs[0][0] != outs[1][0]).any()
 
 
+NEVER_DRAW = {
+    "stack": lambda rngs: nnx.Sequential(nnx.Linear(3, 3, rngs=rngs), nnx.tanh),
+    "attention": lambda rngs: nnx.MultiHeadAttention(1, 3, decode=False, rngs=rngs),
+}
+
+
+@pytest.mark.parametrize("name", NEVER_DRAW)
+def test_layers_that_never_draw_leave_the_hosts_keys_alone(name):
+    shim, key = shims.FromNNX(NEVER_DRAW[name](nnx.Rngs(0))), brainstate.random.DEFAULT.value
+    with brainstate.environ.context(fit=True):
+        shim(X)
+    assert brainstate.random.DEFAULT.value is key
+
+
 # -- hidden state --
 
 

@@ -37,6 +37,7 @@ from ...core import (
     Structure,
     check_partitionings,
     finished,
+    is_plain,
     leaves,
     named_paths,
     no_batch,
@@ -225,7 +226,7 @@ class NnxStructure(Structure):
         self._makers = {path: (type(v), v.get_metadata(), _tree(v)) for path, v in flat}
         has_streams = any(issubclass(cls, nnx.RngState) for cls, _, _ in self._makers.values())
         modules: Any = nnx.iter_modules(module)
-        self._waits = not has_streams or any(_waits_for_stream(part) for _, part in modules)
+        self._waits = any(_waits_for_stream(part, has_streams) for _, part in modules)
         self._is_watched = any(_wants_batch(part) for _, part in nnx.iter_modules(module))
         self._paths = {p: [q for q, _ in leaves(p, v.get_raw_value())] for p, v in flat}
         self.kinds: Mapping[Path, Kind] = {
@@ -404,10 +405,16 @@ def _unwatch_batches(module: nnx.Module) -> None:
             part.promote_dtype = part.promote_dtype.promote
 
 
-def _waits_for_stream(module: Any) -> bool:
-    """Whether a module has a place for a stream, and none there. Of Flax's own layers those
-    without dropout never ask for one."""
+def _waits_for_stream(module: Any, has_streams: bool) -> bool:
+    """Whether a module of a guest, which has streams or none, may ask for that of a call. Of
+    Flax's own layers only dropouts do, and stacks pass it on to functions."""
     held = vars(module)
     is_own = type(module).__module__.startswith("flax.")
+    functions = module.layers if isinstance(module, nnx.Sequential) else ()
+    is_known = is_own and all(
+        isinstance(f, nnx.Module) or is_plain(f, "flax") for f in functions
+    )
+    if not (has_streams or is_known):
+        return True
     rate = held.get("rate", held.get("dropout_rate", 0 if is_own else 1))
     return held.get("rngs", module) is None and rate != 0
