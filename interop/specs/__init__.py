@@ -69,7 +69,6 @@ if TYPE_CHECKING:
         MGUCell,
         SimpleCell,
         URLSTMCell,
-        side_by_side,
     )
     from .spatial import AdaptivePool, MaxUnpool, Pad, Pool, pool
 
@@ -144,7 +143,6 @@ __all__ = [
     "plain_dtype",
     "pool",
     "promoted_dtype",
-    "side_by_side",
 ]
 
 _FILES = (

@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, Self, cast
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 
 from .. import formulas
 from ..errors import ArgumentError
-from .base import Array, DType, Run, Shape, Spec, is_split, is_wide, mismatches_of, spec_of
+from .base import Array, DType, Run, Shape, Spec, is_wide, mismatches_of, spec_of
 
 __all__ = [
     "Bidirectional",
@@ -28,7 +27,6 @@ __all__ = [
     "RNN",
     "SimpleCell",
     "URLSTMCell",
-    "side_by_side",
 ]
 
 Function = Callable[..., Any]
@@ -58,9 +56,8 @@ class Gates:
     @staticmethod
     def join(array: Any) -> Any:
         """An array as a whole."""
-        if not isinstance(array, Gates):
-            return array
-        return _side_by_side(array.parts, any(map(is_split, array.parts)))
+        is_apart = isinstance(array, Gates)
+        return jnp.concatenate(array.parts, axis=-1) if is_apart else array
 
     @staticmethod
     def split(array: Array | Gates, number: int) -> tuple[Array, ...]:
@@ -68,22 +65,6 @@ class Gates:
         if isinstance(array, Gates) and len(array.parts) == number:
             return array.parts
         return (array,) if number == 1 else tuple(jnp.split(Gates.join(array), number, axis=-1))
-
-
-def side_by_side(arrays: Sequence[Array], split: bool) -> Array:
-    """Arrays of one shape as one along the last axis, for a compiled function.
-
-    Args:
-        arrays: the parts.
-        split: whether they may be on several devices, as :func:`is_split` tells.
-    """
-    if split:
-        return jnp.concatenate(arrays, axis=-1)
-    whole = jnp.stack(arrays, axis=-2)  # takes a third of the time, and would gather them
-    return whole.reshape(*whole.shape[:-2], -1)
-
-
-_side_by_side: Any = partial(jax.jit, static_argnums=1)(side_by_side)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
