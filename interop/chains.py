@@ -38,11 +38,13 @@ class Step:
         part: it, with its options.
         path: where it is held: ``.layers[0]``.
         modes: the arguments of the mode that the call passes on to it.
+        passed: the others that the call passes on to it, which are None by default.
     """
 
     part: Any
     path: str
     modes: frozenset[str] = frozenset()
+    passed: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,22 +125,23 @@ def steps_of(
         traces = [_Trace(module, is_layer, contents, train) for train in (False, True)]
         found = [trace.run(method) for trace in traces]
     except Exception as e:  # of whatever kind: the code was not written for stand-ins
-        return Chain(other=_line(method, e) or str(e) or None)
+        said = str(e) if isinstance(e, _OtherError) else ""  # others speak of stand-ins
+        return Chain(other=_line(method, e) or said or None)
     if not all(a.is_same(b) for a, b in itertools.zip_longest(*found, fillvalue=_NOTHING)):
         return Chain(other="it does not apply the same in training and in evaluation")
-    steps = tuple(Step(call.callable, call.path, call.modes) for call in found[0])
+    steps = tuple(Step(call.callable, call.path, call.modes, call.passed) for call in found[0])
     _, _, *rest = inspect.signature(method).parameters.values()
     unset, modes = inspect.Parameter.empty, [p for p in rest if p.name in MODES]
     return Chain(steps, {p.name: ... if p.default is unset else p.default for p in modes})
 
 
 def _line(method: types.FunctionType, error: Exception) -> str | None:
-    """The line of a method, or of a function within, that an error comes from."""
+    """The line of a method, or of a function within, that an error comes from, if known."""
     file = method.__code__.co_filename
     lines = [
         f"{file}:{number}: {text}"
         for where, number, _, text in traceback.extract_tb(error.__traceback__)
-        if where == file
+        if where == file and text
     ]
     return lines[-1] if lines else None
 
@@ -158,6 +161,7 @@ class _Call:
     path: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     modes: frozenset[str] = frozenset()
+    passed: frozenset[str] = frozenset()
 
     def is_same(self, other: _Call) -> bool:
         alike = self.options == other.options and self.modes == other.modes
@@ -193,7 +197,7 @@ _Hidden: Any = type("_Hidden", (), {"__slots__": (), **{f"__{n}__": _refuse for 
 
 
 class _Shape(_Hidden):
-    """Stands for the shape of the data, of which the batch size may be taken, and not seen."""
+    """Stands for the shape of the data, of which the first size may be taken, and not seen."""
 
     __slots__ = ("_batch",)
 
@@ -332,7 +336,8 @@ class _Trace:
             raise _OtherError
         if any(options[n] is not self._none or not _is_none(part, n) for n in left_out):
             raise _OtherError
-        return self._step(_Call(part, path, modes=frozenset(modes)), data)
+        call = _Call(part, path, modes=frozenset(modes), passed=frozenset(left_out))
+        return self._step(call, data)
 
     def _function(self, fn: Any, data: Any, /, *args: Any, **options: Any) -> _Names:
         if fn is jnp.reshape:
@@ -374,11 +379,20 @@ class _Trace:
         return value
 
     def _reshape(self, data: Any, *sizes: Any) -> Any:
-        """``data.reshape(data.shape[0], -1)``, and no other."""
-        (batch, rest) = sizes if len(sizes) == 2 else sizes[0]
-        if batch is not self._batch or type(rest) is not int or rest != -1:
+        """To sizes that are constants, the first of which may be ``data.shape[0]``."""
+        shape = sizes[0] if len(sizes) == 1 else sizes
+        if _is_constant(shape):
+            whole = _Call(jnp.reshape, ".reshape", {"shape": shape})
+            row = _Call(jnp.ravel, ".reshape")
+            return self._step(row if shape in (-1, (-1,)) else whole, data)
+        (batch, *rest) = shape
+        if batch is not self._batch or not _is_constant(rest := tuple(rest)):
             raise _OtherError
-        return self._step(_Call(_FLAT, ".reshape"), data)
+        rows = self._step(_Call(_FLAT, ".reshape"), data)
+        if rest == (-1,):
+            return rows
+        options = {"axis": 1, "sizes": rest}
+        return self._step(_Call(formulas.unflatten, ".reshape", options), rows)
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
@@ -404,7 +418,7 @@ def _is_mode(path: str, value: Any) -> bool:
 
 
 def _is_constant(value: Any) -> bool:
-    if isinstance(value, tuple):
+    if issubclass(type(value), tuple):  # stand-ins hide their class
         return all(map(_is_constant, cast("tuple[Any, ...]", value)))
     return type(value) in _CONSTANTS
 
