@@ -191,7 +191,8 @@ def test_models_of_nnx_are_read_without_taking_their_graph_apart(monkeypatch):
 def test_a_step_of_a_cell_takes_its_copy_apart_no_more(monkeypatch):
     shim = shims.ToNNX(bnn.LSTMCell(3, 4))
     carry = shim.initialize_carry(X.shape)
-    shim(carry, X)
+    for _ in range(2):
+        shim(carry, X)
     taken = counted(monkeypatch, graph, "flatten")
     started = counted(monkeypatch, bnn, "init_all_states")
     shim(carry, X)
@@ -199,6 +200,18 @@ def test_a_step_of_a_cell_takes_its_copy_apart_no_more(monkeypatch):
     assert not started
     shim(shim.initialize_carry((7, 3)), jnp.ones((7, 3)))  # another batch
     assert started
+
+
+def test_steps_at_many_times_leave_nothing_behind():
+    shim = shims.ToNNX(bnn.LSTMCell(3, 4))
+    carry, counts = shim.initialize_carry(X.shape), []
+    for t in range(6):
+        for _ in range(3):
+            with brainstate.environ.context(i=t, t=0.1 * t):
+                shim(carry, X)
+        gc.collect()
+        counts.append(sum(type(x).__name__ == "BrainStateStructure" for x in gc.get_objects()))
+    assert counts[2] == counts[5]
 
 
 class Counting(nnx.Module):

@@ -267,6 +267,20 @@ class _Start(NamedTuple):
     shapes: Mapping[Path, Aval | None]
 
 
+class _Known(NamedTuple):
+    """How the last step of a cell started.
+
+    Attributes:
+        key: all that it depends on.
+        start: how steps of that key start, if it can be known.
+        is_asked: whether that was looked at, as it is when a key comes again.
+    """
+
+    key: Hashable = None
+    start: _Start | None = None
+    is_asked: bool = False
+
+
 class BrainStateStructure(Structure):
     """The graph definition of a module, and the tree of each state's value.
 
@@ -315,7 +329,7 @@ class BrainStateStructure(Structure):
         )
         self._key = (_comparable(definition), trees)
         self._hash = hash(self._key)
-        self._starts: dict[Hashable, _Start | None] = {}
+        self._known = _Known()
 
     def __eq__(self, other: object) -> bool:
         return type(other) is BrainStateStructure and (
@@ -423,16 +437,18 @@ class BrainStateStructure(Structure):
     def _started(self, values: Mapping[Path, Any], batch: tuple[int, ...]) -> _Start:
         """What a private copy is when its hidden state is newly made.
 
-        It is known from the first time on, if nothing else is made, which may be of the trace
-        that it is made in, and if the batch has a size, not the name of one.
+        It is known when the same comes again, if nothing else is made, which may be of the
+        trace that it is made in, and if the batch has a size, not the name of one.
 
         Raises:
             UnsupportedStructureError: state is made that is not hidden state.
         """
         avals = [aval_of(value) for value in values.values()]
         key = batch, _settings(), tuple(values), tuple(avals)
-        if (known := self._starts.get(key)) is not None:
-            return known
+        known = self._known
+        is_again = known.key == key
+        if is_again and known.start is not None:
+            return known.start
         module, states = self._initialised(values, batch, _any_key)
         cells = _cells(states)
         shapes = {c.path: aval_of(c.get()) for c in cells if c.kind is Kind.HIDDEN}
@@ -444,11 +460,13 @@ class BrainStateStructure(Structure):
                 remedy="Make it a HiddenState, or in the constructor",
             )
         start = _Start(BrainStateStructure(module), shapes)
-        if key not in self._starts and all(isinstance(size, int) for size in batch):
-            is_more = self._grows_into(
+        if not is_again:
+            self._known = _Known(key)
+        elif not known.is_asked:
+            is_lasting = all(isinstance(size, int) for size in batch) and self._grows_into(
                 start.structure, {cell.path: cell.get() for cell in cells}
             )
-            self._starts[key] = start if is_more else None
+            self._known = _Known(key, start if is_lasting else None, is_asked=True)
         return start
 
     def initial_carry(
