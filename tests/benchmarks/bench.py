@@ -659,39 +659,50 @@ def dispatch() -> Iterator[Row]:
         row = Row(f"{pair.name}: a jitted call of a Linear", *found, "native", 1.1)
         why = (
             f"the host's jit looks at each container and array of a module: one of its own "
-            f"with those of the guest takes {us(alike)}{of_guest(pair)}"
+            f"with those of the guest takes {us(alike)}{of_guest(pair, twin)}"
         )
         yield row if row.met else replace(row, why=why)
 
 
-def of_guest(pair: Pair) -> str:
+def of_guest(pair: Pair, twin: Any) -> str:
     """What a shim does at each call because its guest may change, and has the arrays."""
-    guest: Any = None if pair.guest_host in ("linen", "equinox") else guest_of(pair.guest)
-    if guest is None:
+    if pair.name == "FromNNX":
+        shown, own = cpu_times(
+            *[partial(restored, [*model.states().values()]) for model in (pair.shim, twin)],
+            repeat=5000,
+        )
+        return (
+            f"; in a loop of its own, reading and restoring its States takes {us(shown)}, "
+            f"{us(own)} of it in any States"
+        )
+    if pair.name != "ToNNX":
         return ""
+    guest: Any = guest_of(pair.guest)
     cells = guest.cells()
     look, own, moved = cpu_times(
         lambda: (guest.looks(), guest.settings()),
-        partial(touched, pair.guest_host, pair.guest),
+        partial(touched, pair.guest),
         lambda: [cell.set(cell.get()) for cell in cells],
         repeat=5000,
     )
     return (
         f"; in a loop of its own, looking whether the guest has changed since takes {us(look)} "
         f"and reading and writing its arrays where they are {us(moved)}, {us(own)} of it in "
-        f"{pair.guest_host}"
+        f"BrainState"
     )
 
 
-def touched(framework: str, model: Any) -> None:
-    """Read and write each array where it is, as its framework does it."""
-    if framework == "brainstate":
-        for state in (model.weight, model.weight):  # two arrays of one State
-            state.value.keys()
-            state.value = dict(state.value)
-    else:
-        for variable in (model.kernel, model.bias):
-            variable.set_raw_value(variable.get_raw_value())
+def restored(states: list[Any]) -> None:
+    """What a transformation does with each state that it reads."""
+    for state in states:
+        state.restore_value(state.value)
+
+
+def touched(layer: brainstate.nn.Linear) -> None:
+    """Read and write each array where it is: two of one State."""
+    for state in (layer.weight, layer.weight):
+        state.value.keys()
+        state.value = dict(state.value)
 
 
 def eager_call(host: str, model: Any) -> Job:
