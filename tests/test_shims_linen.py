@@ -59,9 +59,9 @@ def wrong(change):
             "float32[4, 3], wanted float32[3, 4]",
         ),
         (
-            lambda v: v["params"]["layers"]["0"]["weight"].update(bias=B.astype(jnp.int32)),
+            lambda v: v["params"]["layers"]["0"]["weight"].update(bias=B.astype(jnp.float16)),
             "mismatched",
-            "int32[4], wanted float32[4]",
+            "float16[4], wanted float32[4]",
         ),
     ],
     ids=["collection", "missing", "unexpected", "shape", "dtype"],
@@ -80,32 +80,6 @@ def test_variables_that_do_not_fit_are_refused_and_no_weight_is_invented(
         with pytest.raises(interop.ConversionError) as e:
             use(wrong(change))
         assert text in " ".join(getattr(e.value, attribute))
-    assert_array_equal(guest.layers[0].weight.value["weight"], W)
-
-
-def test_weights_of_another_width_compute_as_natively_and_are_not_written_back():
-    guest, native = norm(), norm()
-    shim = shims.ToLinen(guest, deterministic=False)
-    variables = shim.init(KEY, X)
-    half = {
-        **variables,
-        "params": jax.tree.map(lambda a: a.astype("bfloat16"), variables["params"]),
-    }
-    for state in native.states(brainstate.ParamState).values():
-        state.value = jax.tree.map(lambda a: a.astype("bfloat16"), state.value)
-    x = X.astype(jnp.bfloat16)
-    out, after = shim.apply(half, x, mutable=["batch_stats"])
-    with brainstate.environ.context(fit=True):
-        expected = native(x)
-    assert out.dtype == expected.dtype
-    assert_array_equal(out, expected)
-    mean = after["batch_stats"]["layers"]["1"]["running_mean"]
-    assert_array_equal(mean, native.layers[1].running_mean.value)
-    assert shim.unwrap(half).layers[0].weight.value["weight"].dtype == jnp.bfloat16
-    with pytest.raises(
-        interop.ConversionError, match=r"wanted float32\[4\], got bfloat16\[4\]"
-    ):
-        shim.write_back(half)
     assert_array_equal(guest.layers[0].weight.value["weight"], W)
 
 

@@ -541,8 +541,7 @@ def _values(
 
     Raises:
         ConversionError: keys, shapes or dtypes differ; all are reported together. Of hidden
-            state the leading axis, that of the batch, may differ; of floating-point numbers
-            the width, as in mixed precision.
+            state the leading axis, that of the batch, may differ.
     """
     plain = nn.meta.map_axis_meta(_unboxed, variables)
     given = {k: v for k, v in _flatten(plain).items() if k[0] not in _RESULTS}
@@ -553,7 +552,7 @@ def _values(
             value, wanted = given[place], own[path]
             start = 1 if structure.kinds[path] is Kind.HIDDEN else 0
             same = jnp.shape(value)[start:] == jnp.shape(wanted)[start:]
-            if not same or _numbers(value) != _numbers(wanted):
+            if not same or jnp.result_type(value) != jnp.result_type(wanted):
                 mismatched.append(
                     f"{'/'.join(place)} is {_aval(value)}, wanted {_aval(wanted)}"
                 )
@@ -566,12 +565,6 @@ def _values(
             remedy="Pass all collections that init returned, of the module as it is now",
         )
     return {path: given[place] for place, path in places.items()}
-
-
-def _numbers(value: Any) -> Any:
-    """The dtype of an array, which for floating-point numbers is one whatever their width."""
-    dtype = jnp.result_type(value)
-    return jnp.floating if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
 def _aval(value: Any) -> str:
