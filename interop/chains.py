@@ -38,13 +38,11 @@ class Step:
         part: it, with its options.
         path: where it is held: ``.layers[0]``.
         modes: the arguments of the mode that the call passes on to it.
-        passed: the others that the call passes on to it, which are None by default.
     """
 
     part: Any
     path: str
     modes: frozenset[str] = frozenset()
-    passed: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +127,7 @@ def steps_of(
         return Chain(other=_line(method, e) or said or None)
     if not all(a.is_same(b) for a, b in itertools.zip_longest(*found, fillvalue=_NOTHING)):
         return Chain(other="it does not apply the same in training and in evaluation")
-    steps = tuple(Step(call.callable, call.path, call.modes, call.passed) for call in found[0])
+    steps = tuple(Step(call.callable, call.path, call.modes) for call in found[0])
     _, _, *rest = inspect.signature(method).parameters.values()
     unset, modes = inspect.Parameter.empty, [p for p in rest if p.name in MODES]
     return Chain(steps, {p.name: ... if p.default is unset else p.default for p in modes})
@@ -161,7 +159,6 @@ class _Call:
     path: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     modes: frozenset[str] = frozenset()
-    passed: frozenset[str] = frozenset()
 
     def is_same(self, other: _Call) -> bool:
         alike = self.options == other.options and self.modes == other.modes
@@ -336,8 +333,7 @@ class _Trace:
             raise _OtherError
         if any(options[n] is not self._none or not _is_none(part, n) for n in left_out):
             raise _OtherError
-        call = _Call(part, path, modes=frozenset(modes), passed=frozenset(left_out))
-        return self._step(call, data)
+        return self._step(_Call(part, path, modes=frozenset(modes)), data)
 
     def _function(self, fn: Any, data: Any, /, *args: Any, **options: Any) -> _Names:
         if fn is jnp.reshape:

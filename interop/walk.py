@@ -129,7 +129,6 @@ class Reading:
     def _read_chain(self, chain: Chain) -> specs.Spec:
         """The stack that a user's own module comes to."""
         nodes = [step.part for step in chain.steps]
-        self.shared |= {id(self.adapter.module(node)) for node in nodes}
         paths = [f"{self.path}{step.path}" for step in chain.steps]
         read = self.read_all(nodes, paths, [step.modes for step in chain.steps])
         self.alive += [chain, read]  # as they are known by their ids

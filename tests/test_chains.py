@@ -2,8 +2,6 @@
 
 import functools
 
-import brainstate
-import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -92,32 +90,13 @@ class NnxNet(nnx.Module):
         return self.head(jax.nn.leaky_relu(x, negative_slope=self.slope))
 
 
-class BrainStateNet(brainstate.nn.Module):
-    """The same in BrainState, whose mode is nobody's argument."""
-
-    def __init__(self):
-        super().__init__()
-        fw = Framework("brainstate")
-        self.norm = fw.batch_norm(SCALE, SHIFT, MEAN, VAR, EPSILON, MOMENTUM)
-        self.inp = fw.linear(WEIGHT, BIAS)
-        self.blocks = [fw.linear(SQUARE), fw.linear(SQUARE_2), brainstate.nn.LeakyReLU(0.2)]
-        self.heads = {"b": brainstate.nn.Sequential(fw.linear(WEIGHT_2, BIAS_2))}
-        self.drop = brainstate.nn.Dropout(0.7)
-
-    def update(self, x):
-        x = self.inp(self.norm(x))
-        for block in self.blocks:
-            x = block(x)
-        return self.heads["b"](self.drop(brainstate.nn.tanh(x)))
-
-
 def wanted(x, mean=MEAN, var=VAR):
     x = truth.linear(truth.batch_norm(x, SCALE, SHIFT, mean, var, EPSILON), WEIGHT, BIAS)
     x = truth.linear(truth.linear(x, SQUARE), SQUARE_2)
     return truth.linear(np.tanh(np.where(x > 0, x, 0.2 * x)), WEIGHT_2, BIAS_2)
 
 
-SOURCES = {"linen": linen_net, "nnx": NnxNet, "brainstate": BrainStateNet}
+SOURCES = {"linen": linen_net, "nnx": NnxNet}
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -258,55 +237,6 @@ def test_methods_of_arrays_are_functions(to):
     np.testing.assert_allclose(y, net(IMAGES), rtol=1e-5, atol=1e-5)
 
 
-class EquinoxNet(eqx.Module):
-    """As in Equinox's own introduction, but that C, H and W differ."""
-
-    conv: eqx.nn.Conv2d
-    layers: list
-    drop: eqx.nn.Dropout
-    activation: object
-
-    def __init__(self):
-        self.conv = eqx.nn.Conv2d(3, 4, 3, key=jax.random.key(3))
-        pool, linear = eqx.nn.MaxPool2d(2, 2), eqx.nn.Linear(24, 5, key=jax.random.key(4))
-        self.layers = [pool, jax.nn.relu, jnp.ravel, linear]
-        self.drop, self.activation = eqx.nn.Dropout(0.3, inference=True), jnp.tanh
-
-    def __call__(self, x, *, key=None):
-        x = self.activation(self.conv(x))
-        for layer in self.layers[:-1]:
-            x = layer(x)
-        return self.drop(self.layers[-1](x), key=key)
-
-
-@pytest.mark.parametrize("to", ["brainstate", "linen", "nnx"])
-def test_a_network_of_equinox_converts_as_its_introduction_writes_it(to):
-    network, target = EquinoxNet(), Framework(to)
-    moved = np.moveaxis(IMAGES, -1, 1)
-    expected = jax.vmap(network)(moved)
-    converted = target.convert_from(Framework("equinox"), network, sample_input=(3, 6, 8))
-    np.testing.assert_allclose(target.call(converted, IMAGES), expected, rtol=1e-5, atol=1e-5)
-    rows = interop.explain(network, to=to, sample_input=(3, 6, 8)).rows
-    assert [row.path for row in rows][:3] == ["model.conv", "model.tanh", "model.layers[0]"]
-    ones = jnp.ones((500, 6, 8, 3))
-    dropped = np.asarray(target.call(converted, ones, train=True, key=jax.random.key(0))) == 0
-    assert 0.25 < dropped.mean() < 0.35
-
-
-def test_a_module_of_equinox_is_one_at_one_place_and_two_at_two():
-    class Net(eqx.Module):
-        a: eqx.nn.Linear
-        b: eqx.nn.Linear
-
-        def __call__(self, x):
-            return self.b(self.a(jnp.tanh(self.a(x))))
-
-    linear = Framework("equinox").linear(SQUARE, BIAS)
-    layers = interop.convert(Net(linear, linear), to="nnx").layers
-    assert layers[0] is layers[2]
-    assert layers[0] is not layers[3]
-
-
 class Decoder(nnx.Module):
     def __init__(self):
         self.linear = nnx.Linear(3, 24, rngs=nnx.Rngs(3))
@@ -330,21 +260,6 @@ def test_rows_become_images(net, to):
     converted = target.convert_from(Framework("nnx"), model, sample_input=(3,))
     y = target.to_channels_last(target.call(converted, X))
     np.testing.assert_allclose(y, model(X), rtol=1e-5, atol=1e-5)
-
-
-def test_an_example_of_equinox_becomes_one_row():
-    class Encoder(eqx.Module):
-        conv: eqx.nn.Conv2d
-        linear: eqx.nn.Linear
-
-        def __call__(self, x):
-            return self.linear(self.conv(x).reshape(-1))
-
-    conv = eqx.nn.Conv2d(3, 2, 3, key=jax.random.key(0))
-    network = Encoder(conv, eqx.nn.Linear(48, 4, key=jax.random.key(1)))
-    expected = jax.vmap(network)(np.moveaxis(IMAGES, -1, 1))
-    converted = interop.convert(network, to="nnx", sample_input=(3, 6, 8))
-    np.testing.assert_allclose(converted(IMAGES), expected, rtol=1e-5, atol=1e-5)
 
 
 def _twice(x, train=False):
@@ -469,41 +384,6 @@ def _with_call(call):
     return Linen(), Nnx()
 
 
-def _others_with_call(call):
-    class BrainState(brainstate.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = brainstate.nn.Linear(3, 3), brainstate.nn.Linear(3, 3)
-            self.drop, self.deterministic = brainstate.nn.Dropout(0.7), True
-
-        def helper(self, x):
-            return 2 * x
-
-        @property
-        def chosen(self):
-            return self.a
-
-        update = call
-
-    class Equinox(eqx.Module):
-        a: eqx.nn.Linear
-        b: eqx.nn.Linear
-        drop: eqx.nn.Dropout
-        deterministic: bool = True
-
-        def helper(self, x):
-            return 2 * x
-
-        @property
-        def chosen(self):
-            return self.a
-
-        __call__ = call
-
-    linear = eqx.nn.Linear(3, 3, key=jax.random.key(0))
-    return BrainState(), Equinox(linear, linear, eqx.nn.Dropout(0.3))
-
-
 @pytest.mark.parametrize("name", [name for name in OTHER if name != "a global's length"])
 def test_a_module_that_does_anything_else_is_refused(name):
     before = list(hidden_state)
@@ -512,80 +392,7 @@ def test_a_module_that_does_anything_else_is_refused(name):
     for model, keywords in (linen, {"params": {"params": params}}), (other, {}):
         with pytest.raises(interop.UnsupportedStructureError, match="forward logic"):
             interop.convert(model, to="brainstate", **keywords)
-    for model in _others_with_call(OTHER[name]):
-        with pytest.raises(interop.UnsupportedStructureError, match="forward logic"):
-            interop.to_nnx(model)
     assert hidden_state == before
-
-
-class Switched(brainstate.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = brainstate.nn.Linear(3, 3)
-
-    def update(self, x):
-        return self.a(x) if brainstate.environ.get("fit") else -self.a(x)
-
-
-class Remembering(Switched):
-    def __init__(self):
-        super().__init__()
-        self.last = brainstate.HiddenState(jnp.zeros(3))
-
-    def update(self, x):
-        self.last.value = x
-        return self.a(x)
-
-
-class Called(Switched):
-    def __call__(self, x):
-        return 2 * self.update(x)
-
-    def update(self, x):
-        return self.a(x)
-
-
-class Dropping(eqx.Module):
-    a: eqx.nn.Dropout
-    b: eqx.nn.Dropout
-
-    def __call__(self, x, key=None):
-        return self.b(self.a(x, key=key), key=key)
-
-
-class Unused(eqx.Module):
-    a: eqx.nn.Linear
-    spare: jax.Array
-
-    def __call__(self, x):
-        return self.a(x)
-
-
-class Mapped(Unused):
-    def __call__(self, x):
-        return jax.vmap(self.a)(x)
-
-
-OWN = {
-    "a mode of the environment": (Switched, "environ.get"),
-    "a hidden state": (Remembering, "self.last"),
-    "a call of its own": (Called, None),
-    "one key for two layers": (lambda: Dropping(*[eqx.nn.Dropout(0.3)] * 2), "one key to"),
-    "an array beside": (
-        lambda: Unused(eqx.nn.Linear(3, 3, key=KEY), SCALE),
-        "does not use all",
-    ),
-    "a mapped layer": (lambda: Mapped(eqx.nn.Linear(3, 3, key=KEY), SCALE), "vmap"),
-}
-KEY = jax.random.key(0)
-
-
-@pytest.mark.parametrize("name", OWN)
-def test_what_brainstate_and_equinox_have_of_their_own_is_refused(name):
-    make, reason = OWN[name]
-    with pytest.raises(interop.UnsupportedStructureError, match="forward logic") as e:
-        interop.to_nnx(make())
-    assert reason is None or reason in str(e.value)
 
 
 def test_a_mode_that_only_the_layers_get_converts():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import math
 from collections.abc import Iterable, Mapping
 from types import FunctionType
@@ -18,7 +17,6 @@ import numpy as np
 from brainstate import nn
 
 from ... import specs
-from ...chains import Chain, steps_of
 from ...composites.brainstate import COMPOSITES, Composite, Lambda
 from ...registry import Adapter, ReadRule
 from ...specs import Spec
@@ -57,17 +55,6 @@ class BrainState(Adapter):
     def added_state(self, module: Any, rule: ReadRule) -> set[str]:
         held = vars(module).items()
         return {k for k, v in held if k not in rule.state and _holds_state(v)}
-
-    def chain(self, node: Any) -> Chain | None:
-        cls = type(node)
-        if any(getattr(cls, n) is not getattr(nn.Module, n) for n in _OF_CALLS):
-            return None
-        call = inspect.getattr_static(cls, "update", None)
-        chain = steps_of(call, node, lambda value: isinstance(value, nn.Module))
-        used = {id(state) for step in chain.steps for state in _held(step.part)}
-        if chain.steps and used != {id(state) for state in _held(node)}:
-            return Chain(other="it does not use all that the module holds")
-        return chain
 
     def close(self, built: Any, options: Mapping[str, Any]) -> Any:
         return built if isinstance(built, nn.Module) else Lambda(built)
@@ -117,15 +104,6 @@ class BrainState(Adapter):
 
 # Most attributes are of such a class, which is quick to tell.
 _PLAIN = {type(None), bool, int, float, str, FunctionType}
-
-
-_OF_CALLS = ("__call__", "__getattribute__")
-
-
-def _held(part: Any) -> list[brainstate.State[Any]]:
-    """The states below a module."""
-    states: Any = part.states() if isinstance(part, nn.Module) else {}
-    return list(states.values())
 
 
 def _holds_state(value: Any) -> bool:

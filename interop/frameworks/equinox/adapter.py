@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import inspect
@@ -14,7 +13,6 @@ import jax
 import numpy as np
 
 from ... import specs
-from ...chains import Chain, Step, steps_of
 from ...composites.equinox import COMPOSITES, Tied
 from ...errors import ArgumentError
 from ...parameters import is_quantity, path_of
@@ -98,26 +96,6 @@ class Equinox(Adapter):
 
     def added_state(self, module: Any, rule: ReadRule) -> set[str]:
         return _fields(type(module)) - _fields(rule.layer_type)
-
-    def chain(self, node: Any) -> Chain | None:
-        module, state = self.module(node), node.state if isinstance(node, Node) else None
-        cls = type(module)
-        if cls.__getattribute__ is not eqx.Module.__getattribute__:
-            return None
-        chain = steps_of(cls.__call__, module, _is_module)
-        if sum(len(step.passed) for step in chain.steps) > 1:
-            return Chain(other="it passes one key to several layers, which would drop alike")
-        held: dict[str, Any] = {}  # by place: one module at two places is two
-        steps: list[Step] = []
-        for step in chain.steps:
-            is_module = _is_module(step.part)
-            part = held.get(step.path) if is_module else eqx.nn.Lambda(step.part)
-            if part is None:
-                part = held[step.path] = copy.copy(step.part)
-            steps.append(dataclasses.replace(step, part=Node(part, state)))
-        if steps and len(_arrays([*held.values()])) != len(_arrays(module)):
-            return Chain(other="it does not use all that the module holds")
-        return dataclasses.replace(chain, steps=tuple(steps))
 
     def has_children(self, module: Any) -> bool:
         leaves = jax.tree.leaves(module, is_leaf=lambda x: x is not module and _is_module(x))
@@ -235,10 +213,6 @@ def is_index(x: Any) -> bool:
 
 def _is_array(x: Any) -> bool:
     return isinstance(x, np.ndarray | jax.ShapeDtypeStruct) or eqx.is_array(x)
-
-
-def _arrays(parts: Any) -> list[Any]:
-    return [leaf for leaf in jax.tree.leaves(parts) if _is_array(leaf)]
 
 
 def _leaves(module: Any) -> tuple[list[tuple[Any, Any]], Any]:
