@@ -146,7 +146,8 @@ def wrap(
         into: the host framework, such as ``"nnx"``.
         params: the variables of a Linen module.
         state: the ``eqx.nn.State`` of a stateful Equinox module.
-        batch_axes: leading axes that an Equinox module is mapped over, 1 by default.
+        batch_axes: leading axes of all array arguments, also those given by name, that an
+            Equinox module is mapped over, 1 by default.
         axis_name: the name of these axes together, or a tuple with one for each.
         carry: what one example starts from, for an Equinox module that is a recurrent cell of
             your own: it is called ``module(x, carry)`` and returns ``(carry, output)``.

@@ -198,9 +198,9 @@ class Remake:
         name = structure.guest_type.__qualname__
         if not calls:
             raise UnsupportedStructureError(
-                f"{name} is not called by the model on sample_input",
+                f"{name}.__call__ is not reached by the model on sample_input",
                 path=where,
-                remedy="Pass a sample_input that reaches it",
+                remedy="Pass a sample_input that reaches it; other methods are not traced",
             )
         first, *others = [(call.args, dict(call.kwargs)) for call in calls]
         if any(_examples(first) != _examples(other) for other in others):

@@ -641,7 +641,8 @@ class FromEquinox(Wrapped):
     Args:
         module: an ``eqx.Module`` instance.
         state: what ``eqx.nn.make_with_state`` returned beside a stateful module.
-        batch_axes: leading axes that the module is mapped over.
+        batch_axes: leading axes of all array arguments, also those given by name, that the
+            module is mapped over.
         axis_name: the name of these axes together, by default as the module's own batch
             normalisations say: their statistics are those of the whole batch. A tuple has one
             name for each.

@@ -306,7 +306,7 @@ class EquinoxStructure(Structure):
         batch = self._batch((call.args, kwargs), axes)
         keys = key if key is None or not axes else jax.random.split(key, batch)
         mapped = self._mapped(one_example, batch)
-        with self._explaining(call.args, axes, missing):
+        with self._explaining((call.args, kwargs), axes, missing):
             out, state = mapped(call.args, kwargs, keys, state)
         new = dict(values)
         if state is not None:
@@ -315,7 +315,7 @@ class EquinoxStructure(Structure):
 
     @contextlib.contextmanager
     def _explaining(
-        self, args: Any, axes: int, missing: MissingKeyError | None
+        self, arguments: Any, axes: int, missing: MissingKeyError | None
     ) -> Iterator[None]:
         """Say of a call that fails how the module was mapped.
 
@@ -339,18 +339,20 @@ class EquinoxStructure(Structure):
                 raise
             raise missing from e
         except (TypeError, ValueError) as e:
-            e.add_note(self._seen(args, axes))
+            e.add_note(self._seen(arguments, axes))
             raise
 
-    def _seen(self, args: Any, axes: int) -> str:
+    def _seen(self, arguments: Any, axes: int) -> str:
         """For the traceback of a call that failed: what the module was given."""
-        shapes = [jax.numpy.shape(x) for x in jax.tree.leaves(args) if eqx.is_array_like(x)]
+        shapes = [
+            jax.numpy.shape(x) for x in jax.tree.leaves(arguments) if eqx.is_array_like(x)
+        ]
         examples = ", ".join(str(shape[axes:]) for shape in shapes)
         return (
             f"{self.guest_type.__qualname__} was mapped over the {axes} leading axes of "
             f"{', '.join(map(str, shapes))}, and saw examples of {examples}. As an Equinox "
             f"module it takes one example, of images with the channels first: give the shim "
-            f"a batch of such, or set batch_axes."
+            f"a batch of such, in every array argument, or set batch_axes."
         )
 
     def _check_rank(self, call: Call, axes: int) -> None:

@@ -171,7 +171,8 @@ _DOC = """A live ``nnx.Module`` around a module of another framework.
             pass ``rngs=`` in calls that need randomness.
         params: the variables of a Linen guest.
         state: the ``eqx.nn.State`` of a stateful Equinox guest.
-        batch_axes: leading axes that an Equinox guest is mapped over, 1 by default.
+        batch_axes: leading axes of all array arguments, also those given by name, that an
+            Equinox guest is mapped over, 1 by default.
         axis_name: the name of these axes together, by default as the guest's own layers say:
             their statistics are those of the whole batch. A tuple has one name for each.
         carry: what one example starts from, for an Equinox guest that is a recurrent cell of
