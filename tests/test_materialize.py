@@ -656,6 +656,24 @@ class InSetup(nn.Module):
         return self.last(self.core(x))
 
 
+class Encoding(nn.Module):
+    core: nn.Module
+
+    def __call__(self, x):
+        return self.core.encode(x)
+
+
+def test_a_model_that_calls_another_method_of_a_shim_is_not_traced():
+    class Encoder(Residual):
+        def encode(self, x):
+            return self.inner(x)
+
+    model = Encoding(shims.ToLinen(Encoder()))
+    variables = model.init(jax.random.key(0), X)
+    with pytest.raises(interop.UnsupportedStructureError, match="other methods are not traced"):
+        shims.materialize((model, variables), method="trace", sample_input=X)
+
+
 class InCompact(nn.Module):
     last: nn.Module
 

@@ -300,6 +300,21 @@ def test_an_equinox_guest_is_mapped_over_the_batch_axes():
     assert_allclose(shims.FromEquinox(layer, batch_axes=0)(X[0]), expected[0], rtol=1e-5)
 
 
+class Shifted(eqx.Module):
+    def __call__(self, x, *, shift):
+        return x + shift
+
+
+def test_arrays_by_name_are_mapped_as_well_and_one_without_a_batch_axis_says_so():
+    shim, shift = shims.FromEquinox(Shifted()), np.arange(3.0, dtype=np.float32)
+    assert_allclose(shim(X, shift=jnp.stack([shift] * len(X))), X + shift)
+    with pytest.raises(ValueError, match="inconsistent sizes") as e:
+        shim(X, shift=shift)
+    note = " ".join(e.value.__notes__)
+    assert "(3,), and saw examples" in note
+    assert "in every array argument" in note
+
+
 def test_an_input_with_too_few_axes_is_an_error():
     layer = eqx.nn.Dropout(0.5)
     with (
