@@ -10,6 +10,8 @@ import pytest
 from flax import nnx
 
 import interop
+from interop.frameworks.linen.variables import check_variables
+from interop.registry import registry
 
 from . import truth
 from .cases import (
@@ -235,6 +237,25 @@ def test_methods_of_arrays_are_functions(to):
     converted = target.convert_from(Framework("nnx"), net, sample_input=(6, 8, 3))
     y = target.call(converted, target.from_channels_last(IMAGES))
     np.testing.assert_allclose(y, net(IMAGES), rtol=1e-5, atol=1e-5)
+
+
+def test_many_parts_of_one_class_are_each_in_one_stack():
+    """They are unbound one by one, so that a later one may get the id of an earlier one."""
+
+    class Deep(nn.Module):
+        def setup(self):
+            self.parts = [Normed() for _ in range(12)]
+
+        def __call__(self, x):
+            for part in self.parts:
+                x = part(x)
+            return x
+
+    deep = Deep()
+    variables = deep.init(jax.random.key(0), X)
+    adapter = registry.adapter("linen")
+    for _ in range(40):
+        check_variables(adapter, deep, variables)
 
 
 class Decoder(nnx.Module):

@@ -269,7 +269,7 @@ def check_variables(adapter: Adapter, model: nn.Module, variables: Mapping[str, 
         UnmappedLayerError, UnsupportedLayerError: a layer does not convert anyway.
     """
     wanted: dict[Key, tuple[int | str, ...]] = {}
-    parents: dict[int, Any] = {}
+    parents: dict[int, tuple[Any, Any]] = {}  # with the module, which so keeps its id
     given = {key: v for key, v in flatten(variables, ()) if key[0] != "cache"}  # of a run
     for module, scope, parent in leaves_of(adapter, model, (), None):
         places = "".join(map(_place, scope))
@@ -278,7 +278,7 @@ def check_variables(adapter: Adapter, model: nn.Module, variables: Mapping[str, 
             given = {k: v for k, v in given.items() if k[1 : 1 + len(scope)] != scope}
             continue
         shapes = {key: shape for key, shape in declared.items() if shape is not None}
-        if shapes and parents.setdefault(id(module), parent) is not parent:
+        if shapes and parents.setdefault(id(module), (module, parent))[1] is not parent:
             raise UnsupportedStructureError(
                 f"one {type(module).__qualname__} is used in two different stacks",
                 path="model",
