@@ -428,3 +428,15 @@ def test_a_template_keeps_no_function_of_a_user_alive():
     del activation
     gc.collect()
     assert found() is None
+
+
+def test_the_elements_of_a_mapping_are_sorted_and_not_hashed(monkeypatch):
+    """NumPy's hash of numbers in order takes seconds for each million of them."""
+
+    def hashed(*_, **__):
+        raise AssertionError("np.unique is called")
+
+    layer = model()
+    converted = interop.to_equinox(layer)
+    monkeypatch.setattr(np, "unique", hashed)
+    assert len(interop.mapping(layer, converted)) == 4
