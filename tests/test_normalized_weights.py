@@ -177,6 +177,21 @@ def test_a_weight_norm_of_linen_scales_kernel_and_bias(goal):
     jax.tree.map(np.testing.assert_array_equal, variables, linen_weight_norm()[1])
 
 
+@pytest.mark.parametrize("goal", OTHERS["linen"])
+def test_axes_that_are_one_axis_of_a_bias_count_once(goal):
+    layer = nn.WeightNorm(
+        nn.Dense(4), epsilon=EPSILON, feature_axes=(0, -1), variable_filter={"bias"}
+    )
+    params = {
+        "layer_instance": {"kernel": WEIGHT, "bias": BIAS},
+        "layer_instance/bias/scale": BIAS_SCALE,
+    }
+    fw = Framework(goal)
+    model = fw.convert_from(Framework("linen"), (layer, {"params": params}))
+    wanted = truth.linear(X, WEIGHT, unit(BIAS, (0,), EPSILON) * BIAS_SCALE)
+    np.testing.assert_allclose(fw.call(model, X), wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("goal", OTHERS["equinox"])
 @pytest.mark.parametrize("axis", [0, 1, None])
 def test_a_weight_norm_of_equinox_has_norms_along_any_axis(goal, axis):

@@ -123,7 +123,7 @@ def normalized_axes(m: Any, array: Any, ctx: Reading) -> tuple[int, ...]:
     axes = (given,) if isinstance(given, int) else tuple(given)
     if any(not -array.ndim <= axis < array.ndim for axis in axes):
         ctx.refuse("feature_axes", given, f"an array has {array.ndim} axes here")
-    return tuple(sorted(axis % array.ndim - array.ndim for axis in axes))
+    return tuple(sorted({axis % array.ndim - array.ndim for axis in axes}))
 
 
 def feature_axes(spec: Any, ctx: Building) -> Any:
