@@ -935,7 +935,7 @@ class Noted:
 
 
 _peeking: ContextVar[bool] = ContextVar("peeking", default=False)
-is_peeking = _peeking.get
+is_peeking: Callable[[], bool] = _peeking.get
 """Whether this is inside of :func:`peeking`."""
 
 

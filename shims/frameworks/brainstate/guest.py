@@ -16,7 +16,15 @@ import functools
 import inspect
 import math
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import (
+    Callable,
+    Collection,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextvars import ContextVar
 from typing import Any, ClassVar, NamedTuple
 
@@ -321,7 +329,9 @@ class BrainStateStructure(Structure):
         nodes: Any = module.nodes()
         self.named: Collection[Path] = named_paths(nodes.items(), self.kinds)
         norms = [(path, node) for path, node in nodes.items() if _takes_batch(node)]
-        self.batch_norms = [(path, type(node).__name__) for path, node in norms]
+        self.batch_norms: Sequence[tuple[Path, str]] = [
+            (path, type(node).__name__) for path, node in norms
+        ]
         self.unkept: Collection[Path] = [p for p, n in norms if not n.track_running_stats]
         trees = tuple(
             (path, _comparable(type(s)), jax.tree.structure(s._value))
