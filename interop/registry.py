@@ -35,7 +35,7 @@ from .specs import Spec
 if TYPE_CHECKING:
     from .walk import Building, Reading
 
-__all__ = ["Adapter", "BuildRule", "ReadRule", "Registry", "registry"]
+__all__ = ["Adapter", "BuildRule", "ReadRule", "Registry", "registry", "remembered"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -431,6 +431,20 @@ class Adapter(abc.ABC):
 
 def _package(cls: type) -> str:
     return cls.__module__.partition(".")[0]
+
+
+def remembered(make: Function) -> Function:
+    """``make``, which keeps what it returns for equal arguments, if these have a hash."""
+    kept = functools.lru_cache(1024, typed=True)(make)
+
+    @functools.wraps(make)
+    def known(*args: Any, **options: Any) -> Any:
+        try:
+            return kept(*args, **options)
+        except TypeError:  # some option cannot be hashed, such as a mask
+            return make(*args, **options)
+
+    return cast(Function, known)
 
 
 def _live(path: str) -> str:

@@ -688,7 +688,7 @@ def of_guest(pair: Pair, twin: Any) -> str:
     return (
         f"; in a loop of its own, looking whether the guest has changed since takes {us(look)} "
         f"and reading and writing its arrays where they are {us(moved)}, {us(own)} of it in "
-        f"BrainState"
+        "BrainState"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Iterable, Mapping
 from types import FunctionType
@@ -18,13 +17,11 @@ from brainstate import nn
 
 from ... import specs
 from ...composites.brainstate import COMPOSITES, Composite, Lambda
-from ...registry import Adapter, ReadRule
+from ...registry import Adapter, ReadRule, remembered
 from ...specs import Spec
 from ...walk import Building, Reading
 
 NormParamState: Any = type(nn.LayerNorm((1,)).weight)
-
-
 _PARAM_TYPES = (brainstate.ParamState, NormParamState)
 
 
@@ -183,14 +180,10 @@ def made(cls: Any, *sizes: Any, **options: Any) -> Any:
     What is made alike are copies of one template: the constructor of a convolution runs it for
     the shape of its output.
     """
-    try:
-        template = _template(cls, *sizes, **options)
-    except TypeError:  # some option cannot be hashed, such as a mask
-        template = _template.__wrapped__(cls, *sizes, **options)
-    return copy.copy(template)
+    return copy.copy(_template(cls, *sizes, **options))
 
 
-@functools.lru_cache(1024, typed=True)
+@remembered
 def _template(cls: Any, *sizes: Any, **options: Any) -> Any:
     with jax.ensure_compile_time_eval():  # so that it holds no tracers
         layer = cls(*sizes, **options)

@@ -19,7 +19,7 @@ from ...chains import Chain, steps_of
 from ...composites.nnx import COMPOSITES, Composite
 from ...errors import ArgumentError
 from ...partitioning import Partitioning
-from ...registry import Adapter, ReadRule
+from ...registry import Adapter, ReadRule, remembered
 from ...specs import Spec
 from ...walk import Building, Reading
 
@@ -286,17 +286,14 @@ def made(cls: Any, *sizes: Any, arrays: Mapping[str, Any], **options: Any) -> An
         arrays: by path, those of Variables and others; None stands for no array.
         **options: keywords of its constructor. No functions of users, which would stay alive.
     """
-    try:
-        definition, kinds = _template(cls, *sizes, **options)
-    except TypeError:  # some option cannot be hashed, such as a mask
-        definition, kinds = _template.__wrapped__(cls, *sizes, **options)
+    definition, kinds = _template(cls, *sizes, **options)
     arrays = {path: array for path, array in arrays.items() if array is not None}
     if kinds.keys() != arrays.keys():
         raise ValueError(f"{cls.__qualname__} has {sorted(kinds)}, got {sorted(arrays)}")
     return nnx.merge(definition, [kind(arrays[path]) for path, kind in kinds.items()])
 
 
-@functools.lru_cache(1024, typed=True)
+@remembered
 def _template(cls: Any, *sizes: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
     """What is alike in layers, and what holds each of their arrays, in the order of merge."""
     with nnx.var_defaults(hijax=False, ref=False):
