@@ -13,7 +13,7 @@ endif
 
 RUN = $(VENV)/bin/python -m
 
-.PHONY: help demo bench bench-step test fuzz test-onnx lint types format table clean
+.PHONY: help demo bench bench-step test fuzz test-onnx lint types format table docs clean
 .NOTPARALLEL:
 
 help: ## List the targets
